@@ -1,0 +1,132 @@
+"""A trajectory while it is being written: grows by turns, ends as a frozen `Trajectory`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rexrag.types import EndReason, Kind, Origin, Trajectory, Turn
+
+if TYPE_CHECKING:
+    from rexrag.actors.engine import Generation
+    from rexrag.actors.scoring import Scores
+
+
+@dataclass(kw_only=True)
+class Draft:
+    """Tokens with their origin, behaviour log-prob and version, in the order in which they were produced.
+
+    `turn_start` is the first token of the turn that is being written.
+    """
+
+    kind: Kind
+    token_ids: list[int]
+    origin: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    prompt_length: int
+    turn_start: int
+    turns: list[Turn] = field(default_factory=list)
+    num_searches: int = 0
+    num_malformed: int = 0
+    answer: str | None = None
+    gold_retrieved: bool | None = None
+    parent: int | None = None
+    branch_point: int | None = None
+    hint_id: int | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, prompt_ids: Sequence[int], *, version: int) -> Draft:
+        """A target that has its prompt and nothing else."""
+        length = len(prompt_ids)
+        return cls(
+            kind=Kind.TARGET,
+            token_ids=list(prompt_ids),
+            origin=[Origin.PROMPT] * length,
+            logprobs=[0.0] * length,
+            versions=[version] * length,
+            prompt_length=length,
+            turn_start=length,
+        )
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    def fork(self, *, at: int, parent: int, hint_id: int) -> Draft:
+        """A probe that keeps the tokens before `at`, with their recorded log-probs; its hint comes next."""
+        turns = [turn for turn in self.turns if turn.end <= at]
+        forked = self.turns[len(turns)]
+        assert forked.start <= at < forked.end, "a branch point lies inside a turn"
+        num_malformed = sum(turn.action == "malformed" for turn in turns)
+        return Draft(
+            kind=Kind.PROBE,
+            token_ids=self.token_ids[:at],
+            origin=self.origin[:at],
+            logprobs=self.logprobs[:at],
+            versions=self.versions[:at],
+            prompt_length=self.prompt_length,
+            turn_start=forked.start,
+            turns=turns,
+            num_searches=len(turns) - num_malformed,
+            num_malformed=num_malformed,
+            parent=parent,
+            branch_point=at - self.prompt_length,
+            hint_id=hint_id,
+        )
+
+    def add_hint(self, hint: Sequence[int], *, scores: Sequence[float], versions: Sequence[int]) -> None:
+        """Append the inserted hint with the engine's scores of it (§3)."""
+        self._append(hint, Origin.HINT, scores, versions)
+
+    def add_policy(self, generation: Generation) -> None:
+        self._append(generation.token_ids, Origin.POLICY, generation.logprobs, generation.versions)
+
+    def add_env(self, ids: Sequence[int], *, version: int) -> None:
+        """Append an observation or feedback; the next turn starts after it."""
+        self._append(ids, Origin.ENV, [0.0] * len(ids), [version] * len(ids))
+        self.turn_start = self.length
+
+    def policy_positions(self) -> list[int]:
+        """Positions of this turn's policy tokens: the only ones that are parsed for actions."""
+        return [i for i in range(self.turn_start, self.length) if self.origin[i] == Origin.POLICY]
+
+    def cut(self, length: int) -> None:
+        """Drop what the model wrote after its action: it does not exist."""
+        for column in (self.token_ids, self.origin, self.logprobs, self.versions):
+            del column[length:]
+
+    def finish(self, end_reason: EndReason, *, scores: Scores, text: str | None) -> Trajectory:
+        return Trajectory(
+            kind=self.kind,
+            parent=self.parent,
+            branch_point=self.branch_point,
+            hint_id=self.hint_id,
+            reward=scores.reward,
+            em=scores.em,
+            f1=scores.f1,
+            correct=scores.correct,
+            end_reason=end_reason,
+            num_searches=self.num_searches,
+            num_turns=len(self.turns),
+            num_malformed=self.num_malformed,
+            gold_retrieved=self.gold_retrieved,
+            prompt_length=self.prompt_length,
+            token_ids=np.asarray(self.token_ids, np.int32),
+            origin=np.asarray(self.origin, np.uint8),
+            behavior_logprob=np.asarray(self.logprobs, np.float32),
+            policy_version=np.asarray(self.versions, np.int32),
+            text=text,
+            timings=dict(self.timings),
+        )
+
+    def _append(self, ids: Sequence[int], origin: Origin, logprobs: Sequence[float], versions: Sequence[int]) -> None:
+        assert len(ids) == len(logprobs) == len(versions), "per-token columns have one length"
+        self.token_ids.extend(ids)
+        self.origin.extend([int(origin)] * len(ids))
+        self.logprobs.extend(logprobs)
+        self.versions.extend(versions)

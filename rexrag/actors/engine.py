@@ -1,0 +1,92 @@
+"""What a rollout needs of a generation engine: token ids in, token ids with log-probs and versions out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy.typing as npt
+
+from rexrag.types import WeightVersion
+
+Finish = Literal["stop", "eos", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One continuation.
+
+    Attributes:
+        prompt_ids: all tokens so far; what the engine has cached of them under the same salt is not computed again.
+        max_tokens: bound of sampled tokens, at least 1.
+        stop: the first token whose text completes one of these strings ends the generation and is kept whole.
+        greedy: argmax in place of sampling at temperature 1. Nothing else changes the distribution.
+        seed: seed of the draws; the i-th sampled token's draw depends on (seed, i) alone.
+        cache_salt: prefix entries are only shared between requests of one salt.
+        score_from: log-probs of prompt_ids[score_from:] come back as `scores`, from the same prefill; None: no scores.
+    """
+
+    prompt_ids: Sequence[int]
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    greedy: bool = False
+    seed: int = 0
+    cache_salt: str = ""
+    score_from: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What was sampled, under which version each token was, and why it ended.
+
+    `logprobs` are those of the distribution that was really sampled from (the argmax's when greedy).
+    An end-of-text token is kept and gives `eos`.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    finish: Finish
+    scores: list[float] = field(default_factory=list)
+    score_versions: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine's start; rates are differences of two of them."""
+
+    sampled_tokens: int
+    prefilled_tokens: int
+    reused_tokens: int
+    running: int
+    waiting: int
+    forward_s: float
+
+
+class Engine(Protocol):
+    """A generation engine inside one process. All methods are called from one event loop."""
+
+    @property
+    def version(self) -> WeightVersion:
+        """The version whose weights are in use."""
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Sample one continuation.
+
+        Raises:
+            ValueError: the prompt is empty, or does not fit the engine's context with `max_tokens`.
+        """
+
+    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray]) -> None:
+        """Swap the weights between two forward passes; returns once the new ones are in use.
+
+        Running sequences go on (`keep`) or are prefilled again first (`recompute`), see algorithm §3.
+        """
+
+    def release(self, cache_salt: str) -> None:
+        """Forget the prefix entries of a salt: its group has ended."""
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,51 @@
+"""Exceptions that cross module and process boundaries. All of them pickle, since Ray carries them."""
+
+from __future__ import annotations
+
+
+class RexragError(Exception):
+    """Base of all errors of this package."""
+
+
+class UserError(RexragError, ValueError):
+    """A mistake of the user's: the message names the value, the bound, and what to do. Exit status 2."""
+
+
+class ConfigError(UserError):
+    """A setting that is unknown, of the wrong type, out of bounds, or at odds with another one."""
+
+
+class DataError(UserError):
+    """A question, corpus, demonstration or hint file that cannot be used as it is."""
+
+
+class RetrievalIndexError(UserError):
+    """An index folder that is missing, damaged, or does not fit its corpus."""
+
+
+class ModelError(UserError):
+    """A model folder that cannot be loaded or does not fit the limits asked of it."""
+
+
+class RunFolderError(UserError):
+    """A run folder that is in use, finished, of another version, or otherwise refuses the call."""
+
+
+class RunFailure(RexragError):
+    """The run cannot go on: a part died or gave no progress. Exit status 1."""
+
+
+class Interrupted(RexragError):
+    """The run was asked to stop and has checkpointed. Exit status 130."""
+
+
+class RetrieverError(RexragError):
+    """The retriever gave no result in the end: the episode is masked, never fed an empty result."""
+
+
+class UnknownLeaseError(RexragError):
+    """An append or a renewal for a group that was never issued, or whose lease has ended for good."""
+
+
+class StaleGroupError(RexragError):
+    """A group older than the staleness bound reached the learner: an invariant is broken."""

@@ -1,0 +1,397 @@
+"""All data that crosses a module boundary.
+
+    Question -> Turn -> Trajectory -> TrajectoryGroup -> (Arrow) -> learner -> StepResult
+
+Legend: T tokens of a trajectory, prompt included. Log-probs are natural, float32.
+Values are validated where they are made, so that no reader of these types checks them again.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+IntArray: TypeAlias = npt.NDArray[np.int32]
+ByteArray: TypeAlias = npt.NDArray[np.uint8]
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+
+SCHEMA_VERSION: Final = "1"
+
+
+class Origin(IntEnum):
+    """Who wrote a token (algorithm §1). Only `POLICY` and `HINT` tokens carry a density."""
+
+    PROMPT = 0
+    POLICY = 1
+    HINT = 2
+    ENV = 3
+
+
+class Kind(StrEnum):
+    """A target is a plain rollout; a probe goes on from a failed one after an exploration hint (§2)."""
+
+    TARGET = "target"
+    PROBE = "probe"
+
+
+class EndReason(StrEnum):
+    """Why a trajectory ended. `ENV_ERROR` rows are masked: they count nowhere (§7)."""
+
+    ANSWER = "answer"
+    TURNS = "turns"
+    LENGTH = "length"
+    ENV_ERROR = "env_error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question with its gold answers. `key` identifies it in a run: source and id, never a row index."""
+
+    id: str
+    data_source: str
+    question: str
+    golden_answers: tuple[str, ...]
+    hops: int | None = None
+    gold_passage_ids: tuple[str, ...] | None = None
+    row: Mapping[str, object] = field(default_factory=dict)
+    """The row as it stood in the file, for a user's own reward function."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.data_source}/{self.id}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passage:
+    """One retrieved passage. `text` is data and is neutralised before it is ever tokenised."""
+
+    id: str
+    title: str
+    text: str
+    score: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One model turn: tokens [start, end) of the trajectory, hint tokens at its head included.
+
+    `action_start` is the first token that contains a character of the action's opening tag, None where the
+    turn has no complete action.
+    """
+
+    start: int
+    end: int
+    action: str
+    action_start: int | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trajectory:
+    """One finished rollout, as token ids from the engine: nothing is ever decoded and re-encoded.
+
+    Attributes:
+        parent: row index within the group of the target that a probe forked from; None for targets.
+        branch_point: tokens after the prompt that precede the branch. For a probe, where it forked; for a
+            target, where §2 would fork it had it failed (right ones too), None where it could not be.
+        hint_id: index into the run's hint pool; None for targets.
+        reward, em, f1: scores of the answer in the policy's own tokens.
+        correct: §2, em = 1 (f1 > 0 where the reward is `f1`).
+        num_turns: model turns; num_searches: searches that were answered; num_malformed: turns without a
+            complete action.
+        gold_retrieved: a gold passage (or a gold answer in a shown passage) was retrieved; None if unknown.
+        token_ids, origin, behavior_logprob, policy_version: [T], recorded at production time (§3).
+            `behavior_logprob` is 0 and `policy_version` the version held on prompt and env tokens.
+        timings: seconds by name (`queue_s`, `generate_s`, `search_s`), None where not measured.
+    """
+
+    kind: Kind
+    parent: int | None
+    branch_point: int | None
+    hint_id: int | None
+    reward: float
+    em: float
+    f1: float
+    correct: bool
+    end_reason: EndReason
+    num_searches: int
+    num_turns: int
+    num_malformed: int
+    gold_retrieved: bool | None
+    prompt_length: int
+    token_ids: IntArray
+    origin: ByteArray
+    behavior_logprob: FloatArray
+    policy_version: IntArray
+    text: str | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        length = len(self.token_ids)
+        for name in ("origin", "behavior_logprob", "policy_version"):
+            if len(getattr(self, name)) != length:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries, token_ids has {length}")
+        if not 0 < self.prompt_length <= length:
+            raise ValueError(f"prompt_length {self.prompt_length} is outside [1, {length}]")
+        is_prompt = self.origin == Origin.PROMPT
+        if not is_prompt[: self.prompt_length].all() or is_prompt[self.prompt_length :].any():
+            raise ValueError(f"origin must be PROMPT on exactly the first {self.prompt_length} tokens")
+        if length and int(self.origin.max()) > max(Origin):
+            raise ValueError(f"origin {int(self.origin.max())} is unknown, at most {int(max(Origin))}")
+        density = self.has_density
+        if not np.isfinite(self.behavior_logprob[density]).all():
+            raise ValueError("behavior_logprob must be finite on policy and hint tokens")
+        if (self.behavior_logprob[~density] != 0).any():
+            raise ValueError("behavior_logprob must be 0 on prompt and env tokens")
+        if (np.diff(self.policy_version[density]) < 0).any():
+            raise ValueError("policy_version must not decrease along a trajectory")
+        is_probe = self.kind is Kind.PROBE
+        if is_probe and None in (self.parent, self.branch_point, self.hint_id):
+            raise ValueError("a probe needs parent, branch_point and hint_id")
+        if not is_probe and (self.parent is not None or self.hint_id is not None):
+            raise ValueError("a target has neither parent nor hint_id")
+        if self.branch_point is not None and not 0 <= self.branch_point <= length - self.prompt_length:
+            raise ValueError(f"branch_point {self.branch_point} is outside [0, {length - self.prompt_length}]")
+
+    @property
+    def has_density(self) -> BoolArray:
+        """[T] True on policy and hint tokens."""
+        mask: BoolArray = (self.origin == Origin.POLICY) | (self.origin == Origin.HINT)
+        return mask
+
+    @property
+    def is_masked(self) -> bool:
+        return self.end_reason is EndReason.ENV_ERROR
+
+    @property
+    def min_version(self) -> int | None:
+        versions = self.policy_version[self.has_density]
+        return int(versions.min()) if len(versions) else None
+
+    @property
+    def max_version(self) -> int | None:
+        versions = self.policy_version[self.has_density]
+        return int(versions.max()) if len(versions) else None
+
+
+GROUP_SCHEMA: Final = pa.schema(
+    [
+        pa.field("group_id", pa.string(), nullable=False),
+        pa.field("question_id", pa.string(), nullable=False),
+        pa.field("data_source", pa.string(), nullable=False),
+        pa.field("hops", pa.int32()),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("parent", pa.int32()),
+        pa.field("branch_point", pa.int32()),
+        pa.field("hint_id", pa.int32()),
+        pa.field("reward", pa.float64(), nullable=False),
+        pa.field("em", pa.float64(), nullable=False),
+        pa.field("f1", pa.float64(), nullable=False),
+        pa.field("correct", pa.bool_(), nullable=False),
+        pa.field("end_reason", pa.string(), nullable=False),
+        pa.field("num_searches", pa.int32(), nullable=False),
+        pa.field("num_turns", pa.int32(), nullable=False),
+        pa.field("num_malformed", pa.int32(), nullable=False),
+        pa.field("gold_retrieved", pa.bool_()),
+        pa.field("prompt_length", pa.int32(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("origin", pa.list_(pa.uint8()), nullable=False),
+        pa.field("behavior_logprob", pa.list_(pa.float32()), nullable=False),
+        pa.field("policy_version", pa.list_(pa.int32()), nullable=False),
+        pa.field("min_version", pa.int32()),
+        pa.field("max_version", pa.int32()),
+        pa.field("text", pa.string()),
+        pa.field("timings", pa.map_(pa.string(), pa.float64()), nullable=False),
+    ],
+    metadata={"rexrag.schema_version": SCHEMA_VERSION},
+)
+"""One row per trajectory, one record batch per group. The list columns' values and offsets are the packed
+layout (`cu_seqlens`) that the learner reads."""
+
+_PER_TOKEN: Final = {"token_ids": np.int32, "origin": np.uint8, "behavior_logprob": np.float32, "policy_version": np.int32}
+_PER_ROW: Final = (
+    "parent", "branch_point", "hint_id", "reward", "em", "f1", "correct", "num_searches", "num_turns", "num_malformed",
+    "gold_retrieved", "prompt_length", "text",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrajectoryGroup:
+    """The target rollouts of one question together with the probes they spawned.
+
+    It is the unit of the buffer, of staleness, and of the advantage's baseline. Rows keep the order in which
+    they were admitted; a probe's `parent` is its target's row index.
+    """
+
+    group_id: str
+    question_id: str
+    data_source: str
+    hops: int | None
+    trajectories: tuple[Trajectory, ...]
+
+    def __post_init__(self) -> None:
+        if not self.trajectories:
+            raise ValueError(f"group {self.group_id} has no trajectory")
+        for row, trajectory in enumerate(self.trajectories):
+            if trajectory.parent is None:
+                continue
+            if not 0 <= trajectory.parent < len(self.trajectories):
+                raise ValueError(f"row {row} of group {self.group_id} has parent {trajectory.parent}, outside the group")
+            if self.trajectories[trajectory.parent].kind is not Kind.TARGET:
+                raise ValueError(f"row {row} of group {self.group_id} has a parent that is not a target")
+
+    @property
+    def min_version(self) -> int | None:
+        versions = [v for t in self.trajectories if (v := t.min_version) is not None]
+        return min(versions, default=None)
+
+    @property
+    def max_version(self) -> int | None:
+        versions = [v for t in self.trajectories if (v := t.max_version) is not None]
+        return max(versions, default=None)
+
+    def to_record_batch(self) -> pa.RecordBatch:
+        """The group as one record batch of `GROUP_SCHEMA`."""
+        rows = self.trajectories
+        columns: dict[str, pa.Array] = {
+            "group_id": pa.array([self.group_id] * len(rows)),
+            "question_id": pa.array([self.question_id] * len(rows)),
+            "data_source": pa.array([self.data_source] * len(rows)),
+            "hops": pa.array([self.hops] * len(rows), pa.int32()),
+            "kind": pa.array([row.kind.value for row in rows]),
+            "end_reason": pa.array([row.end_reason.value for row in rows]),
+            "min_version": pa.array([row.min_version for row in rows], pa.int32()),
+            "max_version": pa.array([row.max_version for row in rows], pa.int32()),
+            "timings": pa.array([list(row.timings.items()) for row in rows], GROUP_SCHEMA.field("timings").type),
+        }
+        for name in _PER_ROW:
+            columns[name] = pa.array([getattr(row, name) for row in rows], GROUP_SCHEMA.field(name).type)
+        offsets = pa.array(np.cumsum([0, *(len(row.token_ids) for row in rows)]), pa.int32())
+        for name, dtype in _PER_TOKEN.items():
+            values = pa.array(np.concatenate([getattr(row, name) for row in rows]).astype(dtype, copy=False))
+            columns[name] = pa.ListArray.from_arrays(offsets, values)
+        return pa.record_batch([columns[name] for name in GROUP_SCHEMA.names], schema=GROUP_SCHEMA)
+
+    @classmethod
+    def from_record_batch(cls, batch: pa.RecordBatch) -> TrajectoryGroup:
+        """The inverse of `to_record_batch`; per-token arrays are views of the batch, read-only.
+
+        Raises:
+            ValueError: another schema version, another schema, or rows that break an invariant.
+        """
+        version = (batch.schema.metadata or {}).get(b"rexrag.schema_version", b"none").decode()
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"group schema version {version} is unknown, this build reads version {SCHEMA_VERSION}")
+        if not batch.schema.equals(GROUP_SCHEMA):
+            raise ValueError("the record batch does not have GROUP_SCHEMA")
+        names = (*_PER_ROW, "kind", "end_reason", "timings")
+        scalars = {name: batch.column(name).to_pylist() for name in names}
+        tokens = {name: _split_lists(batch.column(name)) for name in _PER_TOKEN}
+        rows = []
+        for i in range(batch.num_rows):
+            values = {name: scalars[name][i] for name in _PER_ROW}
+            rows.append(
+                Trajectory(
+                    kind=Kind(scalars["kind"][i]),
+                    end_reason=EndReason(scalars["end_reason"][i]),
+                    timings=dict(scalars["timings"][i]),
+                    **{name: arrays[i] for name, arrays in tokens.items()},
+                    **values,
+                )
+            )
+        first = {name: batch.column(name)[0].as_py() for name in ("group_id", "question_id", "data_source", "hops")}
+        return cls(trajectories=tuple(rows), **first)
+
+
+def _split_lists(column: pa.ListArray) -> list[npt.NDArray[np.generic]]:
+    values = column.values.to_numpy(zero_copy_only=True)
+    offsets = column.offsets.to_numpy(zero_copy_only=True)
+    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def batch_to_ipc(batch: pa.RecordBatch) -> bytes:
+    """One record batch as an Arrow IPC stream."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def batch_from_ipc(data: bytes | pa.Buffer) -> pa.RecordBatch:
+    """The one record batch of an Arrow IPC stream, without a copy."""
+    with pa.ipc.open_stream(data) as reader:
+        return reader.read_next_batch()
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class WeightVersion:
+    """A published version of the weights: learner steps finished, within one incarnation of the run.
+
+    Actors fetch again when the incarnation changes; age is the difference of steps.
+    """
+
+    incarnation: str
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupLease:
+    """One group that an actor may produce, with all that its draws are seeded by.
+
+    The seed of a draw is a hash of (run seed, epoch, question, attempt, rollout, turn, what is drawn), never
+    of an id of this process.
+    """
+
+    group_id: str
+    question: Question
+    epoch: int
+    attempt: int
+    version: WeightVersion
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """The groups assigned to one learner step, as Arrow IPC streams in order of admission.
+
+    The learner applies the filter of §8 over the whole step before any forward pass.
+    """
+
+    step: int
+    incarnation: str
+    groups: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one learner step did. `metrics` has no NaN: a metric without a value is None."""
+
+    step: int
+    applied: bool
+    metrics: Mapping[str, float | None]
+    histograms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeScore:
+    """One evaluated question: what `eval.jsonl` is made of."""
+
+    question_id: str
+    data_source: str
+    hops: int | None
+    version: WeightVersion
+    em: float
+    f1: float
+    num_searches: int
+    num_turns: int
+    num_malformed: int
+    num_tokens: int
+    gold_retrieved: bool | None
+    end_reason: EndReason
+    text: str | None = None
