@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Draft:
     """Tokens with their origin, behaviour log-prob and version, in the order in which they were produced.
 
-    `turn_start` is the first token of the turn that is being written.
+    `turn_start` is the first token of the turn that is being written; `gold_hits` says per answered search
+    whether it showed something gold, None where that cannot be known.
     """
 
     kind: Kind
@@ -33,7 +34,7 @@ class Draft:
     num_searches: int = 0
     num_malformed: int = 0
     answer: str | None = None
-    gold_retrieved: bool | None = None
+    gold_hits: list[bool] | None = None
     parent: int | None = None
     branch_point: int | None = None
     hint_id: int | None = None
@@ -74,6 +75,7 @@ class Draft:
             turns=turns,
             num_searches=len(turns) - num_malformed,
             num_malformed=num_malformed,
+            gold_hits=None if self.gold_hits is None else self.gold_hits[: len(turns) - num_malformed],
             parent=parent,
             branch_point=at - self.prompt_length,
             hint_id=hint_id,
@@ -114,7 +116,7 @@ class Draft:
             num_searches=self.num_searches,
             num_turns=len(self.turns),
             num_malformed=self.num_malformed,
-            gold_retrieved=self.gold_retrieved,
+            gold_retrieved=None if self.gold_hits is None else any(self.gold_hits),
             prompt_length=self.prompt_length,
             token_ids=np.asarray(self.token_ids, np.int32),
             origin=np.asarray(self.origin, np.uint8),

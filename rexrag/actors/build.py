@@ -1,0 +1,71 @@
+"""Builds a runner of episodes, with its engine and retriever, from plain settings in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rexrag.actors.episode import EpisodeRunner, EpisodeSettings
+from rexrag.actors.scoring import Scorer
+from rexrag.actors.torch_engine import TorchEngine, TorchEngineSettings, fastest_dtype
+from rexrag.env.codec import Codec
+from rexrag.hints import load_hints
+from rexrag.models import load_model, load_tokenizer
+from rexrag.retrieval.open import open_retriever
+from rexrag.reward import load_reward
+from rexrag.types import WeightVersion
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutSettings:
+    """All that a rollout actor, or an evaluation in this process, is built from."""
+
+    model_path: str
+    episodes: EpisodeSettings
+    num_sequences: int
+    dtype: Literal["auto", "float32", "bfloat16"]
+    inflight: Literal["keep", "recompute"]
+    num_threads: int
+    retriever_kind: Literal["bm25", "http"]
+    retriever_path: Path | None
+    retriever_url: str | None
+    retriever_timeout_s: float
+    retriever_max_retries: int
+    reward_kind: str
+    format_weight: float
+    hints_file: Path | None
+
+
+def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[EpisodeRunner, TorchEngine]:
+    """The runner and its engine, whose weights are those of the model folder, called `version`."""
+    codec = Codec(load_tokenizer(settings.model_path))
+    engine = TorchEngine(
+        load_model(settings.model_path, dtype="float32"),
+        settings=TorchEngineSettings(
+            max_sequences=settings.num_sequences,
+            max_length=settings.episodes.max_trajectory_tokens,
+            dtype=fastest_dtype() if settings.dtype == "auto" else settings.dtype,
+            inflight=settings.inflight,
+            num_threads=settings.num_threads,
+        ),
+        codec=codec,
+        version=version,
+    )
+    retriever = open_retriever(
+        settings.retriever_kind,
+        path=settings.retriever_path,
+        url=settings.retriever_url,
+        timeout_s=settings.retriever_timeout_s,
+        max_retries=settings.retriever_max_retries,
+    )
+    scorer = Scorer(load_reward(settings.reward_kind, format_weight=settings.format_weight), kind=settings.reward_kind)
+    runner = EpisodeRunner(
+        engine,
+        retriever=retriever,
+        codec=codec,
+        hints=load_hints(settings.hints_file, codec=codec),
+        scorer=scorer,
+        settings=settings.episodes,
+    )
+    return runner, engine

@@ -1,0 +1,64 @@
+"""Ray shell of a rollout actor: builds engine, retriever and runner in its own process, and delegates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy.typing as npt
+from ray.actor import ActorHandle
+
+from rexrag.actors.build import RolloutSettings, build_runner
+from rexrag.actors.engine import EngineStats
+from rexrag.actors.rollout_loop import RolloutLoop
+from rexrag.types import EpisodeScore, GroupLease, Question, WeightVersion
+
+
+class _RemoteBuffer:
+    """`BufferClient` over the handle of the replay actor."""
+
+    def __init__(self, handle: ActorHandle) -> None:
+        self._handle = handle
+
+    async def lease(self, actor_id: str, *, num: int, held: WeightVersion, wait_s: float) -> Sequence[GroupLease]:
+        return await self._handle.lease.remote(actor_id, num=num, held=held, wait_s=wait_s)
+
+    async def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> Sequence[str]:
+        return await self._handle.renew.remote(actor_id, progress=progress)
+
+    async def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> str:
+        return await self._handle.append.remote(actor_id, group_id=group_id, ipc=ipc)
+
+    async def fail(self, actor_id: str, *, group_id: str, reason: str) -> None:
+        await self._handle.fail.remote(actor_id, group_id=group_id, reason=reason)
+
+
+class RolloutActor:
+    """One engine with many concurrent episodes. `run` lasts until `stop`; all else answers meanwhile."""
+
+    def __init__(
+        self, actor_id: str, *, settings: RolloutSettings, version: WeightVersion, num_groups: int, buffer: ActorHandle
+    ) -> None:
+        runner, self._engine = build_runner(settings, version=version)
+        self._loop = RolloutLoop(
+            runner, actor_id=actor_id, engine=self._engine, buffer=_RemoteBuffer(buffer), num_groups=num_groups
+        )
+
+    async def ready(self) -> int:
+        """The id of this process, once engine and retriever are built."""
+        return os.getpid()
+
+    async def run(self) -> None:
+        await self._loop.run()
+
+    async def stop(self) -> None:
+        self._loop.stop()
+
+    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray]) -> None:
+        await self._loop.update_weights(version, weights)
+
+    async def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[EpisodeScore]:
+        return await self._loop.evaluate(questions, version=version)
+
+    async def stats(self) -> EngineStats:
+        return self._loop.stats()
