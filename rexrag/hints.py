@@ -1,0 +1,174 @@
+"""The pool of exploration hints, and the density of drawing one (§4)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Final
+
+import numpy as np
+
+from rexrag.env.codec import Codec
+from rexrag.errors import DataError
+from rexrag.types import FloatArray, IntArray
+
+DEFAULT_HINTS: Final = (
+    "<think> That is only one step. The next step is to find",
+    "<think> This is just part of what is asked. I still need",
+    "<think> The question wants more than this. I have to look up",
+    "<think> I may have stopped too early. Now I should find",
+    "<think> Let me read the question again. What is still missing is",
+    "<think> This does not settle the question yet. Next I need",
+    "<think> It is too soon to answer. First I must know",
+    "<think> These passages may have left something out. I should look for",
+    "<think> I should not guess here. Let me search for",
+    "<think> My last query may have been poor. Instead I could ask for",
+)
+"""Half sentences that the policy completes: what the next step is has to come from the policy itself."""
+
+_FORBIDDEN_TAG: Final = re.compile(r"<[\s/]*(?:search|answer|information|action)[\s/]*>", re.IGNORECASE)
+
+
+class HintPool:
+    """K hints as token ids, drawn uniformly, with the log PMF of each token given the tokens before it.
+
+        pool = HintPool([[5, 7], [5, 7, 9], [5, 8]])
+        pool.logpmf(0)      # log [3/3, 2/3 * 1/2]: continuation, then continuation times end
+
+    Hints may repeat (a repeated hint is drawn more often) and may be prefixes of one another.
+
+    Attributes:
+        longest: tokens of the longest hint.
+        hash: SHA-256 of the hints' token ids, in order: runs with the same hash may share densities.
+    """
+
+    def __init__(self, hints: Sequence[Sequence[int]]) -> None:
+        """
+        Raises:
+            DataError: no hint, or a hint without tokens.
+        """
+        if not hints:
+            raise DataError("the hint pool is empty, it needs at least one hint")
+        self._hints = tuple(tuple(int(token) for token in hint) for hint in hints)
+        for index, hint in enumerate(self._hints):
+            if not hint:
+                raise DataError(f"hint {index} has no tokens")
+        self.longest: int = max(map(len, self._hints))
+        self.hash: str = hashlib.sha256(json.dumps(self._hints).encode()).hexdigest()
+        self._trie = _Trie(self._hints)
+        self._logpmf = tuple(self._trie.logpmf(hint) for hint in self._hints)
+
+    def __len__(self) -> int:
+        return len(self._hints)
+
+    def ids(self, index: int) -> tuple[int, ...]:
+        """Token ids of a hint."""
+        return self._hints[index]
+
+    def logpmf(self, index: int) -> FloatArray:
+        """[len(hint)] log PMF(c_t | c_<t) of a hint's tokens, the last one with its end factor; read-only.
+
+        The sum is log(number of hints equal to this one / K).
+        """
+        return self._logpmf[index]
+
+    def sample(self, rng: Random) -> int:
+        """Index of a hint, uniform over the pool."""
+        return rng.randrange(len(self._hints))
+
+    def find(self, token_ids: Sequence[int] | IntArray) -> list[tuple[int, int]]:
+        """All (position, hint) at which exactly the ids of a hint stand, by position, shorter hints first.
+
+        Of equal hints the first one is named.
+        """
+        tokens = np.asarray(token_ids)
+        starts = np.flatnonzero(np.isin(tokens, self._trie.first_tokens))
+        return [
+            (start, hint)
+            for start in starts.tolist()
+            for hint in self._trie.prefixes_of(tokens[start : start + self.longest].tolist())
+        ]
+
+
+def find_hints(token_ids: Sequence[int] | IntArray, pool: HintPool) -> list[tuple[int, int]]:
+    """All (position, hint) of `token_ids` at which exactly the ids of a hint of the pool stand."""
+    return pool.find(token_ids)
+
+
+def load_hints(path: Path | None, *, codec: Codec) -> HintPool:
+    """The pool of a file, one hint a line, or the built-in one for None.
+
+    Blank lines and lines that begin with "#" are skipped, white space around a hint is dropped.
+
+    Raises:
+        DataError: no readable UTF-8 file, no hint in it, or a hint with an action tag or a special token.
+    """
+    if path is None:
+        return HintPool([codec.encode(hint) for hint in DEFAULT_HINTS])
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"probe.hints = {path} cannot be read: {error}") from error
+    hints = [(number, hint) for number, line in enumerate(lines, start=1) if (hint := line.strip()) and hint[0] != "#"]
+    if not hints:
+        raise DataError(f"{path} has no hint, it needs at least one; write one a line, or unset probe.hints")
+    for number, hint in hints:
+        _check_hint(hint, where=f"{path}:{number}", codec=codec)
+    return HintPool([codec.encode(hint) for _, hint in hints])
+
+
+def _check_hint(hint: str, *, where: str, codec: Codec) -> None:
+    found = _FORBIDDEN_TAG.search(hint)
+    forbidden = found[0] if found else next((token for token in codec.special_tokens if token in hint), None)
+    if forbidden is not None:
+        raise DataError(
+            f"{where}: hint {hint!r} contains {forbidden!r}; a hint is a thought, the policy acts by itself"
+        )
+
+
+class _Trie:
+    """Token trie of the pool: how many hints pass through each node, and how many end there."""
+
+    def __init__(self, hints: Sequence[tuple[int, ...]]) -> None:
+        self._child: dict[tuple[int, int], int] = {}  # (node, token) -> node; node 0 is the empty prefix
+        self._num_through: list[int] = [0]
+        self._num_ending: list[int] = [0]
+        self._first_hint: dict[int, int] = {}  # node -> first hint that ends there
+        for index, hint in enumerate(hints):
+            node = 0
+            self._num_through[0] += 1
+            for token in hint:
+                node = self._child.setdefault((node, token), len(self._num_through))
+                if node == len(self._num_through):
+                    self._num_through.append(0)
+                    self._num_ending.append(0)
+                self._num_through[node] += 1
+            self._num_ending[node] += 1
+            self._first_hint.setdefault(node, index)
+        self.first_tokens = np.array([token for node, token in self._child if node == 0])
+
+    def logpmf(self, hint: Sequence[int]) -> FloatArray:
+        nodes = [0, *self._path(hint)]
+        counts = np.array([self._num_through[node] for node in nodes], dtype=np.float64)
+        counts_with_end = np.append(counts[1:-1], self._num_ending[nodes[-1]])
+        logpmf: FloatArray = np.log(counts_with_end / counts[:-1]).astype(np.float32)
+        logpmf.flags.writeable = False
+        return logpmf
+
+    def prefixes_of(self, tokens: Sequence[int]) -> Iterator[int]:
+        """The hints that `tokens` begins with, shortest first."""
+        return (self._first_hint[node] for node in self._path(tokens) if node in self._first_hint)
+
+    def _path(self, tokens: Sequence[int]) -> Iterator[int]:
+        """The nodes that `tokens` leads through, as far as the trie goes."""
+        node = 0
+        for token in tokens:
+            child = self._child.get((node, token))
+            if child is None:
+                return
+            yield child
+            node = child

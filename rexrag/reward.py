@@ -1,0 +1,128 @@
+"""Scores of an answer: exact match, F1, and the reward that training maximises."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Final, Protocol
+
+from rexrag.errors import ConfigError
+
+_ARTICLES: Final = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
+
+
+class RewardFunction(Protocol):
+    """The reward of one finished rollout."""
+
+    def __call__(
+        self, prediction: str | None, *, golds: Sequence[str], row: Mapping[str, object], valid_share: float
+    ) -> float:
+        """
+        Args:
+            prediction: the answer in the policy's own tokens; None: it gave none.
+            golds: accepted answers.
+            row: the question's row as it stood in the file.
+            valid_share: share of the rollout's turns that had a complete action, in [0, 1].
+        """
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalisation: lower case, without punctuation and articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, golds: Sequence[str]) -> float:
+    """1.0 if the prediction equals any gold answer after normalisation, else 0.0."""
+    normalized = normalize_answer(prediction)
+    return float(any(normalized == normalize_answer(gold) for gold in golds))
+
+
+def f1_score(prediction: str, golds: Sequence[str]) -> float:
+    """F1 of the bags of normalised words, best gold answer, in [0, 1]. Two texts without words are equal."""
+    words = normalize_answer(prediction).split()
+    return max((_word_f1(words, normalize_answer(gold).split()) for gold in golds), default=0.0)
+
+
+def is_correct(em: float, f1: float, kind: str) -> bool:
+    """Whether a rollout is correct (§2): em = 1, or f1 > 0 where the reward is `f1`. Format never counts."""
+    return f1 > 0 if kind == "f1" else em == 1
+
+
+def load_reward(kind: str, *, format_weight: float = 0.0) -> RewardFunction:
+    """The reward function that `reward.kind` names.
+
+    Args:
+        kind: `em`; `f1`; `em + format`: em + format_weight * share of valid turns; or `module:function`, a
+            function of the user's own (prediction: str, golds: Sequence[str], row: Mapping[str, object]) -> float,
+            imported from the Python path or the current folder. It is given "" where there was no answer.
+
+    Raises:
+        ConfigError: an unknown kind, or a module or function that is not there. A function of the user's whose
+            result is no finite number raises it when called.
+    """
+    if kind == "em":
+        return _em_with_format(0.0)
+    if kind == "f1":
+        return _f1_reward
+    if kind == "em + format":
+        return _em_with_format(format_weight)
+    if ":" in kind:
+        return _user_reward(kind)
+    raise ConfigError(f"reward.kind = {kind!r} is unknown; it is em, f1, em + format, or module:function")
+
+
+def _word_f1(words: Sequence[str], gold_words: Sequence[str]) -> float:
+    if not words or not gold_words:
+        return float(words == gold_words)
+    num_common = (Counter(words) & Counter(gold_words)).total()
+    return 2 * num_common / (len(words) + len(gold_words))
+
+
+def _em_with_format(weight: float) -> RewardFunction:
+    def reward(prediction: str | None, *, golds: Sequence[str], row: Mapping[str, object], valid_share: float) -> float:
+        em = 0.0 if prediction is None else exact_match(prediction, golds)
+        return em + weight * valid_share
+
+    return reward
+
+
+def _f1_reward(prediction: str | None, *, golds: Sequence[str], row: Mapping[str, object], valid_share: float) -> float:
+    return 0.0 if prediction is None else f1_score(prediction, golds)
+
+
+def _user_reward(kind: str) -> RewardFunction:
+    function = _import_function(kind)
+
+    def reward(prediction: str | None, *, golds: Sequence[str], row: Mapping[str, object], valid_share: float) -> float:
+        value = function(prediction or "", golds, row)
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ConfigError(f"reward.kind = {kind!r} returned {value!r}; it must return a finite number")
+        return float(value)
+
+    return reward
+
+
+def _import_function(kind: str) -> Callable[[str, Sequence[str], Mapping[str, object]], object]:
+    module_name, _, function_name = kind.partition(":")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)  # a console script has its own folder there, not the one that it is run from
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"reward.kind = {kind!r}: module {module_name} cannot be imported ({error}); "
+            f"put it on PYTHONPATH or into {folder}"
+        ) from error
+    function: Callable[..., object] | None = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"reward.kind = {kind!r}: {module.__file__ or module_name} has no function {function_name}")
+    return function
