@@ -1,6 +1,6 @@
 """Settings: one sentence and bounds for each field. Unknown keys fail and name the nearest known one.
 
-Precedence: default < the set that `method` names < recipe < `--set`.
+Precedence: default < the set that `method` names < recipe < `--set` (`rexrag.recipe` applies it).
 This module imports no torch, ray or vllm.
 """
 
@@ -9,9 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Paths = list[Path]
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str | Path) else value
+
+
+Paths = Annotated[list[Path], BeforeValidator(_as_list)]
+"""One path, or a list of them."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -27,67 +33,111 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train: Paths = Field([], description="Question files to train on (jsonl or parquet).")
-    dev: Paths = Field([], description="Questions evaluated every `eval.every` steps; settings and best checkpoint go by them.")
+    dev: Paths = Field(
+        [], description="Questions evaluated every `eval.every` steps; settings and best checkpoint go by them."
+    )
     eval: Paths = Field([], description="Held-out questions, evaluated before and after training.")
     skip_bad_rows: bool = Field(False, description="Count and skip bad rows instead of stopping at the first.")
 
 
 class RetrieverConfig(Section):
-    kind: Literal["bm25", "http"] = Field("bm25", description="In-process BM25 index, or a server with the /retrieve API.")
+    kind: Literal["bm25", "http"] = Field(
+        "bm25", description="In-process BM25 index, or a server with the /retrieve API."
+    )
     path: Path | None = Field(None, description="Index folder (kind `bm25`).")
     url: str | None = Field(None, description="Base URL of the server (kind `http`), such as http://127.0.0.1:8000.")
     timeout_s: float = Field(10.0, gt=0, le=600, description="Bound of one HTTP attempt, seconds.")
-    max_retries: int = Field(5, ge=0, le=100, description="Attempts after the first before the episode is masked as `env_error`.")
+    max_retries: int = Field(
+        5, ge=0, le=100, description="Attempts after the first before the episode is masked as `env_error`."
+    )
 
 
 class EnvConfig(Section):
-    max_turns: int = Field(5, ge=0, le=64, description="Searches and malformed turns before the last turn; a trajectory has at most max_turns + 1 turns.")
+    max_turns: int = Field(
+        5,
+        ge=0,
+        le=64,
+        description="Searches and malformed turns before the last turn; a trajectory has at most max_turns + 1 turns.",
+    )
     max_turn_tokens: int = Field(500, ge=1, description="Most tokens of one turn, hint tokens included.")
-    max_observation_tokens: int = Field(500, ge=16, description="Most tokens of one observation; cut at passage boundaries.")
-    max_trajectory_tokens: int = Field(4096, ge=32, description="Most tokens of a trajectory, prompt included; reaching it ends the episode.")
+    max_observation_tokens: int = Field(
+        500, ge=16, description="Most tokens of one observation; cut at passage boundaries."
+    )
+    max_trajectory_tokens: int = Field(
+        4096, ge=32, description="Most tokens of a trajectory, prompt included; reaching it ends the episode."
+    )
     top_k: int = Field(3, ge=1, le=100, description="Passages per search.")
-    prompt_file: Path | None = Field(None, description="Text of the user message with {question} in it, in place of the built-in one.")
+    prompt_file: Path | None = Field(
+        None, description="Text of the user message with {question} in it, in place of the built-in one."
+    )
     system_prompt: str | None = Field(None, description="System message; None leaves it to the chat template.")
 
 
 class RewardConfig(Section):
-    kind: str = Field("em", description="`em`, `f1`, `em + format`, or `module:function` of your own (prediction, golds, row) -> float.", pattern=r"^(em|f1|em \+ format|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    kind: str = Field(
+        "em",
+        description="`em`, `f1`, `em + format`, or `module:function` of your own (prediction, golds, row) -> float.",
+        pattern=r"^(em|f1|em \+ format|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
+    )
     format_weight: float = Field(0.0, ge=0, le=1, description="Weight of the format score in `em + format`.")
 
 
 class RolloutConfig(Section):
     engine: Literal["torch"] = Field("torch", description="Generation engine of the rollout actors.")
-    num_actors: int | None = Field(None, ge=1, description="Rollout actors; None: one per two cores beyond the learner's, at least one.")
-    threads_per_actor: int | None = Field(None, ge=1, description="Torch threads of each actor; None: cores divided by processes that compute.")
+    num_actors: int | None = Field(
+        None, ge=1, description="Rollout actors; None: one per two cores beyond the learner's, at least one."
+    )
+    threads_per_actor: int | None = Field(
+        None, ge=1, description="Torch threads of each actor; None: cores divided by processes that compute."
+    )
     group_size: int = Field(5, ge=1, le=256, description="Target rollouts per question.")
     episodes_per_actor: int = Field(64, ge=1, le=4096, description="Episodes that one engine runs at once.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of sampling; `auto` takes bfloat16 where the processor has it in hardware.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Precision of sampling; `auto` takes bfloat16 where the processor has it in hardware."
+    )
 
 
 class WeightsConfig(Section):
-    inflight: Literal["keep", "recompute"] = Field("keep", description="At a weight change running sequences go on over their KV cache, or are prefilled again first.")
+    inflight: Literal["keep", "recompute"] = Field(
+        "keep",
+        description="At a weight change running sequences go on over their KV cache, or are prefilled again first.",
+    )
 
 
 class ProbeConfig(Section):
     rate: Share = Field(0.5, description="Probability that a dead end is probed.")
     transfer: Literal["hinted"] = Field("hinted", description="Probes are trained with their hint in the context.")
-    dead_end: Literal["rollout"] = Field("rollout", description="A probe forks from each failed rollout, the moment it fails.")
-    branch: Literal["answer", "turn"] = Field("answer", description="Fork before the failed action's tag, or at the start of its turn.")
-    filter: Literal["hint_logprob", "none"] = Field("hint_logprob", description="Keep the probes whose hints the policy finds likeliest, or all.")
+    dead_end: Literal["rollout"] = Field(
+        "rollout", description="A probe forks from each failed rollout, the moment it fails."
+    )
+    branch: Literal["answer", "turn"] = Field(
+        "answer", description="Fork before the failed action's tag, or at the start of its turn."
+    )
+    filter: Literal["hint_logprob", "none"] = Field(
+        "hint_logprob", description="Keep the probes whose hints the policy finds likeliest, or all."
+    )
     hints: Path | None = Field(None, description="File of exploration hints, one a line; None: the built-in pool.")
 
 
 class CorrectionConfig(Section):
-    mixture: Literal["token", "none"] = Field("token", description="Weights for probe mixing: the paper's per-token mixture, or none.")
-    bound: Literal["truncate", "mask", "none"] = Field("truncate", description="What is done with large staleness weights.")
+    mixture: Literal["token", "none"] = Field(
+        "token", description="Weights for probe mixing: the paper's per-token mixture, or none."
+    )
+    bound: Literal["truncate", "mask", "none"] = Field(
+        "truncate", description="What is done with large staleness weights."
+    )
     cap: float = Field(2.0, ge=1.0, description="Bound of `truncate`.")
     low: float = Field(0.5, gt=0, le=1.0, description="Lower bound of `mask`.")
     high: float = Field(2.0, ge=1.0, description="Upper bound of `mask`.")
-    floor: Share = Field(0.0, description="Least weight of a successful probe's tokens in a group without a right target.")
+    floor: Share = Field(
+        0.0, description="Least weight of a successful probe's tokens in a group without a right target."
+    )
 
 
 class LossConfig(Section):
-    baseline: Literal["joint", "target", "loo"] = Field("joint", description="What a reward is compared with inside its group.")
+    baseline: Literal["joint", "target", "loo"] = Field(
+        "joint", description="What a reward is compared with inside its group."
+    )
     clip_low: float = Field(0.2, gt=0, lt=1, description="Ratio clip below 1.")
     clip_high: float = Field(0.2, gt=0, description="Ratio clip above 1.")
     dual_clip: float = Field(3.0, gt=1, description="Bound of the loss for negative advantages.")
@@ -97,19 +147,38 @@ class LossConfig(Section):
 
 
 class ReplayConfig(Section):
-    max_staleness: int = Field(2, ge=0, le=64, description="Most learner steps between the oldest token of a group and its consumption; 0 is synchronous.")
-    lease_timeout_s: float = Field(300.0, gt=0, description="A leased group without progress for so long goes to another actor.")
-    lease_deadline_s: float = Field(3600.0, gt=0, description="A leased group older than this goes to another actor, progress or not.")
-    max_attempts: int = Field(3, ge=1, le=100, description="Times that a question is asked again after lost or broken groups.")
+    max_staleness: int = Field(
+        2,
+        ge=0,
+        le=64,
+        description="Most learner steps between the oldest token of a group and its consumption; 0 is synchronous.",
+    )
+    lease_timeout_s: float = Field(
+        300.0, gt=0, description="A leased group without progress for so long goes to another actor."
+    )
+    lease_deadline_s: float = Field(
+        3600.0, gt=0, description="A leased group older than this goes to another actor, progress or not."
+    )
+    max_attempts: int = Field(
+        3, ge=1, le=100, description="Times that a question is asked again after lost or broken groups."
+    )
     segment_mb: int = Field(64, ge=1, le=4096, description="Size at which the log begins a new segment, MiB.")
 
 
 class LearnerConfig(Section):
     micro_batch_tokens: int = Field(4096, ge=16, description="Most tokens of one forward and backward pass.")
-    threads: int | None = Field(None, ge=1, description="Torch threads of the learner; None: cores divided by processes that compute.")
-    autocast: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Precision of the linear layers; master weights are float32.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
-    max_bad_steps: int = Field(3, ge=1, description="Consecutive steps with a non-finite loss or gradient before the run stops.")
+    threads: int | None = Field(
+        None, ge=1, description="Torch threads of the learner; None: cores divided by processes that compute."
+    )
+    autocast: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Precision of the linear layers; master weights are float32."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+    max_bad_steps: int = Field(
+        3, ge=1, description="Consecutive steps with a non-finite loss or gradient before the run stops."
+    )
 
 
 class OptimizerConfig(Section):
@@ -127,19 +196,25 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, description="Seed of data order and of every draw.")
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints; the last step always has one.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that are kept, besides the best on dev.")
-    stall_timeout_s: float = Field(900.0, gt=0, description="The run fails when no group finishes for so long while the learner waits.")
+    stall_timeout_s: float = Field(
+        900.0, gt=0, description="The run fails when no group finishes for so long while the learner waits."
+    )
 
 
 class EvalConfig(Section):
     every: int = Field(0, ge=0, description="Steps between evaluations on `data.dev`; 0: none but first and last.")
-    max_questions: int | None = Field(None, ge=1, description="Most questions of each evaluation, the first of the files; None: all.")
+    max_questions: int | None = Field(
+        None, ge=1, description="Most questions of each evaluation, the first of the files; None: all."
+    )
 
 
 class PrepareConfig(Section):
     """What is made under RUN/prepared/ before step 0."""
 
     model: Literal["smollm2-135m-instruct", "tiny"] | None = Field(None, description="Model to fetch or to make.")
-    world: Literal["geo", "synthetic"] | None = Field(None, description="World to write: corpus, questions, demonstrations.")
+    world: Literal["geo", "synthetic"] | None = Field(
+        None, description="World to write: corpus, questions, demonstrations."
+    )
     world_size: dict[str, int | float] = Field({}, description="Dials of the world, as `rexrag world --size`.")
     index: Literal["bm25"] | None = Field(None, description="Index to build over the world's corpus.")
     warmstart: bool = Field(False, description="Supervised start on the world's demonstrations.")
@@ -169,3 +244,82 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     prepare: PrepareConfig = PrepareConfig()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Config:
+        problems = [*_env_problems(self.env), *_training_problems(self), *_prepare_problems(self.prepare)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _env_problems(env: EnvConfig) -> list[str]:
+    problems = []
+    for name in ("max_turn_tokens", "max_observation_tokens"):
+        value = getattr(env, name)
+        if value >= env.max_trajectory_tokens:
+            problems.append(
+                f"env.{name} = {value}: must be less than env.max_trajectory_tokens ({env.max_trajectory_tokens}), "
+                "which counts the prompt and all turns; lower the one or raise the other."
+            )
+    return problems
+
+
+def _training_problems(config: Config) -> list[str]:
+    problems = []
+    size = config.rollout.group_size
+    if size == 1 and config.probe.rate == 0:
+        problems.append(
+            "rollout.group_size = 1: must be at least 2 where probe.rate is 0, since a single rollout has nothing "
+            "to be compared with; raise one of the two."
+        )
+    elif size == 1 and config.loss.baseline == "loo":
+        problems.append(
+            'rollout.group_size = 1: must be at least 2 where loss.baseline is "loo", which compares a target and '
+            'its probes with other targets; raise it, or set loss.baseline = "joint".'
+        )
+    if config.reward.format_weight > 0 and config.reward.kind != "em + format":
+        problems.append(
+            f"reward.format_weight = {config.reward.format_weight}: has no effect with reward.kind = "
+            f'"{config.reward.kind}"; set reward.kind = "em + format", or leave the weight out.'
+        )
+    if config.replay.lease_timeout_s > config.replay.lease_deadline_s:
+        problems.append(
+            f"replay.lease_timeout_s = {config.replay.lease_timeout_s}: must be at most replay.lease_deadline_s "
+            f"({config.replay.lease_deadline_s}); lower the one or raise the other."
+        )
+    return problems
+
+
+def _prepare_problems(prepare: PrepareConfig) -> list[str]:
+    needs = {
+        "prepare.index": (prepare.index is not None, ("world",)),
+        "prepare.warmstart": (prepare.warmstart, ("model", "world")),
+        'prepare.model = "tiny"': (prepare.model == "tiny", ("world",)),
+    }
+    return [
+        f"{name}: needs prepare.{other}, from which it is made; set prepare.{other}, or leave it out."
+        for name, (wanted, others) in needs.items()
+        for other in others
+        if wanted and getattr(prepare, other) is None
+    ]
+
+
+METHODS: Final[dict[str, dict[str, object]]] = {
+    "grpo": {"probe.rate": 0.0, "correction.mixture": "none"},
+    "rex": {
+        "probe.rate": 0.5,
+        "probe.filter": "hint_logprob",
+        "correction.mixture": "token",
+        "correction.floor": 0.0,
+        "loss.baseline": "joint",
+    },
+}
+"""What `method` stands for: dotted key -> value."""
+
+TABLES: Final[tuple[str, ...]] = tuple(name for name in Config.model_fields if name != "method")
+KEYS: Final[tuple[str, ...]] = (
+    "method",
+    *(f"{table}.{name}" for table in TABLES for name in type(getattr(Config(), table)).model_fields),
+)
+"""All dotted keys, in the order of a recipe."""

@@ -1,0 +1,207 @@
+"""From the words of `rexrag train` to what is trained: which settings, which run folder, which checkpoint.
+
+no run folder yet               -> new folder, step 0
+--run-dir of a run              -> the same run, after its newest checkpoint
+--resume CHECKPOINT, the newest -> the same run; an older one, or with a new --run-dir -> a new run after it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rexrag.config import KEYS, Config
+from rexrag.errors import ConfigError, RunFolderError
+from rexrag.recipe import (
+    Recipe,
+    check_runnable,
+    flatten,
+    load_recipe,
+    make_config,
+    quickstart_recipe,
+    resolved_toml,
+    with_prepared,
+)
+from rexrag.run_folder import RunFolder, link_latest, new_run_path, write_atomic
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """What the controller is asked to do, in a run folder that its caller has locked.
+
+    Attributes:
+        config: resolved settings, with what `[prepare]` makes filled in (places under `run.prepared`).
+        start_step: learner steps done before this start.
+        checkpoint: committed checkpoint of `start_step`; None: begin from `config.model.path`.
+        resumed: whether the run has been started before, so that its files go on.
+    """
+
+    config: Config
+    run: RunFolder
+    start_step: int
+    checkpoint: Path | None
+    resumed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `rexrag train` is about to do; nothing is written before `open_run`.
+
+    Attributes:
+        root: the run folder.
+        is_new: whether the folder is still to be made.
+        finished: the run has done all its steps: there is nothing to do.
+    """
+
+    recipe: Recipe
+    root: Path
+    is_new: bool
+    start_step: int
+    checkpoint: Path | None
+    finished: bool = False
+
+
+def plan_run(recipe: Path | None, *, overrides: Sequence[str], run_dir: Path | None, resume: str) -> Plan:
+    """Decide which run is meant, and refuse what it cannot be.
+
+    Args:
+        resume: `auto`, `never`, or the path of a checkpoint.
+
+    Raises:
+        ConfigError: settings that cannot be used, or that a resume may not change.
+        RunFolderError: a run folder or checkpoint that does not fit the request.
+    """
+    if resume not in ("auto", "never"):
+        return _plan_from_checkpoint(Path(resume), recipe=recipe, overrides=overrides, run_dir=run_dir)
+    if run_dir is not None and RunFolder.is_run(run_dir):
+        if resume == "never":
+            raise RunFolderError(f"--resume never: run folder {run_dir} exists; name another --run-dir, or resume it.")
+        return _plan_resume(RunFolder(run_dir), recipe=recipe, overrides=overrides)
+    loaded = load_recipe(recipe or quickstart_recipe(), overrides=overrides)
+    check_runnable(loaded)
+    root = (run_dir or new_run_path(loaded.name)).resolve()
+    filled = with_prepared(loaded, prepared=root / "prepared")
+    return Plan(recipe=filled, root=root, is_new=True, start_step=0, checkpoint=None)
+
+
+@contextmanager
+def open_run(plan: Plan) -> Iterator[TrainRequest]:
+    """Make the run folder, or bring it back to its resume point, and hold its lock for the time of the training.
+
+    Raises:
+        RunFolderError: another process uses the folder, or did since the plan was made.
+    """
+    recipe = plan.recipe
+    if plan.is_new:
+        text = resolved_toml(recipe, base=plan.root)
+        run = RunFolder.create(plan.root, recipe=recipe.name, seed=recipe.config.train.seed, config=text)
+        if run.root.parent == Path("runs").resolve():
+            link_latest(run.root)
+    else:
+        run = RunFolder(plan.root)
+    with run:
+        if not plan.is_new:
+            _go_back(plan, run=run)
+        run.set_steps(plan.start_step)
+        yield TrainRequest(
+            config=recipe.config,
+            run=run,
+            start_step=plan.start_step,
+            checkpoint=plan.checkpoint,
+            resumed=not plan.is_new,
+        )
+
+
+def _go_back(plan: Plan, *, run: RunFolder) -> None:
+    """Cut what came after the resume point, and write the settings as they now are."""
+    if max(run.committed_checkpoints(), default=0) != plan.start_step:
+        raise RunFolderError(f"run {run.root}: has gone on meanwhile; give the same command again.")
+    run.cut_after(plan.start_step)
+    if flatten(load_recipe(run.config).config) != flatten(plan.recipe.config):
+        write_atomic(run.config, resolved_toml(plan.recipe, base=run.root))
+
+
+def _plan_resume(run: RunFolder, *, recipe: Path | None, overrides: Sequence[str]) -> Plan:
+    stored = load_recipe(run.config)
+    asked = load_recipe(recipe or run.config, overrides=overrides)
+    wanted = with_prepared(asked, prepared=run.prepared)
+    _refuse_changes(stored.config, wanted)
+    record = run.record()
+    steps = wanted.config.train.steps
+    committed = run.committed_checkpoints()
+    start_step = max(committed, default=0)
+    if steps < start_step:
+        raise ConfigError(
+            f"train.steps = {steps}: must be at least {start_step}, the steps that run {run.root} has done; "
+            "raise it, or start a new run."
+        )
+    return Plan(
+        recipe=replace(wanted, name=record.recipe),
+        root=run.root,
+        is_new=False,
+        start_step=start_step,
+        checkpoint=committed.get(start_step),
+        finished=record.status == "finished" and steps <= record.steps,
+    )
+
+
+def _refuse_changes(stored: Config, wanted: Recipe) -> None:
+    old, new = flatten(stored), flatten(wanted.config)
+    changed = [key for key in KEYS if old[key] != new[key] and not _may_change(key)]
+    if changed:
+        lines = [f"{key} = {new[key]!r} [{wanted.sources[key]}]: the run has {old[key]!r}" for key in changed]
+        raise ConfigError(
+            "\n".join(lines)
+            + "\nA resumed run keeps its settings (but for train.steps, train.checkpoint_every, eval.* "
+            "and rollout.num_actors); leave these keys as they are, or start a new run."
+        )
+
+
+def _may_change(key: str) -> bool:
+    return key.startswith("eval.") or key in ("train.steps", "train.checkpoint_every", "rollout.num_actors")
+
+
+def _plan_from_checkpoint(
+    checkpoint: Path, *, recipe: Path | None, overrides: Sequence[str], run_dir: Path | None
+) -> Plan:
+    source, step = _run_and_step(checkpoint)
+    if recipe is not None:
+        raise ConfigError(
+            f"--resume {checkpoint}: the settings are those of its run; leave {recipe} out, and use --set for changes."
+        )
+    if step == max(source.committed_checkpoints()) and run_dir in (None, source.root):
+        return _plan_resume(source, recipe=None, overrides=overrides)
+    loaded = _without_prepare(load_recipe(source.config, overrides=overrides))
+    loaded = replace(loaded, name=source.record().recipe)
+    check_runnable(loaded)
+    if loaded.config.train.steps < step:
+        raise ConfigError(f"train.steps = {loaded.config.train.steps}: must be at least {step}, the checkpoint's step.")
+    root = (run_dir or new_run_path(loaded.name)).resolve()
+    if RunFolder.is_run(root):
+        raise RunFolderError(
+            f"--resume {checkpoint}: an older checkpoint begins a new run, but {root} exists; "
+            "name another --run-dir, or leave it out."
+        )
+    return Plan(recipe=loaded, root=root, is_new=True, start_step=step, checkpoint=checkpoint.resolve())
+
+
+def _run_and_step(checkpoint: Path) -> tuple[RunFolder, int]:
+    source = RunFolder(checkpoint.resolve().parent.parent)
+    if not RunFolder.is_run(source.root):
+        raise RunFolderError(
+            f"--resume {checkpoint}: must be auto, never, or a checkpoint of a run, such as "
+            "runs/latest/checkpoints/step-000020."
+        )
+    for step, folder in source.committed_checkpoints().items():
+        if folder == checkpoint.resolve():
+            return source, step
+    there = ", ".join(folder.name for folder in source.committed_checkpoints().values()) or "none"
+    raise RunFolderError(f"--resume {checkpoint}: is no committed checkpoint; the run has {there}.")
+
+
+def _without_prepare(recipe: Recipe) -> Recipe:
+    """The same settings where all that was prepared is used from the run that made it."""
+    values = {key: value for key, value in flatten(recipe.config).items() if not key.startswith("prepare.")}
+    return replace(recipe, config=make_config(values, sources=recipe.sources))

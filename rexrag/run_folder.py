@@ -1,0 +1,334 @@
+"""One run on disk: its layout, its lock, its `run.json`, and where a resume begins.
+
+create or open -> with run: ... run.set_steps(n) ... -> run.json says finished, failed or interrupted
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Literal, Self
+
+from rexrag.errors import Interrupted, ModelError, RunFolderError
+
+FORMAT: Final = 1
+Status = Literal["running", "finished", "failed", "interrupted"]
+_PACKAGES: Final = ("rexrag", "torch", "transformers", "tokenizers", "ray", "pyarrow", "tantivy", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What `run.json` says. `steps`: learner steps done; `incarnation` counts the starts of this run."""
+
+    recipe: str
+    seed: int
+    status: Status
+    started: str
+    ended: str | None
+    steps: int
+    incarnation: int
+    versions: Mapping[str, str]
+    format: int = FORMAT
+
+
+class RunFolder:
+    """The folder of one run, locked for as long as this object is entered.
+
+    The lock belongs to the process: it goes away with its holder, however that ends.
+
+        run = RunFolder.create(Path("runs/mine"), recipe="mine", seed=0, config=resolved_toml(recipe))
+        with run:
+            run.set_steps(1)
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._lock_fd: int | None = None
+
+    @classmethod
+    def create(cls, root: Path, *, recipe: str, seed: int, config: str) -> Self:
+        """Make a new run folder with its `config.toml`; `root` must be absent or empty.
+
+        Raises:
+            RunFolderError: the folder holds something already, or cannot be made.
+        """
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            taken = any(root.iterdir())
+        except OSError as error:
+            raise RunFolderError(f"run folder {root}: cannot be made ({error}); name another --run-dir.") from None
+        if taken:
+            raise RunFolderError(f"run folder {root}: is not empty and holds no run; name another --run-dir.")
+        run = cls(root)
+        for folder in (run.tensorboard, run.checkpoints, run.buffer):
+            folder.mkdir()
+        write_atomic(run.config, config)
+        record = RunRecord(
+            recipe=recipe,
+            seed=seed,
+            status="interrupted",
+            started=_now(),
+            ended=None,
+            steps=0,
+            incarnation=0,
+            versions=_versions(),
+        )
+        run._write_record(record)
+        return run
+
+    @staticmethod
+    def is_run(root: Path) -> bool:
+        """Whether the folder holds a run."""
+        return (root / "run.json").is_file()
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def eval(self) -> Path:
+        return self.root / "eval.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.jsonl"
+
+    @property
+    def accounting(self) -> Path:
+        return self.root / "accounting.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def buffer(self) -> Path:
+        return self.root / "buffer"
+
+    @property
+    def prepared(self) -> Path:
+        return self.root / "prepared"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after `step`, there or not."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def committed_checkpoints(self) -> dict[int, Path]:
+        """Step -> folder of each checkpoint whose `COMMIT` is there, oldest first."""
+        found = {}
+        for folder in self.checkpoints.glob("step-*"):
+            number = folder.name.removeprefix("step-")
+            if number.isdigit() and (folder / "COMMIT").is_file():
+                found[int(number)] = folder
+        return dict(sorted(found.items()))
+
+    def best_checkpoint(self) -> Path:
+        """The checkpoint with the highest EM on dev (the later one of equals), else the last.
+
+        Raises:
+            RunFolderError: the run has no committed checkpoint.
+        """
+        committed = self.committed_checkpoints()
+        if not committed:
+            raise RunFolderError(f"run {self.root}: has no checkpoint yet; wait for one, or name a model folder.")
+        scores = {line["step"]: line["em"] for line in read_jsonl(self.eval) if line.get("split") == "dev"}
+        scored = [(float(str(scores[step])), step) for step in committed if step in scores]
+        return committed[max(scored)[1] if scored else max(committed)]
+
+    def record(self) -> RunRecord:
+        """What `run.json` says.
+
+        Raises:
+            RunFolderError: it cannot be read, or another version of this package wrote it.
+        """
+        try:
+            fields = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
+            written = fields["format"]
+            if written == FORMAT:
+                return RunRecord(**fields)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"run {self.root}: run.json cannot be read ({error}); start a new run.") from None
+        raise RunFolderError(
+            f"run {self.root}: folder format {written} is not this version's {FORMAT}; "
+            "use the version of rexrag that wrote it, or start a new run."
+        )
+
+    def set_steps(self, steps: int) -> None:
+        """Record the learner steps done."""
+        self._update(steps=steps)
+
+    @property
+    def incarnation(self) -> str:
+        """Names this start of the run; the next one sorts after it."""
+        return f"{self.record().incarnation:04d}"
+
+    def cut_after(self, step: int) -> None:
+        """Move the lines of later steps out of `metrics.jsonl` and `eval.jsonl` into `*.lost.jsonl`."""
+        for path in (self.metrics, self.eval):
+            if not path.exists():
+                continue
+            kept: list[str] = []
+            lost: list[str] = []
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                (kept if _step_of(line) <= step else lost).append(f"{line}\n")
+            if lost:
+                with path.with_name(f"{path.stem}.lost.jsonl").open("a", encoding="utf-8") as lost_file:
+                    lost_file.writelines(lost)
+                write_atomic(path, "".join(kept))
+
+    def __enter__(self) -> Self:
+        """Take the lock and begin a new incarnation.
+
+        Raises:
+            RunFolderError: another process holds the lock.
+        """
+        self._lock()
+        incarnation = self.record().incarnation + 1
+        self._update(status="running", ended=None, incarnation=incarnation, versions=_versions())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        status: Status = "finished"
+        if kind is not None:
+            status = "interrupted" if issubclass(kind, Interrupted | KeyboardInterrupt) else "failed"
+        self._update(status=status, ended=_now())
+        assert self._lock_fd is not None
+        os.close(self._lock_fd)
+        self._lock_fd = None
+
+    def _lock(self) -> None:
+        fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
+            os.close(fd)
+            raise RunFolderError(
+                f"run {self.root}: is in use by process {holder}; wait for it, stop it, or name another --run-dir."
+            ) from None
+        os.truncate(fd, 0)
+        os.write(fd, f"{os.getpid()}\n".encode())
+        self._lock_fd = fd
+
+    def _update(self, **changes: object) -> None:
+        assert self._lock_fd is not None, "run.json is written by the holder of the lock"
+        fields: dict[str, object] = {**vars(self.record()), **changes}
+        self._write_fields(fields)
+
+    def _write_record(self, record: RunRecord) -> None:
+        self._write_fields(dict(vars(record)))
+
+    def _write_fields(self, fields: Mapping[str, object]) -> None:
+        write_atomic(self.root / "run.json", json.dumps(fields, indent=2) + "\n")
+
+
+def new_run_path(recipe: str, *, parent: Path = Path("runs")) -> Path:
+    """A default run folder's name that is not taken: `runs/<recipe>-<UTC time>`."""
+    stem = f"{recipe}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    names = (stem, *(f"{stem}-{number}" for number in range(2, 1000)))
+    return next(parent / name for name in names if not (parent / name).exists())
+
+
+def link_latest(root: Path) -> None:
+    """Let `latest`, beside the run folder, point to it."""
+    link = root.parent / "latest"
+    fresh = root.parent / f".latest-{os.getpid()}"
+    fresh.symlink_to(root.name, target_is_directory=True)
+    fresh.replace(link)
+
+
+def resolve_model_or_run(name: str) -> Path:
+    """The model folder or file that a user's words mean: for a run its best checkpoint on dev, else its last.
+
+    A name that is no path here, of the form `owner/name`, is left as it is: a hub id.
+
+    Raises:
+        ModelError: there is no such thing.
+        RunFolderError: the run has no checkpoint.
+    """
+    path = Path(name).expanduser()
+    if RunFolder.is_run(path):
+        return RunFolder(path).best_checkpoint()
+    if path.is_file() or (path / "config.json").is_file():
+        return path
+    if path.exists():
+        raise ModelError(f"{name}: is neither a model folder (no config.json) nor a run folder (no run.json).")
+    is_hub_id = len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists()
+    if is_hub_id and not name.startswith((".", "~")):
+        return path
+    raise ModelError(f"{name}: does not exist; name a model folder, a GGUF file, a hub id, or a run folder.")
+
+
+def run_of(path: Path) -> RunFolder | None:
+    """The run that a checkpoint or a run folder belongs to, None for any other model."""
+    for root in (path, path.resolve().parent.parent):
+        if RunFolder.is_run(root):
+            return RunFolder(root)
+    return None
+
+
+def read_jsonl(path: Path) -> list[dict[str, object]]:
+    """The complete lines of a run's own jsonl file; a torn last line is left out, no file is no line."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file as a whole: a reader, or a crash, sees the old text or the new."""
+    fresh = path.with_name(f".{path.name}.tmp")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a jsonl line; infinity for a torn one."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
