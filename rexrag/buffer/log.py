@@ -1,0 +1,285 @@
+"""The replay log on disk: append-only segments of checksummed records.
+
+A folder holds `segment-000001.log`, `segment-000002.log`, … Each process that opens the log begins a new segment, and
+a segment that has grown to `segment_bytes` is followed by another. All integers are little-endian:
+
+    segment = "REXRAG\\xff\\n"  version u32  crc32 u32 (of the 12 bytes before)  record*
+    record  = "RX\\xff\\xfe"  header_length u32  payload_length u64  payload_crc32 u32
+              crc32 u32 (of the 20 bytes before and the header)  header  payload
+
+The header is JSON (`rexrag.buffer.records`). The payload of a `group` record is the very Arrow IPC stream that was
+appended: one record batch of `GROUP_SCHEMA`. 0xff never occurs in UTF-8, so text in a payload cannot pass for a record.
+
+Reading survives anything on disk. A record that was being written when the process or the machine died is a torn
+tail: it was never acknowledged, and is cut. A damaged record elsewhere is reported, and reading goes on at the next
+whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from rexrag.buffer.records import Record, decode, encode
+from rexrag.errors import RunFailure, RunFolderError
+
+LOG = logging.getLogger(__name__)
+
+LOG_VERSION: Final = 1
+_SEGMENT_MAGIC: Final = b"REXRAG\xff\n"
+_RECORD_MAGIC: Final = b"RX\xff\xfe"
+_SEGMENT_HEAD: Final = struct.Struct("<8sII")
+_RECORD_HEAD: Final = struct.Struct("<4sIQI")
+_CRC: Final = struct.Struct("<I")
+_HEAD_SIZE: Final = _RECORD_HEAD.size + _CRC.size
+_MAX_HEADER_BYTES: Final = 1 << 26
+
+Chunk: TypeAlias = bytes | memoryview
+_sync_data = getattr(os, "fdatasync", os.fsync)
+
+
+class LogWriteError(RunFailure):
+    """A record could not be made durable: the disk is full or broken. What was acknowledged before is intact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """Bytes [start, end) of a segment that are no whole record.
+
+    `torn`: the end of the last segment, as a crash leaves it. `group_id`: the group whose bytes are damaged, where
+    its header is readable.
+    """
+
+    segment: Path
+    start: int
+    end: int
+    torn: bool = False
+    group_id: str | None = None
+
+
+class LogWriter:
+    """Appends records, each call all or nothing.
+
+        writer = LogWriter(folder, segment_bytes=64 << 20)
+        writer.write([record], sync=True)     # durable when it returns
+
+    Attributes:
+        first_segment: number of the segment that this writer began with; no other writer ever has the same.
+    """
+
+    def __init__(self, folder: Path, *, segment_bytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._failure: str | None = None
+        self.first_segment = max((_number(path) for path in segments(folder)), default=0) + 1
+        self._number = self.first_segment
+        self._fd, self._good = self._create(self._number)
+
+    def write(self, records: Sequence[Record], *, sync: bool) -> None:
+        """Append records; with `sync` they, and all written before, are on disk when it returns.
+
+        Raises:
+            LogWriteError: nothing of these records is in the log.
+        """
+        if self._failure is not None:
+            raise LogWriteError(self._failure)
+        if self._good >= self._segment_bytes:
+            self._roll()
+        chunks = [chunk for record in records for chunk in _frame(record)]
+        try:
+            _write_all(self._fd, chunks)
+        except OSError as error:
+            self._take_back()
+            raise LogWriteError(f"cannot write to {self._path}: {error.strerror}; free space and resume") from error
+        if sync:
+            self._sync()
+        self._good += sum(len(chunk) for chunk in chunks)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    @property
+    def _path(self) -> Path:
+        return _segment_path(self._folder, self._number)
+
+    def _sync(self) -> None:
+        try:
+            _sync_data(self._fd)
+        except OSError as error:
+            # The kernel may have dropped earlier unsynced pages too: nothing more may follow in this segment.
+            self._failure = f"cannot sync {self._path}: {error.strerror}; check the disk and resume"
+            self._take_back()
+            raise LogWriteError(self._failure) from error
+
+    def _take_back(self) -> None:
+        try:
+            os.ftruncate(self._fd, self._good)
+            os.lseek(self._fd, self._good, os.SEEK_SET)
+        except OSError as error:
+            self._failure = f"cannot truncate {self._path} after a failed write: {error.strerror}; check the disk"
+
+    def _roll(self) -> None:
+        self._sync()
+        old = self._fd
+        self._fd, self._good = self._create(self._number + 1)
+        self._number += 1
+        os.close(old)
+
+    def _create(self, number: int) -> tuple[int, int]:
+        path = _segment_path(self._folder, number)
+        head = _SEGMENT_HEAD.pack(_SEGMENT_MAGIC, LOG_VERSION, zlib.crc32(_SEGMENT_MAGIC + _CRC.pack(LOG_VERSION)))
+        fd = -1
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            _write_all(fd, [head])
+            os.fsync(fd)
+            _sync_folder(self._folder)  # without it a power cut may forget the new name
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+                path.unlink(missing_ok=True)
+            raise LogWriteError(f"cannot begin {path}: {error.strerror}; free space and resume") from error
+        return fd, len(head)
+
+
+def read_log(folder: Path) -> Iterator[Record | Damage]:
+    """All records in the order they were written, and the damage between them.
+
+    The payload of a `Finish` is a view of the mapped file, its checksum verified.
+
+    Raises:
+        RunFolderError: a log of another version.
+    """
+    paths = segments(folder)
+    for path in paths:
+        yield from _read_segment(path, is_last=path == paths[-1])
+
+
+def cut_torn_tail(damage: Damage) -> None:
+    """Cut what a crash left at the end of the last segment."""
+    LOG.warning(
+        "%s: %d bytes of an unfinished record cut at %d", damage.segment, damage.end - damage.start, damage.start
+    )
+    with damage.segment.open("r+b") as file:
+        file.truncate(damage.start)
+        os.fsync(file.fileno())
+
+
+def segments(folder: Path) -> list[Path]:
+    """The segments of a log, oldest first."""
+    return sorted(folder.glob("segment-*.log"), key=_number)
+
+
+def _number(path: Path) -> int:
+    text = path.stem.removeprefix("segment-")
+    if not text.isdecimal():
+        raise RunFolderError(f"{path} is no segment of a replay log: move it out of the folder")
+    return int(text)
+
+
+def _segment_path(folder: Path, number: int) -> Path:
+    return folder / f"segment-{number:06d}.log"
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _frame(record: Record) -> list[Chunk]:
+    header, payload = encode(record)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    head = _RECORD_HEAD.pack(_RECORD_MAGIC, len(text), len(payload), zlib.crc32(payload))
+    return [head + _CRC.pack(zlib.crc32(text, zlib.crc32(head))) + text, payload]
+
+
+def _write_all(fd: int, chunks: Sequence[Chunk]) -> None:
+    for chunk in chunks:
+        view = memoryview(chunk)
+        while view:
+            view = view[os.write(fd, view) :]
+
+
+def _read_segment(path: Path, *, is_last: bool) -> Iterator[Record | Damage]:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:  # created, and then the machine died
+            return
+        data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    view = memoryview(data)
+    position = _check_segment_head(path, view)
+    while position < size:
+        header_end = _header_end(view, position)
+        if header_end is None:
+            resume = _next_record(data, view, position + 1)
+            yield _damage(path, position, resume or size, is_last and resume is None)
+            position = resume or size
+            continue
+        end, header, is_whole = _split(view, position, header_end)
+        if is_whole:
+            yield decode(header, view[header_end:end])
+        else:
+            yield _damage(path, position, min(end, size), is_last and end > size, str(header.get("group_id")))
+        position = end
+
+
+def _check_segment_head(path: Path, view: memoryview) -> int:
+    """Where records begin; 0 where the head is damaged, so that it is reported like any other damage."""
+    if len(view) < _SEGMENT_HEAD.size:
+        return 0
+    magic, version, crc = _SEGMENT_HEAD.unpack_from(view)
+    if magic != _SEGMENT_MAGIC or crc != zlib.crc32(view[: _SEGMENT_HEAD.size - _CRC.size]):
+        return 0
+    if version != LOG_VERSION:
+        raise RunFolderError(
+            f"{path} is a replay log of version {version}, this build reads version {LOG_VERSION}: "
+            "use the version of rexrag that wrote it, or a new run folder"
+        )
+    return _SEGMENT_HEAD.size
+
+
+def _header_end(view: memoryview, position: int) -> int | None:
+    """Where the header of the record at `position` ends; None where there is no whole header."""
+    start = position + _HEAD_SIZE
+    if start > len(view):
+        return None
+    magic, length, _, _ = _RECORD_HEAD.unpack_from(view, position)
+    if magic != _RECORD_MAGIC or length > _MAX_HEADER_BYTES or start + length > len(view):
+        return None
+    (crc,) = _CRC.unpack_from(view, position + _RECORD_HEAD.size)
+    head = zlib.crc32(view[position : position + _RECORD_HEAD.size])
+    return start + length if crc == zlib.crc32(view[start : start + length], head) else None
+
+
+def _split(view: memoryview, position: int, header_end: int) -> tuple[int, dict[str, object], bool]:
+    """End of the record, its header, and whether its payload is all there."""
+    _, _, payload_length, payload_crc = _RECORD_HEAD.unpack_from(view, position)
+    end = header_end + payload_length
+    header: dict[str, object] = json.loads(bytes(view[position + _HEAD_SIZE : header_end]))
+    is_whole = end <= len(view) and zlib.crc32(view[header_end:end]) == payload_crc
+    return end, header, is_whole
+
+
+def _next_record(data: mmap.mmap, view: memoryview, position: int) -> int | None:
+    found = data.find(_RECORD_MAGIC, position)
+    while found >= 0 and _header_end(view, found) is None:
+        found = data.find(_RECORD_MAGIC, found + 1)
+    return found if found >= 0 else None
+
+
+def _damage(path: Path, start: int, end: int, torn: bool, group_id: str | None = None) -> Damage:
+    if not torn:
+        LOG.error("%s: bytes %d to %d are damaged and skipped", path, start, end)
+    return Damage(segment=path, start=start, end=end, torn=torn, group_id=group_id)

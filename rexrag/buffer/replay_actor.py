@@ -1,0 +1,112 @@
+"""Ray shell of the replay buffer: owns a `ReplayState`, and turns its answers into bounded long polls.
+
+All methods run on one event loop and the state never awaits, so each call is one step of the state machine. A call that
+must be durable blocks the loop for one disk sync.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import ray
+from ray.actor import ActorHandle
+
+from rexrag.buffer.ledger import Accounting
+from rexrag.buffer.recovery import open_buffer
+from rexrag.buffer.settings import ReplaySettings
+from rexrag.buffer.status import BufferPosition, BufferStatus
+from rexrag.types import GroupLease, StepBatch, WeightVersion
+
+MAX_POLL_PAUSE_S = 0.5
+"""Leases run out by themselves, so a poll looks again without being woken."""
+
+
+class ReplayActor:
+    """The buffer as rollout actors, learner and controller see it. Errors are those of `ReplayState`.
+
+    It is not restarted by Ray: what a new one resumes at is the controller's decision.
+
+        buffer = start_replay_actor(settings, resume_step=None)
+        ray.get(buffer.publish.remote(version))
+        batch = ray.get(buffer.take.remote(1, rho=0.18, timeout_s=30.0))
+    """
+
+    def __init__(self, settings: ReplaySettings, *, resume_step: int | None) -> None:
+        self._state = open_buffer(settings, resume_step=resume_step, clock=time.monotonic)
+        self._changed = asyncio.Event()
+        self._deaths: Counter[str] = Counter()
+
+    async def lease(self, actor_id: str, *, num: int, held: WeightVersion | None, wait_s: float) -> list[GroupLease]:
+        """Up to `num` groups, waiting at most `wait_s` seconds for the first."""
+        deadline, deaths = time.monotonic() + wait_s, self._deaths[actor_id]
+        while not (leases := self._state.lease(actor_id, num=num, held=held)):
+            if not await self._wait(deadline) or self._deaths[actor_id] != deaths:
+                break
+        return leases
+
+    async def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> list[str]:
+        return self._state.renew(actor_id, progress=progress)
+
+    async def release(self, actor_id: str) -> None:
+        self._deaths[actor_id] += 1  # a poll of the dead must not be given groups
+        self._state.release(actor_id)
+        self._wake()
+
+    async def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> Literal["accepted", "duplicate"]:
+        try:
+            return self._state.append(actor_id, group_id=group_id, ipc=ipc)
+        finally:
+            self._wake()
+
+    async def fail(self, actor_id: str, *, group_id: str, reason: str) -> None:
+        self._state.fail(actor_id, group_id=group_id, reason=reason)
+        self._wake()
+
+    async def take(self, step: int, *, rho: float | None, timeout_s: float) -> StepBatch | None:
+        """The batch of `step`; None where there is none after `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        while (batch := self._state.take(step, rho=rho)) is None:
+            if not await self._wait(deadline):
+                break
+        self._wake()  # stale drops give admission
+        return batch
+
+    async def outcome(self, step: int, *, applied: bool) -> None:
+        self._state.outcome(step, applied=applied)
+
+    async def publish(self, version: WeightVersion) -> None:
+        self._state.publish(version)
+        self._wake()
+
+    async def accounting(self) -> Accounting:
+        return self._state.accounting()
+
+    async def status(self) -> BufferStatus:
+        return self._state.status()
+
+    async def position(self) -> BufferPosition:
+        return self._state.position()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _wait(self, deadline: float) -> bool:
+        """Wait for a change, or a little; False at the deadline."""
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            return False
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), min(remaining, MAX_POLL_PAUSE_S))
+        return True
+
+
+def start_replay_actor(settings: ReplaySettings, *, resume_step: int | None) -> ActorHandle[ReplayActor]:
+    """A `ReplayActor` in its own process; see `open_buffer` for `resume_step`."""
+    handle = ray.remote(ReplayActor).options(num_cpus=0).remote(settings, resume_step=resume_step)
+    return cast("ActorHandle[ReplayActor]", handle)

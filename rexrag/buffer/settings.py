@@ -1,0 +1,38 @@
+"""What a replay buffer is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rexrag.errors import DataError
+from rexrag.types import Question
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaySettings:
+    """What a buffer is built from. Staleness in learner steps, times in seconds.
+
+    Attributes:
+        max_attempts: times that a question is asked again after its group was dropped, before it is given up.
+        segment_bytes: size at which the log begins a new segment.
+    """
+
+    folder: Path
+    questions: tuple[Question, ...]
+    groups_per_step: int
+    max_staleness: int
+    seed: int
+    lease_timeout_s: float = 300.0
+    lease_deadline_s: float = 3600.0
+    max_attempts: int = 3
+    segment_bytes: int = 64 << 20
+
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise DataError("there is no question to train on: data.train names files without a usable row")
+        seen: set[str] = set()
+        for question in self.questions:
+            if question.key in seen:
+                raise DataError(f"question {question.key} occurs twice: (data_source, id) must be unique in data.train")
+            seen.add(question.key)

@@ -1,0 +1,365 @@
+"""The replay buffer as a pure state machine: no Ray, no clock, no file of its own.
+
+    lease ─▶ (actor works, `renew`) ─▶ append ─▶ take ─▶ (learner works) ─▶ outcome, publish
+      ▲ admission: waiting + leased + finished + assigned to an unpublished step ≤ (S + 1) · groups_per_step
+
+What must survive a crash is written to the journal first and applied to the ledger after; leases and the published
+version are in memory only. Every method is idempotent where Ray or an actor may call it again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol
+
+from rexrag.buffer.leases import LeaseTable
+from rexrag.buffer.ledger import Accounting, Group, GroupState, Ledger
+from rexrag.buffer.log import Damage
+from rexrag.buffer.records import Assign, Drop, DropReason, Finish, Issue, Outcome, Record, Then
+from rexrag.buffer.schedule import Candidate, issue_order, select_batch
+from rexrag.buffer.settings import ReplaySettings
+from rexrag.buffer.status import ActorStatus, BufferPosition, BufferStatus
+from rexrag.buffer.validation import parse_group
+from rexrag.errors import StaleGroupError, UnknownLeaseError
+from rexrag.types import GroupLease, StepBatch, WeightVersion
+
+
+class Journal(Protocol):
+    """Where records become durable: all of a call or, with an error, none."""
+
+    def write(self, records: Sequence[Record], *, sync: bool) -> None: ...
+
+
+def what_then(group: Group | None, reason: DropReason, *, max_attempts: int | None = None) -> Then:
+    """What becomes of a dropped group's question; `lost` counts as no attempt."""
+    if group is None or not group.question:
+        return Then.ELSEWHERE
+    if reason is DropReason.LOST or max_attempts is None or group.attempt < max_attempts:
+        return Then.AGAIN
+    return Then.GIVEN_UP
+
+
+class ReplayState:
+    """The buffer's rules over a ledger and a journal.
+
+        state = open_buffer(settings, resume_step=None, clock=time.monotonic)
+        state.publish(WeightVersion(incarnation=state.position().incarnation, step=0))
+        (lease,) = state.lease("rollout-0", num=1, held=version)
+        state.append("rollout-0", group_id=lease.group_id, ipc=batch_to_ipc(group.to_record_batch()))
+        batch = state.take(1, rho=None)       # None while step 1 has no complete batch
+        state.outcome(1, applied=True)
+        state.publish(WeightVersion(incarnation=state.position().incarnation, step=1))
+
+    Args:
+        clock: seconds, never going back.
+    """
+
+    def __init__(
+        self,
+        settings: ReplaySettings,
+        *,
+        ledger: Ledger,
+        journal: Journal,
+        clock: Callable[[], float],
+        damages: tuple[Damage, ...] = (),
+    ) -> None:
+        assert ledger.begin is not None, "an incarnation is durable before the first issue"
+        self._settings = settings
+        self._ledger = ledger
+        self._journal = journal
+        self._clock = clock
+        self._damages = damages
+        self._incarnation = ledger.begin.incarnation
+        self._resume_step = ledger.begin.resume_step
+        self._questions = {question.key: question for question in settings.questions}
+        self._leases = LeaseTable(timeout_s=settings.lease_timeout_s, deadline_s=settings.lease_deadline_s)
+        self._published: WeightVersion | None = None
+        self._unpublished: dict[int, int] = {}
+        self._held: dict[str, WeightVersion | None] = {}
+        self._num_issued = 0
+        self._epoch = max(ledger.asked, default=0)
+        self._line = deque(
+            (epoch, key)
+            for epoch in range(self._epoch + 1)
+            for key in issue_order(self._questions, seed=settings.seed, epoch=epoch)
+            if key not in ledger.asked.get(epoch, ())
+        )
+
+    def lease(self, actor_id: str, *, num: int, held: WeightVersion | None) -> list[GroupLease]:
+        """Up to `num` groups in order of admission; none unless the actor holds the published version or a newer one.
+
+        Raises:
+            LogWriteError: new groups cannot be written; nothing was leased.
+        """
+        self._expire()
+        self._held[actor_id] = held
+        version = self._published
+        if version is None or not _is_current(held, version):
+            return []
+        waiting = self._waiting()[:num]
+        free = self.capacity - len(self._ledger.in_state(GroupState.OPEN)) - self._num_beyond_open()
+        new = self._issue(max(0, min(num - len(waiting), free)), version.step)
+        groups = [*waiting, *new]
+        now = self._clock()
+        for group in groups:
+            self._leases.grant(group.group_id, actor_id=actor_id, version=version.step, now=now)
+        return [
+            GroupLease(
+                group_id=group.group_id,
+                question=self._questions[group.question],
+                epoch=group.epoch,
+                attempt=group.attempt,
+                version=version,
+            )
+            for group in groups
+        ]
+
+    def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> list[str]:
+        """Renew the leases whose progress number grew; returns the groups that the actor no longer holds."""
+        self._expire()
+        return self._leases.renew(actor_id, progress=progress, now=self._clock())
+
+    def release(self, actor_id: str) -> None:
+        """The actor has died: its groups go to others at once."""
+        self._leases.release(actor_id)
+        self._held.pop(actor_id, None)
+
+    def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> Literal["accepted", "duplicate"]:
+        """Store a finished group; it is durable when this returns. The first one wins, whoever holds the lease.
+
+        Raises:
+            UnknownLeaseError: the group was never issued, or was dropped.
+            ValueError: the group is not valid; it is dropped, and its question asked again.
+            LogWriteError: the group is not stored, but still leased.
+        """
+        self._expire()
+        group = self._known(group_id)
+        if group.was_finished:
+            return "duplicate"
+        if group.state is GroupState.DROPPED:
+            raise UnknownLeaseError(f"group {group_id} was dropped: abandon it")
+        try:
+            parsed = parse_group(ipc, group_id=group_id, question=group.question, newest_version=self._ledger.last_step)
+        except ValueError:
+            self._drop_open(actor_id, group, DropReason.INVALID)
+            raise
+        finish = Finish(
+            group_id=group_id,
+            epoch=group.epoch,
+            question=group.question,
+            attempt=group.attempt,
+            version=self._version_bound(group, parsed.min_version),
+            min_version=parsed.min_version,
+            max_version=parsed.max_version,
+            payload=ipc,
+        )
+        self._commit([finish])
+        self._leases.end(group_id)
+        return "accepted"
+
+    def fail(self, actor_id: str, *, group_id: str, reason: str) -> None:
+        """The actor gives a group up (`env_error` or `invalid`); nothing happens if it does not hold it any more.
+
+        Raises:
+            UnknownLeaseError: the group was never issued.
+            ValueError: another reason.
+        """
+        if reason not in (DropReason.ENV_ERROR, DropReason.INVALID):
+            raise ValueError(f"reason {reason!r} is unknown to an actor: env_error or invalid")
+        self._expire()
+        group = self._known(group_id)
+        if group.state is GroupState.OPEN:
+            self._drop_open(actor_id, group, DropReason(reason))
+
+    def take(self, step: int, *, rho: float | None) -> StepBatch | None:
+        """The batch of `step`, the same each time; None while there is none.
+
+        The batch is the first `groups_per_step` finished groups, and waits for leased ones that would otherwise miss
+        their last chance (`select_batch`).
+
+        Raises:
+            ValueError: not the step after the last, or a step that is over.
+        """
+        self._expire()
+        if step not in self._ledger.steps:
+            if step != self._ledger.last_step + 1:
+                raise ValueError(f"step {step} cannot be taken: the next one is {self._ledger.last_step + 1}")
+            if not self._assign(step, rho):
+                return None
+        groups = [self._ledger.groups[group_id] for group_id in self._ledger.steps[step]]
+        payloads = [group.payload for group in groups if group.payload is not None]
+        assert len(payloads) == len(groups), f"step {step} has groups without bytes"
+        return StepBatch(step=step, incarnation=self._incarnation, groups=tuple(bytes(data) for data in payloads))
+
+    def outcome(self, step: int, *, applied: bool) -> None:
+        """The learner is done with the step, applied or skipped: its groups are consumed.
+
+        Raises:
+            ValueError: the step was never taken.
+        """
+        groups = self._ledger.steps.get(step)
+        if groups is not None:
+            self._commit([Outcome(incarnation=self._incarnation, step=step, groups=groups, applied=applied)])
+        elif step > self._ledger.last_step:
+            raise ValueError(f"step {step} has no batch: the last one with a batch is {self._ledger.last_step}")
+
+    def publish(self, version: WeightVersion) -> None:
+        """From now on leases need this version.
+
+        Raises:
+            ValueError: it goes back, belongs to another incarnation, or is of a step without a batch.
+        """
+        oldest = self._published.step if self._published is not None else self._resume_step
+        if version.step < oldest or (self._published and version.incarnation != self._published.incarnation):
+            raise ValueError(f"{version} cannot follow {self._published or oldest}: a version never goes back")
+        if version.step > self._ledger.last_step:
+            raise ValueError(f"{version} is of no step with a batch: the last is {self._ledger.last_step}")
+        self._published = version
+        self._unpublished = {step: num for step, num in self._unpublished.items() if step > version.step}
+
+    @property
+    def capacity(self) -> int:
+        return (self._settings.max_staleness + 1) * self._settings.groups_per_step
+
+    def accounting(self) -> Accounting:
+        return self._ledger.accounting()
+
+    def position(self) -> BufferPosition:
+        return BufferPosition(
+            incarnation=self._incarnation,
+            last_step=self._ledger.last_step,
+            epoch=self._epoch,
+            damages=self._damages,
+        )
+
+    def status(self) -> BufferStatus:
+        self._expire()
+        return BufferStatus(
+            published=self._published,
+            last_step=self._ledger.last_step,
+            waiting=len(self._waiting()),
+            leased=len(self._leases),
+            finished=len(self._ledger.in_state(GroupState.FINISHED)),
+            assigned=len(self._ledger.in_state(GroupState.ASSIGNED)),
+            capacity=self.capacity,
+            questions_to_ask_again=len(self._ledger.again),
+            actors={actor_id: self._actor_status(actor_id) for actor_id in self._actor_ids()},
+        )
+
+    def _actor_ids(self) -> list[str]:
+        return sorted({*self._held, *(lease.actor_id for lease in self._leases)})
+
+    def _actor_status(self, actor_id: str) -> ActorStatus:
+        now = self._clock()
+        idle = [now - lease.progressed_at for lease in self._leases if lease.actor_id == actor_id]
+        held = self._held.get(actor_id)
+        return ActorStatus(
+            num_leased=len(idle),
+            idle_s=max(idle, default=0.0),
+            held=held,
+            waits_for_version=self._published is not None and not _is_current(held, self._published),
+        )
+
+    def _commit(self, records: Sequence[Record], *, sync: bool = True) -> None:
+        self._journal.write(records, sync=sync)
+        for record in records:
+            self._ledger.apply(record)
+
+    def _expire(self) -> None:
+        self._leases.expire(self._clock())
+
+    def _waiting(self) -> list[Group]:
+        """Issued groups that nobody works on, in order of admission."""
+        return [group for key, group in self._ledger.in_state(GroupState.OPEN).items() if key not in self._leases]
+
+    def _num_beyond_open(self) -> int:
+        return len(self._ledger.in_state(GroupState.FINISHED)) + sum(self._unpublished.values())
+
+    def _issue(self, num: int, version: int) -> list[Group]:
+        """New groups: questions to be asked again first, then the epoch's line. Durable with what follows."""
+        sources = [(epoch, key, attempt) for (epoch, key), attempt in list(self._ledger.again.items())[:num]]
+        num_again = len(sources)
+        while len(sources) < num:
+            index = len(sources) - num_again
+            if index >= len(self._line):
+                self._begin_epoch()
+            epoch, key = self._line[index]
+            sources.append((epoch, key, 0))
+        records = [
+            Issue(group_id=f"{self._incarnation}-{number}", epoch=epoch, question=key, attempt=attempt, version=version)
+            for number, (epoch, key, attempt) in enumerate(sources, self._num_issued)
+        ]
+        if records:
+            self._commit(records, sync=False)
+        for _ in range(len(sources) - num_again):
+            self._line.popleft()
+        self._num_issued += len(records)
+        return [self._ledger.groups[record.group_id] for record in records]
+
+    def _begin_epoch(self) -> None:
+        self._epoch += 1
+        order = issue_order(self._questions, seed=self._settings.seed, epoch=self._epoch)
+        self._line.extend((self._epoch, key) for key in order)
+
+    def _known(self, group_id: str) -> Group:
+        group = self._ledger.groups.get(group_id)
+        if group is None:
+            raise UnknownLeaseError(f"group {group_id} was never issued by this buffer: abandon it")
+        return group
+
+    def _version_bound(self, group: Group, min_version: int | None) -> int:
+        """The lease's version, or that of an older token: a group may come from one who has lost the lease."""
+        lease = self._leases.get(group.group_id)
+        bounds = [version for version in (min_version, None if lease is None else lease.version) if version is not None]
+        return min(bounds, default=group.version)
+
+    def _drop_open(self, actor_id: str, group: Group, reason: DropReason) -> None:
+        """Drop an unfinished group, unless another actor works on it."""
+        lease = self._leases.get(group.group_id)
+        if lease is not None and lease.actor_id == actor_id:
+            self._drop([group], reason)
+
+    def _drop(self, groups: Sequence[Group], reason: DropReason) -> None:
+        drops = [
+            Drop(
+                group_id=group.group_id,
+                reason=reason,
+                then=what_then(group, reason, max_attempts=self._settings.max_attempts),
+            )
+            for group in groups
+        ]
+        if drops:
+            self._commit(drops)
+        for group in groups:
+            self._leases.end(group.group_id)
+
+    def _assign(self, step: int, rho: float | None) -> bool:
+        """Choose and log the batch of `step`, which the learner takes at version `step` - 1."""
+        now_version, bound = step - 1, self._settings.max_staleness
+        finished = self._ledger.in_state(GroupState.FINISHED)
+        self._drop([group for group in finished.values() if _age(group, now_version) > bound], DropReason.STALE)
+        chosen = select_batch(
+            [Candidate(version=group.version, order=group.order, group_id=key) for key, group in finished.items()],
+            leased_versions=[lease.version for lease in self._leases],
+            version=now_version,
+            size=self._settings.groups_per_step,
+            max_staleness=bound,
+        )
+        if chosen is None:
+            return False
+        for key in chosen:
+            if (age := _age(finished[key], now_version)) > bound:
+                raise StaleGroupError(f"group {key} is {age} steps old at step {step}, at most {bound} are allowed")
+        self._commit([Assign(incarnation=self._incarnation, step=step, groups=chosen, rho=rho)])
+        self._unpublished[step] = len(chosen)
+        return True
+
+
+def _is_current(held: WeightVersion | None, published: WeightVersion) -> bool:
+    return held is not None and held.incarnation == published.incarnation and held.step >= published.step
+
+
+def _age(group: Group, version: int) -> int:
+    """Learner steps between the group's oldest policy or hint token and `version` (§6)."""
+    return 0 if group.min_version is None else version - group.min_version

@@ -1,0 +1,47 @@
+"""What a replay buffer says of itself, for progress and stall reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rexrag.buffer.log import Damage
+from rexrag.types import WeightVersion
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorStatus:
+    """What one actor holds. `idle_s`: longest time without progress among its leases.
+
+    `waits_for_version`: when it last asked for groups, it did not hold the published weights.
+    """
+
+    num_leased: int
+    idle_s: float
+    held: WeightVersion | None
+    waits_for_version: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferStatus:
+    """Group counts now. `capacity` bounds waiting + leased + finished + assigned to unpublished steps."""
+
+    published: WeightVersion | None
+    last_step: int
+    waiting: int
+    leased: int
+    finished: int
+    assigned: int
+    capacity: int
+    questions_to_ask_again: int
+    actors: Mapping[str, ActorStatus]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferPosition:
+    """Where the buffer stands. `last_step`: the last step that has a batch. `damages`: what recovery had to skip."""
+
+    incarnation: str
+    last_step: int
+    epoch: int
+    damages: tuple[Damage, ...]
