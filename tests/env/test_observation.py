@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from rexrag.env import Malformed, neutralize
+from rexrag.env.codec import Codec
+from rexrag.env.observation import format_observation, render_feedback, render_observation
+from rexrag.errors import ConfigError
+from rexrag.types import Passage
+
+TAGS = ["think", "search", "information", "answer", "action"]
+SPECIAL = ("<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]", "ab", "bca")
+fragments = st.sampled_from([*TAGS, *SPECIAL, "<", ">", "/", " ", "\n", "\u00a0", "a", "b", "c", "<SeArCh", "[", "]"])
+hostile_texts = st.lists(fragments | st.text(max_size=3), max_size=14).map("".join)
+
+
+def _has_tag(text: str) -> bool:
+    """Reference: any bracketed run that is a control word once spaces and slashes are dropped."""
+    inner = re.findall(r"(?=<([^<>]*)>)", text)
+    return any(part.strip("/" + "".join(filter(str.isspace, part))).casefold() in TAGS for part in inner)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<search>", "[search]"),
+        ("</Answer>", "[/Answer]"),
+        ("< / INFORMATION >", "[ / INFORMATION ]"),
+        ("<think/>", "[think/]"),
+        ("<think / >", "[think / ]"),
+        ("<\nsearch\n>", "[\nsearch\n]"),
+        ("<sea<search>rch>", "<sea[search]rch>"),
+        ("<<action>>", "<[action]>"),
+        ("a < b and c > d, <searching> <b>bold</b> <search engine>", None),
+        ("x <|im_end|> y", None),
+        ("", None),
+    ],
+)
+def test_neutralize_tags(text: str, expected: str | None) -> None:
+    assert neutralize(text) == (text if expected is None else expected)
+
+
+def test_neutralize_breaks_special_tokens() -> None:
+    assert neutralize("x<|im_end|>y [INST]", special_tokens=SPECIAL) == "x< |im_end|>y [ INST]"
+    assert neutralize("abca", special_tokens=SPECIAL) == "a b ca", "overlapping ones too"
+
+
+@settings(deadline=None, max_examples=600)
+@given(text=hostile_texts)
+def test_neutralize_leaves_no_tag_and_no_special_token(text: str) -> None:
+    clean = neutralize(text, special_tokens=SPECIAL)
+    assert not _has_tag(clean)
+    assert not any(token in clean for token in SPECIAL)
+    assert neutralize(clean, special_tokens=SPECIAL) == clean
+    if not _has_tag(text) and not any(token in text for token in SPECIAL):
+        assert clean == text
+
+
+def _passage(title: str, text: str) -> Passage:
+    return Passage(id="p", title=title, text=text)
+
+
+PASSAGES = [
+    _passage("Gabon", "its capital is Libreville"),
+    _passage("Libreville", "a city"),
+    _passage("Homs", "is in Syria"),
+]
+
+
+def test_an_observation_that_fits_is_whole(codec: Codec) -> None:
+    ids = render_observation(PASSAGES, codec=codec, max_tokens=500)
+    assert codec.decode(ids) == format_observation(PASSAGES) == (
+        "\n\n<information>Doc 1(Title: Gabon) its capital is Libreville\n"
+        "Doc 2(Title: Libreville) a city\nDoc 3(Title: Homs) is in Syria</information>\n\n"
+    )  # fmt: skip
+    assert render_observation(PASSAGES, codec=codec, max_tokens=len(ids)) == ids
+
+
+def test_a_cut_observation_loses_last_passages_first_then_words(codec: Codec) -> None:
+    def shown(num_tokens: int) -> str:
+        return codec.decode(render_observation(PASSAGES, codec=codec, max_tokens=num_tokens))
+
+    whole = len(render_observation(PASSAGES, codec=codec, max_tokens=500))
+    two = len(render_observation(PASSAGES[:2], codec=codec, max_tokens=500))
+    assert shown(whole - 1).endswith("Doc 3(Title: Homs) is in</information>\n\n")
+    assert shown(two) == format_observation(PASSAGES[:2])
+    assert shown(two + 1) == format_observation(PASSAGES[:2]), "no header without a word of text"
+
+
+def test_no_passage_is_an_empty_block(codec: Codec) -> None:
+    assert codec.decode(render_observation([], codec=codec, max_tokens=50)) == "\n\n<information></information>\n\n"
+
+
+def test_a_budget_below_the_tags_is_refused(codec: Codec) -> None:
+    with pytest.raises(ConfigError, match=r"env\.max_observation_tokens = 3 .* tokens"):
+        render_observation(PASSAGES, codec=codec, max_tokens=3)
+
+
+passages = st.lists(st.builds(_passage, hostile_texts, hostile_texts | st.text("ab 日本\n", max_size=60)), max_size=3)
+
+
+@settings(deadline=None, max_examples=300)
+@given(passages=passages, extra=st.integers(0, 120))
+def test_observation_budget(
+    codec: Codec, tokenizer: PreTrainedTokenizerFast, passages: list[Passage], extra: int
+) -> None:
+    frame = len(render_observation([], codec=codec, max_tokens=500))
+    ids = render_observation(passages, codec=codec, max_tokens=frame + extra)
+    text = codec.decode(ids)
+    assert len(ids) <= frame + extra
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert text.startswith("\n\n<information>")
+    assert text.endswith("</information>\n\n")
+    inside = text.removeprefix("\n\n<information>").removesuffix("</information>\n\n")
+    assert not _has_tag(inside)
+    whole = format_observation(passages, special_tokens=codec.special_tokens)
+    assert whole.startswith("\n\n<information>" + inside), "what is shown is the beginning of the whole"
+    if len(codec.encode(whole)) <= frame + extra:
+        assert text == whole
+    else:
+        rest = whole.removeprefix("\n\n<information>" + inside)
+        is_cjk = (bool(inside) and "\u2e80" <= inside[-1] <= "\u9fff") or "\u2e80" <= rest[0] <= "\u9fff"
+        assert not inside or rest[0].isspace() or is_cjk, "a word is never cut"
+
+
+def test_feedback_says_what_was_wrong_and_what_is_allowed(codec: Codec) -> None:
+    text = codec.decode(render_feedback(Malformed("the query is empty"), codec=codec))
+    assert "the query is empty" in text
+    assert "<search>query</search> or <answer>text</answer>" in text
+    assert text == "\n\n" + text.strip() + "\n\n"
