@@ -92,6 +92,12 @@ def test_a_cut_observation_loses_last_passages_first_then_words(codec: Codec) ->
     assert shown(two + 1) == format_observation(PASSAGES[:2]), "no header without a word of text"
 
 
+@pytest.mark.parametrize("words", ["Doc", "Doc 1(Title:", "Doc 1(Title: Gabon)", "Doc 1(Title: Gabon) its"])
+def test_of_the_first_passage_anything_that_fits_is_shown(codec: Codec, words: str) -> None:
+    text = f"\n\n<information>{words}</information>\n\n"
+    assert codec.decode(render_observation(PASSAGES, codec=codec, max_tokens=len(codec.encode(text)))) == text
+
+
 def test_no_passage_is_an_empty_block(codec: Codec) -> None:
     assert codec.decode(render_observation([], codec=codec, max_tokens=50)) == "\n\n<information></information>\n\n"
 
