@@ -146,7 +146,7 @@ class Ledger:
         key = (group.epoch, group.question)
         if self.live.get(key) == group.group_id:
             del self.live[key]
-        if record.then is Then.AGAIN:
+        if record.then is Then.AGAIN and group.question:  # else its epoch asks for it anyway
             self.again[key] = group.attempt + (record.reason is not DropReason.LOST)
         self._given_up += record.then is Then.GIVEN_UP
 

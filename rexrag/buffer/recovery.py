@@ -39,7 +39,7 @@ def open_buffer(settings: ReplaySettings, *, resume_step: int | None, clock: Cal
         LogWriteError: the new incarnation cannot be written.
     """
     ledger, damages = _fold(settings.folder)
-    if resume_step is None and ledger.begin is not None:
+    if resume_step is None and ledger.groups:
         raise RunFolderError(
             f"{settings.folder} holds the replay log of a run already: resume that run, or choose a new run folder"
         )
