@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rexrag.config import KEYS, Config
 from rexrag.errors import ConfigError, RunFolderError
+from rexrag.files import write_atomic
 from rexrag.recipe import (
     Recipe,
     check_runnable,
@@ -24,7 +25,7 @@ from rexrag.recipe import (
     resolved_toml,
     with_prepared,
 )
-from rexrag.run_folder import RunFolder, link_latest, new_run_path, write_atomic
+from rexrag.run_folder import RunFolder, link_latest, new_run_path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Final, Literal, Self
 
 from rexrag.errors import Interrupted, ModelError, RunFolderError
+from rexrag.files import write_atomic
 
 FORMAT: Final = 1
 Status = Literal["running", "finished", "failed", "interrupted"]
@@ -300,16 +301,6 @@ def read_jsonl(path: Path) -> list[dict[str, object]]:
         except json.JSONDecodeError:
             continue
     return lines
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader, or a crash, sees the old text or the new."""
-    fresh = path.with_name(f".{path.name}.tmp")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
 
 
 def _step_of(line: str) -> float:
