@@ -1,0 +1,220 @@
+"""What an index folder holds: `index.json`, its hashes, and the rules for making and opening such a folder.
+
+An index is made in a folder beside the final one and renamed: a folder with an `index.json` is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rexrag.errors import RetrievalIndexError
+from rexrag.files import sha256_file, sync_folder, write_atomic
+
+MANIFEST_NAME: Final = "index.json"
+FORMAT: Final = "rexrag-index"
+FORMAT_VERSION: Final = 1
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Table):
+    """Size and hash of one file."""
+
+    bytes: int
+    sha256: str
+
+
+class CorpusEntry(_Table):
+    """The corpus that was indexed.
+
+    Attributes:
+        path: absolute; `relative_path` from the index folder finds it when both were moved together.
+        stored: the passages are kept inside the index folder, so that the corpus need not be there any more.
+    """
+
+    path: str
+    relative_path: str
+    bytes: int
+    sha256: str
+    stored: bool
+
+
+class Manifest(_Table):
+    """The content of `index.json`. `files` are named relative to the index folder."""
+
+    format: Literal["rexrag-index"] = FORMAT
+    version: int = FORMAT_VERSION
+    kind: Literal["bm25"]
+    analyser: str
+    passages: int
+    corpus: CorpusEntry
+    files: dict[str, FileEntry]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an index folder.
+
+    Raises:
+        RetrievalIndexError: no index there, or one that this build cannot read.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        message = f"{folder}: no index there ({error.strerror}: {MANIFEST_NAME}); make one with `rexrag index build`"
+        raise RetrievalIndexError(message) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        message = f"{path}: not the manifest of an index this build reads ({place}: {first['msg']}); build it again"
+        raise RetrievalIndexError(message) from error
+    if manifest.version != FORMAT_VERSION:
+        message = (
+            f"{path}: version {manifest.version}, this build reads version {FORMAT_VERSION}; build the index again"
+        )
+        raise RetrievalIndexError(message)
+    return manifest
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """The cheap check at every opening: all files are there and as long as they were.
+
+    Raises:
+        RetrievalIndexError: names what is missing or of another size.
+    """
+    wrong = [problem for name, entry in manifest.files.items() if (problem := _wrong_size(folder / name, entry))]
+    if wrong:
+        raise RetrievalIndexError(f"{folder}: damaged index: {'; '.join(wrong)}; build it again")
+
+
+def check_index(folder: str | Path) -> Manifest:
+    """Verify the hashes of an index and of its corpus; reads all of their bytes.
+
+    A corpus whose passages are kept in the index may be gone, but not changed.
+
+    Raises:
+        RetrievalIndexError: no index there, or what differs, file by file.
+    """
+    root = Path(folder)
+    manifest = read_manifest(root)
+    wrong = [p for name, entry in manifest.files.items() if (p := _wrong_content(root / name, entry))]
+    corpus = FileEntry(bytes=manifest.corpus.bytes, sha256=manifest.corpus.sha256)
+    path = locate_corpus(root, manifest)
+    if (path.exists() or not manifest.corpus.stored) and (problem := _wrong_content(path, corpus)):
+        wrong.append(f"corpus {problem}")
+    if wrong:
+        raise RetrievalIndexError(f"{root}: differs from what was built: {'; '.join(wrong)}; build it again")
+    return manifest
+
+
+def locate_corpus(folder: Path, manifest: Manifest) -> Path:
+    """Where the corpus is: where it was, else where it would be had it moved together with the index."""
+    path = Path(manifest.corpus.path)
+    moved = Path(os.path.normpath(folder.resolve() / manifest.corpus.relative_path))
+    return moved if moved.exists() and not path.exists() else path
+
+
+def open_corpus_path(folder: Path, manifest: Manifest) -> Path:
+    """The corpus file, if it still has the size that was indexed (`check_index` compares the hash).
+
+    Raises:
+        RetrievalIndexError: it is missing or of another size.
+    """
+    path = locate_corpus(folder, manifest)
+    entry = FileEntry(bytes=manifest.corpus.bytes, sha256=manifest.corpus.sha256)
+    if problem := _wrong_size(path, entry):
+        raise RetrievalIndexError(f"{folder}: the corpus is not the one that was indexed: {problem}; index it again")
+    return path
+
+
+def describe_corpus(corpus: Path, *, out: Path, stored: bool) -> CorpusEntry:
+    """Size, hash and place of a corpus file, for an index that will be at `out`."""
+    path = corpus.resolve()
+    return CorpusEntry(
+        path=str(path),
+        relative_path=os.path.relpath(path, out.resolve()),
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+        stored=stored,
+    )
+
+
+def describe_files(folder: Path) -> dict[str, FileEntry]:
+    """Size and hash of every file below a folder; lock files are no part of an index."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
+        for path in files
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_atomic(folder / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_index_folder(out: Path) -> Iterator[Path]:
+    """A folder to build in; it takes the place of `out` when the block ends well, and is removed when it does not.
+
+    Raises:
+        RetrievalIndexError: `out` exists and is neither an index nor an empty folder.
+    """
+    target = out.resolve()
+    _refuse_other_content(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = target.parent / f".{target.name}.building-{os.getpid()}"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    try:
+        yield building
+        _replace_folder(building, target)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _refuse_other_content(out: Path) -> None:
+    if not out.exists():
+        return
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    try:
+        head = (out / MANIFEST_NAME).read_bytes()
+    except OSError:
+        head = b""
+    if FORMAT.encode() not in head:
+        message = f"{out}: exists and is no index, so it is not overwritten; choose another --out, or empty it first"
+        raise RetrievalIndexError(message)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(new, target)
+    sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _wrong_size(path: Path, entry: FileEntry) -> str | None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path} ({error.strerror})"
+    return None if size == entry.bytes else f"{path} has {size} bytes, not {entry.bytes}"
+
+
+def _wrong_content(path: Path, entry: FileEntry) -> str | None:
+    if problem := _wrong_size(path, entry):
+        return problem
+    digest = sha256_file(path)
+    return None if digest == entry.sha256 else f"{path} has sha256 {digest[:12]}…, not {entry.sha256[:12]}…"

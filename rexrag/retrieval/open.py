@@ -1,0 +1,45 @@
+"""From settings, or from what a user typed, to a retriever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, Literal
+
+from rexrag.errors import ConfigError
+from rexrag.retrieval.bm25 import BM25Retriever
+from rexrag.retrieval.http import HttpRetriever
+
+_TIMEOUT_S: Final = 10.0
+_MAX_RETRIES: Final = 5
+
+
+def open_retriever(
+    kind: Literal["bm25", "http"], *, path: Path | None, url: str | None, timeout_s: float, max_retries: int
+) -> BM25Retriever | HttpRetriever:
+    """The retriever that `retriever.*` names; a server is not asked yet (`HttpRetriever.check`).
+
+    Raises:
+        ConfigError: the path or the URL that the kind needs is missing, or is no URL.
+        RetrievalIndexError: no usable index at the path.
+    """
+    if kind == "bm25":
+        if path is None:
+            raise ConfigError('retriever.path is not set, but retriever.kind = "bm25" needs an index folder')
+        return BM25Retriever(path)
+    if url is None:
+        raise ConfigError('retriever.url is not set, but retriever.kind = "http" needs the address of a server')
+    return HttpRetriever(url, timeout_s=timeout_s, max_retries=max_retries)
+
+
+def open_target(target: str) -> BM25Retriever | HttpRetriever:
+    """The retriever behind `--index DIR|URL`, known to be usable: a server has been asked.
+
+    Raises:
+        ConfigError: no usable server at the URL.
+        RetrievalIndexError: no usable index at the path.
+    """
+    if not target.lower().startswith(("http://", "https://")):
+        return BM25Retriever(Path(target))
+    retriever = HttpRetriever(target, timeout_s=_TIMEOUT_S, max_retries=_MAX_RETRIES)
+    retriever.check()
+    return retriever
