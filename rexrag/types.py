@@ -370,12 +370,17 @@ class StepBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one learner step did. `metrics` has no NaN: a metric without a value is None."""
+    """What one learner step did. `metrics` has no NaN: a metric without a value is None.
+
+    `applied` is False for a step skipped on a non-finite loss or gradient; `updated` is False where the weights
+    are those of the step before (skipped, or no row had an advantage), so that no transfer is needed.
+    """
 
     step: int
     applied: bool
     metrics: Mapping[str, float | None]
     histograms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    updated: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,99 @@
+"""Causal attention over a packed micro-batch, registered with transformers.
+
+The packed tokens are one sequence of which each row owns a contiguous stretch of queries. Its keys are all tokens
+of the row, wherever they stand: a prefix that it shares with another row is read from there. No token is padding
+and no score between rows is computed.
+
+Legend: P packed tokens, K key positions of all rows, H heads, G key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+PACKED_ATTENTION: Final = "rexrag_packed"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedLayout:
+    """Which keys each row's queries read.
+
+    Attributes:
+        query_lengths: tokens that each row brings, in packed order; they add up to P.
+        key_lengths: tokens of each row, shared ones included; they add up to K.
+        key_index: [K] packed positions of the rows' tokens; None where no row shares (K = P, in order).
+        masks: per row the [queries, keys] causal mask, True where read; None where a row brings all its tokens.
+    """
+
+    query_lengths: list[int]
+    key_lengths: list[int]
+    key_index: Tensor | None
+    masks: tuple[Tensor | None, ...]
+
+    @classmethod
+    def build(
+        cls, *, num_new: Sequence[int], key_places: Sequence[npt.NDArray[np.int64]], device: torch.device | None = None
+    ) -> PackedLayout:
+        """From the number of tokens that each row brings and the packed places of all its tokens."""
+        key_lengths = [len(places) for places in key_places]
+        shares = any(new < keys for new, keys in zip(num_new, key_lengths, strict=True))
+        masks = tuple(
+            torch.ones(new, keys, dtype=torch.bool, device=device).tril(keys - new) if new < keys else None
+            for new, keys in zip(num_new, key_lengths, strict=True)
+        )
+        key_index = torch.from_numpy(np.concatenate(key_places)).to(device) if shares else None
+        return cls(query_lengths=list(num_new), key_lengths=key_lengths, key_index=key_index, masks=masks)
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Make `model` attend by the `packed_layout` that its forward pass is given."""
+    model.set_attn_implementation(PACKED_ATTENTION)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed_layout: PackedLayout,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention of each row over its own tokens: query [1, H, P, D], key and value [1, G, P, D] → [1, P, H, D].
+
+    On CPU the attention runs in float32 whatever the linear layers use: its backward pass in bfloat16 is several
+    times slower there.
+    """
+    dtype = query.dtype
+    if query.device.type == "cpu":
+        query, key, value = query.float(), key.float(), value.float()
+    if packed_layout.key_index is not None:
+        key = key.index_select(2, packed_layout.key_index)
+        value = value.index_select(2, packed_layout.key_index)
+    grouped = query.shape[1] != key.shape[1]
+    parts = [
+        scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+        for q, k, v, mask in zip(
+            torch.split(query, packed_layout.query_lengths, dim=2),
+            torch.split(key, packed_layout.key_lengths, dim=2),
+            torch.split(value, packed_layout.key_lengths, dim=2),
+            packed_layout.masks,
+            strict=True,
+        )
+        if q.shape[2]
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2).to(dtype), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -1,0 +1,181 @@
+"""Checkpoints: a transformers model folder, the trainer's state, and a manifest that says the folder is whole.
+
+    step-000020/
+        model.safetensors, config.json, tokenizer files       loadable by transformers as they are
+        trainer/optimizer.safetensors, trainer/state.json     all that resuming bit for bit needs beside the weights
+        COMMIT                                                size and SHA-256 of every other file, written last
+
+A folder without `COMMIT` does not exist for any reader. Files hold safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rexrag.errors import RunFolderError
+from rexrag.files import sha256_file, sync_folder, write_atomic
+from rexrag.learner.trainer_state import TrainerState
+
+COMMIT: Final = "COMMIT"
+_OPTIMIZER: Final = "trainer/optimizer.safetensors"
+_STATE: Final = "trainer/state.json"
+_RNG: Final = "rng"
+_OPTIMIZER_PREFIX: Final = "optimizer/"
+_NAME: Final = re.compile(r"step-(\d{6,})")
+_TEMPORARY: Final = re.compile(r"step-\d{6,}\.tmp")
+# One file whatever the size: readers may rely on `model.safetensors`.
+_MAX_SHARD: Final = "100000GB"
+
+Extra: TypeAlias = Mapping[str, object]
+"""What the run keeps beside the trainer's state: any JSON mapping."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A verified checkpoint; the model is loaded from `folder` by whoever needs it."""
+
+    folder: Path
+    trainer_state: TrainerState
+    extra: Extra
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the checkpoint folder after `step` learner steps."""
+    return f"step-{step:06d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trainer_state: TrainerState,
+    extra: Extra,
+) -> Path:
+    """Write `folder`/step-NNNNNN durably and return it.
+
+    It is built in step-NNNNNN.tmp, renamed when every file is on disk, and counts once COMMIT is in it. Leftovers of
+    a crashed attempt at the same step are replaced; a committed checkpoint of the step is left alone.
+    """
+    final = folder / checkpoint_name(trainer_state.step)
+    if (final / COMMIT).is_file():
+        return final
+    temporary = final.with_name(final.name + ".tmp")
+    for leftover in (final, temporary):
+        shutil.rmtree(leftover, ignore_errors=True)
+    (temporary / "trainer").mkdir(parents=True)
+    model.save_pretrained(temporary, max_shard_size=_MAX_SHARD)
+    tokenizer.save_pretrained(temporary)
+    _save_trainer(temporary, trainer_state, extra)
+    manifest = {}
+    for path in _files(temporary):
+        _sync_file(path)
+        name = path.relative_to(temporary).as_posix()
+        manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    for inside in (temporary / "trainer", temporary):
+        sync_folder(inside)
+    temporary.rename(final)
+    sync_folder(folder)
+    write_atomic(final / COMMIT, json.dumps({"step": trainer_state.step, "files": manifest}, indent=1) + "\n")
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Verify a checkpoint's files against its manifest and read the trainer's state.
+
+    Raises:
+        RunFolderError: it is not committed, or a file is missing, damaged, or of another format.
+    """
+    _verify(folder)
+    try:
+        state = json.loads((folder / _STATE).read_text())
+        tensors = load_file(folder / _OPTIMIZER)
+        trainer_state = TrainerState(
+            step=state["step"],
+            num_updates=state["num_updates"],
+            success=state["success"],
+            bad_steps=state["bad_steps"],
+            optimizer={k.removeprefix(_OPTIMIZER_PREFIX): v for k, v in tensors.items() if k != _RNG},
+            rng=tensors[_RNG],
+        )
+        return Checkpoint(folder=folder, trainer_state=trainer_state, extra=state["extra"])
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise RunFolderError(f"checkpoint {folder} has another format ({error!r}): resume from another one") from error
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints of a folder, oldest first; none where the folder is missing."""
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), path) for path in folder.iterdir() if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if (path / COMMIT).is_file()]
+
+
+def prune(folder: Path, *, keep_last: int, best: Path | None) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints and `best`, and what crashed attempts left behind.
+
+    COMMIT goes first, so that a half deleted folder is no checkpoint. Returns the deleted checkpoints.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last is {keep_last}, it must be at least 1")
+    committed = list_checkpoints(folder)
+    kept = {path.name for path in committed[-keep_last:]} | ({best.name} if best is not None else set())
+    deleted = [path for path in committed if path.name not in kept]
+    for path in deleted:
+        (path / COMMIT).unlink()
+        sync_folder(path)
+    newest = committed[-1].name if committed else ""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        is_leftover = _NAME.fullmatch(path.name) and not (path / COMMIT).exists() and path.name < newest
+        if is_leftover or _TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path)
+    return deleted
+
+
+def _save_trainer(folder: Path, state: TrainerState, extra: Extra) -> None:
+    tensors = {_OPTIMIZER_PREFIX + name: tensor.contiguous() for name, tensor in state.optimizer.items()}
+    save_file({**tensors, _RNG: state.rng}, folder / _OPTIMIZER)
+    numbers = {
+        "step": state.step,
+        "num_updates": state.num_updates,
+        "success": state.success,
+        "bad_steps": state.bad_steps,
+        "extra": dict(extra),
+    }
+    (folder / _STATE).write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+
+
+def _verify(folder: Path) -> None:
+    commit = folder / COMMIT
+    if not commit.is_file():
+        raise RunFolderError(f"{folder} is no checkpoint: it has no {COMMIT} file, so it was never finished")
+    try:
+        files: dict[str, dict[str, object]] = json.loads(commit.read_text())["files"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise RunFolderError(f"{commit} is damaged ({error!r}): resume from another checkpoint") from error
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["bytes"] or sha256_file(path) != expected["sha256"]:
+            raise RunFolderError(f"{path} is missing or is not the file that was saved: resume from another checkpoint")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,97 @@
+"""Where the learner runs: the shell that a Ray actor is made of. What it computes is in `step` and `checkpoint`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rexrag.hints import HintPool
+from rexrag.learner.checkpoint import Extra, load_checkpoint, save_checkpoint
+from rexrag.learner.step import LearnerCore, LearnerSettings
+from rexrag.models import load_model, load_tokenizer
+from rexrag.types import StepBatch, StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerSpec:
+    """What a learner process is built from.
+
+    Attributes:
+        model: model folder of step 0; its tokenizer goes into every checkpoint.
+        hints: token ids of the run's hint pool.
+        threads: torch threads.
+        seed: of torch's generator, where no checkpoint sets it.
+        evidence_folder: where a run that fails on non-finite values leaves its last batch.
+        checkpoint: folder to go on from; None begins at step 0.
+        reference: folder of the reference model, needed where `loss.kl_coef` is above 0.
+    """
+
+    model: Path
+    settings: LearnerSettings
+    hints: Sequence[Sequence[int]]
+    threads: int
+    seed: int
+    evidence_folder: Path
+    checkpoint: Path | None = None
+    reference: Path | None = None
+
+
+class LearnerActor:
+    """One learner rank.
+
+        learner = ray.remote(LearnerActor).options(num_cpus=spec.threads).remote(spec)
+        result = ray.get(learner.step.remote(batch))
+        weights = learner.export.remote("float32")      # a reference that actors read without a copy
+
+    Methods raise what `LearnerCore` and `checkpoint` raise.
+    """
+
+    def __init__(self, spec: LearnerSpec) -> None:
+        torch.set_num_threads(spec.threads)
+        torch.manual_seed(spec.seed)
+        resumed = load_checkpoint(spec.checkpoint) if spec.checkpoint is not None else None
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(spec.checkpoint or spec.model, dtype="float32")
+        reference = load_model(spec.reference, dtype="float32") if spec.reference is not None else None
+        self._tokenizer = load_tokenizer(spec.model)
+        self._core = LearnerCore(
+            model.to(device),  # type: ignore[arg-type]
+            settings=spec.settings,
+            hints=HintPool(spec.hints),
+            evidence_folder=spec.evidence_folder,
+            reference=reference.to(device) if reference is not None else None,  # type: ignore[arg-type]
+        )
+        if resumed is not None:
+            self._core.load_trainer_state(resumed.trainer_state)
+
+    def num_steps(self) -> int:
+        """Learner steps finished: the version of the weights."""
+        return self._core.num_steps
+
+    def rho(self) -> float:
+        """ρ of the next step (§8)."""
+        return self._core.rho
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Train on one step's groups."""
+        return self._core.step(batch)
+
+    def export(self, dtype: Literal["float32", "bfloat16"]) -> dict[str, npt.NDArray[np.generic]]:
+        """The weights by parameter name, bfloat16 as uint16 bits; Ray copies them once, into its object store."""
+        return self._core.export_weights(dtype=dtype)
+
+    def save(self, folder: Path, extra: Extra) -> Path:
+        """Write the checkpoint of the current step under `folder`; returns its folder."""
+        return save_checkpoint(
+            folder,
+            model=self._core.model,
+            tokenizer=self._tokenizer,
+            trainer_state=self._core.trainer_state(),
+            extra=extra,
+        )

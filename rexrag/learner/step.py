@@ -1,0 +1,279 @@
+"""One optimizer step, without Ray: groups in, weights changed, metrics out (§4 to §9).
+
+StepBatch ─▶ groups ─▶ ages asserted ─▶ filter, advantages, mixture weights ─▶ packing
+          ─▶ per micro-batch: log-probs, staleness weights, loss, backward ─▶ clip ─▶ AdamW ─▶ StepResult
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+
+import rexrag.metrics as keys
+from rexrag.errors import RunFailure
+from rexrag.hints import HintPool
+from rexrag.learner.attention import use_packed_attention
+from rexrag.learner.correction import CorrectionSettings
+from rexrag.learner.evidence import save_evidence
+from rexrag.learner.filter import INITIAL_SUCCESS, FilterKind, rho_of, updated_success
+from rexrag.learner.logprobs import backward_in_chunks, token_logprobs
+from rexrag.learner.loss import LossSettings
+from rexrag.learner.objective import Objective
+from rexrag.learner.optimizer import Optimizer, OptimizerSettings
+from rexrag.learner.packing import PackedBatch, PackRow, pack
+from rexrag.learner.prepare import PreparedRow, PreparedStep, check_ages, prepare_step
+from rexrag.learner.report import StepReport, step_metrics
+from rexrag.learner.token_metrics import TokenRecord
+from rexrag.learner.trainer_state import TrainerState
+from rexrag.types import StepBatch, StepResult, TrajectoryGroup, batch_from_ipc
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerSettings:
+    """All settings of a learner step.
+
+    Attributes:
+        filter: §8.
+        max_staleness: most learner steps between a token's version and its consumption.
+        micro_batch_tokens: most packed tokens of one forward and backward pass; a longer row goes alone.
+        autocast: precision of the linear layers; master weights are float32.
+        gradient_checkpointing: compute activations again in the backward pass.
+        max_bad_steps: consecutive steps with a non-finite loss or gradient that end the run.
+    """
+
+    correction: CorrectionSettings = field(default_factory=CorrectionSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    filter: FilterKind = "hint_logprob"
+    max_staleness: int = 2
+    micro_batch_tokens: int = 4096
+    autocast: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    max_bad_steps: int = 3
+
+
+@dataclass(kw_only=True)
+class _Pass:
+    """What the forward and backward passes of a step came to."""
+
+    loss: float = 0.0
+    records: list[TokenRecord] = field(default_factory=list)
+    num_micro_batches: int = 0
+    num_packed_tokens: int = 0
+    num_row_tokens: int = 0
+
+
+class LearnerCore:
+    """The policy being trained, its optimizer, and the step counter that is its version.
+
+        core = LearnerCore(model, settings=LearnerSettings(), hints=pool, evidence_folder=run_folder)
+        result = core.step(batch)             # batch.step == core.num_steps + 1
+        weights = core.export_weights(dtype="float32")
+
+    A step without a row that has an advantage (and β = 0), and a skipped one, leave the weights as they are; both
+    count. `trainer_state` and `load_trainer_state` carry all but the weights from one process to the next.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        settings: LearnerSettings,
+        hints: HintPool,
+        evidence_folder: Path,
+        reference: PreTrainedModel | None = None,
+    ) -> None:
+        """
+        Args:
+            model: float32; its attention is replaced by the packed one.
+            evidence_folder: where the batch of a run that fails on non-finite values is written.
+            reference: π_ref of the KL term, needed where `loss.kl_coef` is above 0.
+        """
+        if (settings.loss.kl_coef > 0.0) != (reference is not None):
+            raise ValueError(f"loss.kl_coef is {settings.loss.kl_coef}: above 0 it needs a reference model, at 0 none")
+        self.model = model
+        self.num_steps = 0
+        self._settings = settings
+        self._hints = hints
+        self._reference = reference
+        self._evidence_folder = evidence_folder
+        self._device = next(model.parameters()).device
+        self._success = INITIAL_SUCCESS
+        self._bad_steps = 0
+        for network in (model, reference):
+            if network is not None:
+                use_packed_attention(network)
+                network.train(False)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+            model.train()
+        self._optimizer = Optimizer(model, settings=settings.optimizer)
+
+    @property
+    def rho(self) -> float:
+        """ρ of the next step (§8): it comes from the steps before it."""
+        return rho_of(self._success, kind=self._settings.filter)
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Train on the groups of one step; at most one optimizer update.
+
+        Raises:
+            StaleGroupError: a group older than the staleness bound, or of the future.
+            ValueError: a batch of another step, a group that breaks an invariant.
+            RunFailure: `max_bad_steps` consecutive steps had a non-finite loss or gradient.
+        """
+        started = time.perf_counter()
+        if batch.step != self.num_steps + 1:
+            raise ValueError(f"the batch is of step {batch.step}, the learner is at step {self.num_steps + 1}")
+        groups = [TrajectoryGroup.from_record_batch(batch_from_ipc(data)) for data in batch.groups]
+        check_ages(groups, version=self.num_steps, max_staleness=self._settings.max_staleness)
+        rho = self.rho
+        prepared = self._prepare(groups, rho)
+        rows = self._rows_to_train(prepared)
+        learning_rate = self._optimizer.learning_rate
+        before_update = time.perf_counter()
+        done = self._forward_backward(rows, denominator=prepared.denominator)
+        grad_norm, is_bad = self._finish_update(done, has_rows=bool(rows))
+        update_s = time.perf_counter() - before_update
+        self._success = updated_success(self._success, right=prepared.num_right_probes, probes=prepared.num_probes)
+        self._count_bad(is_bad, batch=batch, loss=done.loss, grad_norm=grad_norm)
+        report = StepReport(
+            groups=groups,
+            prepared=prepared,
+            trained=rows,
+            records=done.records,
+            version=self.num_steps,
+            rho=rho,
+            success=self._success,
+            loss=done.loss,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            updated=bool(rows) and not is_bad,
+            bad_steps=self._bad_steps,
+            num_micro_batches=done.num_micro_batches,
+            num_packed_tokens=done.num_packed_tokens,
+            num_row_tokens=done.num_row_tokens,
+            update_s=update_s,
+        )
+        self.num_steps += 1
+        metrics, histograms = step_metrics(report, hints=self._hints, correction=self._settings.correction)
+        metrics[keys.TIME_STEP] = time.perf_counter() - started
+        return StepResult(
+            step=batch.step, applied=not is_bad, updated=report.updated, metrics=metrics, histograms=histograms
+        )
+
+    def export_weights(self, *, dtype: Literal["float32", "bfloat16"]) -> dict[str, npt.NDArray[np.generic]]:
+        """Arrays by parameter name, a tied head once; bfloat16 as its bits in uint16.
+
+        On CPU float32 arrays are views of the weights, which the next step changes: copy or publish them first.
+        """
+        return {name: _as_numpy(p.detach(), dtype) for name, p in self.model.named_parameters()}
+
+    def trainer_state(self) -> TrainerState:
+        """All but the weights; its tensors are those of the optimizer, valid until the next step."""
+        return TrainerState(
+            step=self.num_steps,
+            num_updates=self._optimizer.num_updates,
+            success=self._success,
+            bad_steps=self._bad_steps,
+            optimizer=self._optimizer.state(),
+            rng=torch.get_rng_state(),
+        )
+
+    def load_trainer_state(self, state: TrainerState) -> None:
+        """Go on where `trainer_state` was taken; the model's weights are loaded apart from it."""
+        self._optimizer.load_state(state.optimizer, num_updates=state.num_updates)
+        self.num_steps = state.step
+        self._success = state.success
+        self._bad_steps = state.bad_steps
+        torch.set_rng_state(state.rng)
+
+    def _prepare(self, groups: Sequence[TrajectoryGroup], rho: float) -> PreparedStep:
+        return prepare_step(
+            groups,
+            rho=rho,
+            filter_kind=self._settings.filter,
+            correction=self._settings.correction,
+            loss=self._settings.loss,
+            hints=self._hints,
+        )
+
+    def _rows_to_train(self, prepared: PreparedStep) -> list[PreparedRow]:
+        """Rows that have a gradient: those with an advantage, all of them where the KL term acts."""
+        needs_all = self._settings.loss.kl_coef > 0.0
+        return [row for row in prepared.rows if len(row.trained) and (needs_all or row.advantage != 0.0)]
+
+    def _forward_backward(self, rows: Sequence[PreparedRow], *, denominator: int) -> _Pass:
+        done = _Pass()
+        packed_rows = [
+            PackRow(token_ids=row.trajectory.token_ids, trained=row.trained, group=row.group) for row in rows
+        ]
+        for micro in pack(packed_rows, budget=self._settings.micro_batch_tokens, device=self._device):
+            objective = Objective(
+                [rows[i] for i in micro.rows],
+                denominator=denominator,
+                version=self.num_steps,
+                correction=self._settings.correction,
+                loss=self._settings.loss,
+                reference_logprob=self._reference_logprob(micro),
+                device=self._device,
+            )
+            with self._autocast():
+                done.loss += backward_in_chunks(self.model, micro, chunk_loss=objective.chunk_loss)
+            done.records += objective.records
+            done.num_micro_batches += 1
+            done.num_packed_tokens += len(micro.token_ids)
+            done.num_row_tokens += micro.num_row_tokens
+            if not math.isfinite(done.loss):
+                break
+        return done
+
+    def _finish_update(self, done: _Pass, *, has_rows: bool) -> tuple[float | None, bool]:
+        """Update or discard; the gradient norm (None without a gradient), and whether something was not finite."""
+        if not has_rows:
+            return None, False
+        grad_norm = self._optimizer.clip() if math.isfinite(done.loss) else math.nan
+        if math.isfinite(grad_norm):
+            self._optimizer.update()
+            return grad_norm, False
+        self._optimizer.discard()
+        return grad_norm, True
+
+    def _count_bad(self, is_bad: bool, *, batch: StepBatch, loss: float, grad_norm: float | None) -> None:
+        self._bad_steps = self._bad_steps + 1 if is_bad else 0
+        if self._bad_steps < self._settings.max_bad_steps:
+            return
+        path = save_evidence(self._evidence_folder, batch=batch, loss=loss, grad_norm=grad_norm)
+        raise RunFailure(
+            f"the loss or its gradient was not finite in {self._bad_steps} consecutive steps up to step {batch.step} "
+            f"(loss {loss}, gradient norm {grad_norm}); the last batch is in {path}. Lower optimizer.learning_rate, "
+            f"or resume from an earlier checkpoint"
+        )
+
+    def _reference_logprob(self, micro: PackedBatch) -> torch.Tensor | None:
+        if self._reference is None:
+            return None
+        with self._autocast():
+            return token_logprobs(self._reference, micro)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self._settings.autocast == "bfloat16"
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def _as_numpy(weights: torch.Tensor, dtype: Literal["float32", "bfloat16"]) -> npt.NDArray[np.generic]:
+    array: npt.NDArray[np.generic]
+    if dtype == "float32":
+        array = weights.float().cpu().numpy()
+    else:
+        array = weights.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
+    return array

@@ -1,0 +1,29 @@
+"""What a learner needs to go on bit for bit, beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainerState:
+    """State of the trainer after `step` learner steps.
+
+    Attributes:
+        step: learner steps finished, the version of the weights.
+        num_updates: optimizer updates, which drive the learning rate.
+        success: m of §8.
+        bad_steps: consecutive skipped steps.
+        optimizer: moments by `<moment>/<parameter>`.
+        rng: state of torch's CPU generator.
+    """
+
+    step: int
+    num_updates: int
+    success: float
+    bad_steps: int
+    optimizer: Mapping[str, Tensor]
+    rng: Tensor

@@ -1,0 +1,171 @@
+"""Keys of `metrics.jsonl` and of TensorBoard: `area/name`, each with one line that says what it is.
+
+A metric without a value in a step is None, never NaN. Shares lie in [0, 1]; times are seconds; § refers to the
+algorithm's specification. Rows masked as `env_error` count nowhere but in `env_error/count`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+_descriptions: dict[str, str] = {}
+
+
+def _metric(key: str, description: str) -> str:
+    assert key not in _descriptions, f"{key} is defined twice"
+    _descriptions[key] = description
+    return key
+
+
+# The step.
+STEP: Final = _metric("step", "Learner step, counted from 1; a skipped step counts.")
+VERSION: Final = _metric("version", "Version of the weights after the step.")
+
+# Rollouts of the step's groups, before the filter.
+TARGET_COUNT: Final = _metric("target/count", "Target rollouts of the step.")
+TARGET_EM: Final = _metric("target/em", "Mean exact match of target rollouts.")
+TARGET_F1: Final = _metric("target/f1", "Mean F1 of target rollouts.")
+TARGET_REWARD: Final = _metric("target/reward", "Mean reward of target rollouts.")
+TARGET_DEAD_END_RATE: Final = _metric(
+    "target/dead_end_rate", "Share of target rollouts that ended without being correct."
+)
+TARGET_UNPROBEABLE_RATE: Final = _metric(
+    "target/unprobeable_rate", "Share of dead-end targets without a branch point at which the budgets allow a probe."
+)
+TARGET_LIMIT_RATE: Final = _metric(
+    "target/limit_rate", "Share of target rollouts that ended at the turn or token limit."
+)
+TARGET_VALID_ACTION_RATE: Final = _metric(
+    "target/valid_action_rate", "Share of the targets' turns with a complete action."
+)
+TARGET_REFLECT_RATE: Final = _metric(
+    "target/reflect_rate", "Share of targets that wrote the words of a hint by themselves."
+)
+TARGET_RETRIEVAL_RECALL: Final = _metric(
+    "target/retrieval_recall", "Share of targets shown a gold passage, among those where that is known."
+)
+TARGET_SEARCHES: Final = _metric("target/searches", "Mean answered searches of a target.")
+TARGET_TURNS: Final = _metric("target/turns", "Mean model turns of a target.")
+TARGET_TOKENS: Final = _metric("target/tokens", "Mean tokens of a target after the prompt, observations included.")
+TARGET_POLICY_TOKENS: Final = _metric("target/policy_tokens", "Mean tokens that the policy wrote in a target.")
+PROBE_COUNT: Final = _metric("probe/count", "Probes of the step, before the filter.")
+PROBE_EM: Final = _metric("probe/em", "Mean exact match of probes.")
+PROBE_F1: Final = _metric("probe/f1", "Mean F1 of probes.")
+PROBE_REWARD: Final = _metric("probe/reward", "Mean reward of probes.")
+PROBE_DEAD_END_RATE: Final = _metric("probe/dead_end_rate", "Share of probes that ended without being correct.")
+PROBE_SEARCHES: Final = _metric("probe/searches", "Mean answered searches of a probe, its prefix included.")
+PROBE_TURNS: Final = _metric("probe/turns", "Mean model turns of a probe, its prefix included.")
+PROBE_TOKENS: Final = _metric("probe/tokens", "Mean tokens of a probe after the prompt, prefix and hint included.")
+ENV_ERROR_COUNT: Final = _metric("env_error/count", "Rows masked because the environment failed.")
+
+# Groups.
+GROUP_COUNT: Final = _metric("group/count", "Groups of the step.")
+GROUP_DEAD_END_RATE: Final = _metric("group/dead_end_rate", "Share of groups without a correct target.")
+GROUP_RESCUED: Final = _metric(
+    "group/rescued", "Share of groups whose targets all failed and of which a probe is correct."
+)
+GROUP_INFORMATIVE: Final = _metric("group/informative", "Share of groups with a row that has an advantage.")
+GROUP_FILTERED_FLAT: Final = _metric("group/filtered_flat", "Groups that the filter left with equal rewards (§8).")
+DEAD_NEVER_RETRIEVED: Final = _metric(
+    "dead/never_retrieved", "Share of dead groups that mostly answered without a gold passage."
+)
+DEAD_NOT_USED: Final = _metric(
+    "dead/not_used", "Share of dead groups that mostly answered wrongly although gold was retrieved."
+)
+DEAD_MALFORMED: Final = _metric(
+    "dead/malformed", "Share of dead groups that mostly reached a limit with malformed turns."
+)
+DEAD_LIMIT: Final = _metric("dead/limit", "Share of dead groups that mostly reached a limit with well-formed turns.")
+RESCUED_NEVER_RETRIEVED: Final = _metric(
+    "rescued/never_retrieved", "Share of `dead/never_retrieved` groups that a probe rescued."
+)
+RESCUED_NOT_USED: Final = _metric("rescued/not_used", "Share of `dead/not_used` groups that a probe rescued.")
+RESCUED_MALFORMED: Final = _metric("rescued/malformed", "Share of `dead/malformed` groups that a probe rescued.")
+RESCUED_LIMIT: Final = _metric("rescued/limit", "Share of `dead/limit` groups that a probe rescued.")
+
+# Mixture, filter, weights.
+MIXTURE_ALPHA: Final = _metric("mixture/alpha", "α of §5: share of probes among the step's rows after the filter.")
+FILTER_RHO: Final = _metric("filter/rho", "ρ of §8: probes kept per target in this step; 1 without a filter.")
+FILTER_SUCCESS: Final = _metric("filter/success", "m of §8 after the step: running success rate of probes.")
+FILTER_KEPT: Final = _metric("filter/kept", "Probes that the filter kept.")
+WEIGHT_MEAN: Final = _metric("weight/mean", "Mean weight w of §6 over the tokens that were trained on.")
+WEIGHT_P95: Final = _metric("weight/p95", "95th percentile of w.")
+WEIGHT_MAX: Final = _metric("weight/max", "Largest w.")
+WEIGHT_ESS_TARGET: Final = _metric("weight/ess_target", "Effective sample size (Σw)²/(n·Σw²) of the targets' tokens.")
+WEIGHT_ESS_PROBE: Final = _metric("weight/ess_probe", "Effective sample size (Σw)²/(n·Σw²) of the probes' tokens.")
+WEIGHT_TRUNCATED_SHARE: Final = _metric(
+    "weight/truncated_share", "Share of tokens whose staleness weight was cut to the cap."
+)
+WEIGHT_MASKED_SHARE: Final = _metric("weight/masked_share", "Share of tokens whose staleness weight was masked.")
+WEIGHT_FLOOR_BIAS: Final = _metric("weight/floor_bias", "Size of the floor's bias, Σ|w − w without floor| / Σw (§5b).")
+
+# Staleness of the step's tokens, in learner steps.
+STALENESS_MEAN: Final = _metric("staleness/mean", "Mean age of policy and hint tokens when consumed.")
+STALENESS_MAX: Final = _metric("staleness/max", "Age of the oldest token when consumed.")
+
+# Objective and update.
+LOSS_TOTAL: Final = _metric("loss/total", "Objective of §7, KL included.")
+LOSS_CLIP_LOW_SHARE: Final = _metric("loss/clip_low_share", "Share of tokens whose ratio was clipped from below.")
+LOSS_CLIP_HIGH_SHARE: Final = _metric("loss/clip_high_share", "Share of tokens whose ratio was clipped from above.")
+LOSS_DUAL_CLIP_SHARE: Final = _metric("loss/dual_clip_share", "Share of tokens on which the dual clip acted.")
+POLICY_ENTROPY: Final = _metric("policy/entropy", "Mean entropy at the trained positions, nats.")
+POLICY_KL_REF: Final = _metric(
+    "policy/kl_ref", "Mean k3 estimate of the KL to the reference model per trained policy token."
+)
+POLICY_MISMATCH_KL: Final = _metric(
+    "policy/mismatch_kl", "k3 estimate of KL(engine ‖ learner) on policy tokens sampled under the current version."
+)
+POLICY_CORRECT_LOGPROB: Final = _metric(
+    "policy/correct_logprob", "Mean log-prob of the policy tokens of correct rows that were trained on."
+)
+GRAD_NORM: Final = _metric("optimizer/grad_norm", "Gradient norm before clipping; None without a finite gradient.")
+LEARNING_RATE: Final = _metric("optimizer/learning_rate", "Learning rate of the step's update.")
+UPDATED: Final = _metric(
+    "optimizer/updated", "1 where the weights changed, 0 where no row had an advantage or the step was skipped."
+)
+BAD_STEPS: Final = _metric("optimizer/bad_steps", "Consecutive steps skipped for a non-finite loss or gradient.")
+
+# What was attempted (all rows of the step) against what was trained on (rows with a forward pass).
+ATTEMPTED_ROWS: Final = _metric("attempted/rows", "Rows of the step, before the filter.")
+ATTEMPTED_HOPS: Final = _metric("attempted/hops", "Mean hops of the attempted rows' questions, where known.")
+ATTEMPTED_SEARCHES: Final = _metric("attempted/searches", "Mean answered searches of attempted rows.")
+ATTEMPTED_TOKENS: Final = _metric("attempted/tokens", "Mean tokens of attempted rows, prompt included.")
+ATTEMPTED_PROBE_SHARE: Final = _metric("attempted/probe_share", "Share of probes among attempted rows.")
+ATTEMPTED_AGE: Final = _metric("attempted/age", "Mean age of the oldest token of attempted rows.")
+TRAINED_ROWS: Final = _metric("trained/rows", "Rows that had a forward pass.")
+TRAINED_HOPS: Final = _metric("trained/hops", "Mean hops of the trained rows' questions, where known.")
+TRAINED_SEARCHES: Final = _metric("trained/searches", "Mean answered searches of trained rows.")
+TRAINED_TOKENS: Final = _metric("trained/tokens", "Mean tokens of trained rows, prompt included.")
+TRAINED_PROBE_SHARE: Final = _metric("trained/probe_share", "Share of probes among trained rows.")
+TRAINED_AGE: Final = _metric("trained/age", "Mean age of the oldest token of trained rows.")
+TRAINED_LOSS_TOKENS: Final = _metric(
+    "trained/loss_tokens", "Tokens with loss in the step, rows without forward pass included (N of §7)."
+)
+
+# Speed.
+TIME_STEP: Final = _metric("time/step_s", "Time of the learner's step, waiting and publishing not included.")
+TIME_UPDATE: Final = _metric("time/update_s", "Time of its forward and backward passes and of the update.")
+TIME_LEARNER_WAIT: Final = _metric("time/learner_wait_s", "Time that the learner waited for the step's groups.")
+LEARNER_MICRO_BATCHES: Final = _metric("learner/micro_batches", "Forward and backward passes of the step.")
+LEARNER_TOKENS_PER_S: Final = _metric("learner/tokens_per_s", "Tokens of trained rows per second of `time/update_s`.")
+LEARNER_SHARED_SHARE: Final = _metric(
+    "learner/shared_share", "Share of the trained rows' tokens read from a shared prefix in place of computed again."
+)
+ROLLOUT_TOKENS_PER_S: Final = _metric(
+    "rollout/tokens_per_s", "Tokens that all actors sampled per second since the step before."
+)
+
+# Histograms.
+HISTOGRAM_WEIGHT: Final = _metric("histogram/weight", "Weights w of the trained tokens.")
+HISTOGRAM_AGE: Final = _metric("histogram/age", "Age of the oldest token of each attempted row.")
+HISTOGRAM_ATTEMPTED_TOKENS: Final = _metric(
+    "histogram/attempted_tokens", "Tokens of each attempted row, prompt included."
+)
+HISTOGRAM_TRAINED_TOKENS: Final = _metric("histogram/trained_tokens", "Tokens of each trained row, prompt included.")
+HISTOGRAM_ATTEMPTED_HOPS: Final = _metric("histogram/attempted_hops", "Hops of each attempted row's question.")
+HISTOGRAM_TRAINED_HOPS: Final = _metric("histogram/trained_hops", "Hops of each trained row's question.")
+
+DESCRIPTIONS: Final[Mapping[str, str]] = MappingProxyType(_descriptions)
+"""Every key with its line, histograms (`histogram/…`, TensorBoard only) included."""
