@@ -78,6 +78,22 @@ class BufferMachine(RuleBasedStateMachine):
         assert all(lease.version == self.version for lease in leases)
         self.work += [Work(actor, lease) for lease in leases]
 
+    @rule(actor=ACTORS, num=st.integers(1, 6), num_left=st.integers(0, 1))
+    def produce(self, actor: str, num: int, num_left: int) -> None:
+        """All goes well, but for a slow group."""
+        leases = self.state.lease(actor, num=num, held=self.version)
+        self.work += [Work(actor, lease) for lease in leases]
+        for work in self.work[len(self.work) - len(leases) + num_left :]:
+            group_id = work.lease.group_id
+            assert self.state.append(actor, group_id=group_id, ipc=make_ipc(work.lease)) == "accepted"
+
+    @rule(is_published=st.booleans())
+    def learn(self, is_published: bool) -> None:
+        self.take(None)
+        if self.learner_step + 1 in self.ledger.steps:
+            self.finish_step(True, is_published)
+
+    @precondition(lambda self: self.state.status().leased)
     @rule(seconds=st.sampled_from([1.0, 4.0, 11.0, 101.0]))
     def pass_time(self, seconds: float) -> None:
         self.clock.now += seconds
@@ -193,11 +209,14 @@ class BufferMachine(RuleBasedStateMachine):
         self.journal.is_full = False
         assert len(self.journal.records) == before
 
+    @precondition(lambda self: self.learner_step >= self.num_starts)
     @rule(data=st.data())
     def crash(self, data: st.DataObject) -> None:
         """The log ends anywhere; the run resumes at any step that the log and the last incarnation allow."""
         first = next(i for i, record in enumerate(self.journal.records) if isinstance(record, Begin))
-        kept = self.journal.records[: data.draw(st.integers(first + 1, len(self.journal.records)))]
+        most = len(self.journal.records) - first - 1
+        num_cut = data.draw(st.one_of(st.integers(0, min(3, most)), st.integers(0, most)))
+        kept = self.journal.records[: len(self.journal.records) - num_cut]
         self.journal.records[:] = kept
         ledger = fold(kept)
         assert ledger.begin is not None
