@@ -112,7 +112,8 @@ def _read_toml(path: Path) -> dict[str, object]:
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path}: cannot be read ({error}); name an existing TOML file.") from None
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"recipe {path}: cannot be read ({reason}); name an existing TOML file.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"recipe {path}: is not valid TOML: {error}.") from None
     return dict(_known(tables, source=str(path)))

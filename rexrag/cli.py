@@ -1,0 +1,285 @@
+"""The `rexrag` command: parses, calls, prints. Heavy parts are imported by the commands that need them.
+
+Exit status: 0 done, 2 the user's mistake, 1 failure of the run, 130 interrupted after a clean checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError
+
+app = typer.Typer(
+    name="rexrag",
+    help="Train agentic search policies with REX-RAG.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(no_args_is_help=True, help="Look at data files.")
+index_app = typer.Typer(no_args_is_help=True, help="Build and verify retrieval indexes.")
+app.add_typer(data_app, name="data")
+app.add_typer(index_app, name="index")
+
+STDOUT = Console(highlight=False, soft_wrap=True, markup=False)
+
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL_OR_RUN", help="Model folder, GGUF file, hub id, or run folder.")
+]
+IndexOption = Annotated[str, typer.Option("--index", metavar="DIR|URL", help="Index folder, or URL of a server.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+class WorldName(StrEnum):
+    """Worlds that can be written."""
+
+    GEO = "geo"
+    SYNTHETIC = "synthetic"
+
+
+class IndexKind(StrEnum):
+    """Indexes that can be built."""
+
+    BM25 = "bm25"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        app()
+    except UserError as error:
+        _leave(f"error: {error}", status=2)
+    except Interrupted as error:
+        _leave(f"interrupted: {error}", status=130)
+    except RexragError as error:
+        _leave(f"failed: {error}", status=1)
+
+
+def _leave(message: str, *, status: int) -> NoReturn:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    raise SystemExit(status)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    if version:
+        STDOUT.print(metadata.version("rexrag"))
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE.toml]", help="Without one: the quick start.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a key of the recipe; may be repeated.")
+    ] = None,
+    run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder; an existing run is resumed.")] = None,
+    resume: Annotated[str, typer.Option(metavar="auto|never|CHECKPOINT", help="Where to go on.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings with their sources.")] = False,
+) -> None:
+    """Train a policy, or go on with a run."""
+    from rexrag.launch import open_run, plan_run
+    from rexrag.recipe import resolved_toml
+
+    plan = plan_run(recipe, overrides=overrides or [], run_dir=run_dir, resume=resume)
+    if dry_run:
+        STDOUT.print(resolved_toml(plan.recipe, base=plan.root), end="")
+        return
+    if plan.finished:
+        STDOUT.print(f"run {plan.root} is finished: {plan.start_step} steps; raise train.steps to go on.")
+        return
+    from rexrag.board import log_to
+    from rexrag.progress import Progress
+    from rexrag.training import train as run_training
+
+    with open_run(plan) as request, log_to(request.run.log), Progress() as progress:
+        progress.note(f"run folder: {request.run.root}")
+        progress.note(f"TensorBoard: tensorboard --logdir {request.run.tensorboard}")
+        run_training(request, progress=progress)
+    _print_outcome(plan.root)
+
+
+def _print_outcome(root: Path) -> None:
+    """EM before and after, and where things are."""
+    from rexrag.run_folder import RunFolder, read_jsonl
+
+    run = RunFolder(root)
+    lines = read_jsonl(run.eval)
+    for split in ("test", "dev"):
+        scored = [line for line in lines if line["split"] == split]
+        if len(scored) > 1:
+            first, last = (float(str(line["em"])) for line in (scored[0], scored[-1]))
+            STDOUT.print(f"EM on {scored[-1]['n']} {split} questions: {first:.3f} before, {last:.3f} after training")
+    if run.committed_checkpoints():
+        STDOUT.print(f"best checkpoint: {run.best_checkpoint()}")
+    STDOUT.print(f"run folder:      {run.root}")
+    STDOUT.print(f"curves:          tensorboard --logdir {run.tensorboard}")
+
+
+@app.command()
+def warmstart(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, GGUF file, or hub id.")],
+    demonstrations: Annotated[Path, typer.Option(metavar="F", help="Weighted demonstrations (jsonl).")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the model; must not exist.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Start a model with supervision on weighted demonstrations."""
+    from rexrag.progress import Progress
+    from rexrag.warmstart import WarmstartProgress, warm_start
+
+    with Progress() as progress:
+        progress.stage("warm start", total=1.0)
+
+        def show(state: WarmstartProgress) -> None:
+            progress.advance_to(state.update / state.num_updates)
+
+        result = warm_start(model, demonstrations=demonstrations, out=out, seed=seed, progress=show)
+    STDOUT.print(f"{result.folder}: {result.num_demonstrations} demonstrations, last loss {result.losses[-1]:.3f}")
+    if result.depth is not None:
+        STDOUT.print(f"the dead end: {result.depth}")
+
+
+@app.command()
+def world(
+    kind: Annotated[WorldName, typer.Argument(help="Real geography, or invented facts.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files; must be empty or absent.")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    size: Annotated[
+        list[str] | None, typer.Option("--size", metavar="DIAL=N", help="Set a dial of the world; may be repeated.")
+    ] = None,
+) -> None:
+    """Write a world: corpus, questions in three parts, and demonstrations."""
+    from rexrag.worlds.write import write_world
+
+    files = write_world(kind.value, out, seed=seed, size=_parse_dials(size or []))
+    for name, count in files.counts.items():
+        STDOUT.print(f"{count:>7} {name}")
+    STDOUT.print(f"written to {files.folder}")
+
+
+def _parse_dials(words: list[str]) -> dict[str, float]:
+    dials: dict[str, float] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            dials[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(f"--size {word}: must be DIAL=NUMBER, such as --size train=500.") from None
+    return dials
+
+
+@data_app.command("check")
+def check_data(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Questions, corpus or demonstrations.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Count the rows of a data file, and list what is wrong with them."""
+    from rexrag.data.check import check_file
+
+    report = check_file(file)
+    if as_json:
+        STDOUT.print(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        STDOUT.print(f"{report.path}: {report.kind}, {report.rows} rows, {len(report.problems)} problems")
+        for title, counts in (("source", report.by_source), ("hops", report.by_hops)):
+            for name, count in counts.items():
+                STDOUT.print(f"{count:>7} {title} {'unknown' if name is None else name}")
+    if report.problems:
+        shown = "" if as_json else "".join(f"\n{problem}" for problem in report.problems)
+        raise DataError(f"{file}: {len(report.problems)} problems; correct these rows.{shown}")
+
+
+@index_app.command("build")
+def build_index(
+    corpus: Annotated[Path, typer.Option(metavar="F", help="Corpus (jsonl or parquet).")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the index.")],
+    kind: Annotated[IndexKind, typer.Option(help="Kind of index.")] = IndexKind.BM25,
+) -> None:
+    """Build an index over a corpus."""
+    from rexrag.retrieval.bm25 import build_bm25
+
+    started = time.monotonic()
+    manifest = build_bm25(corpus, out)
+    STDOUT.print(f"{out}: {kind.value}, {manifest.passages} passages, {time.monotonic() - started:.1f} s")
+
+
+@index_app.command("check")
+def check_index(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Index folder.")]) -> None:
+    """Verify the hashes of an index and of its corpus."""
+    from rexrag.retrieval.manifest import check_index as verify
+
+    manifest = verify(folder)
+    STDOUT.print(f"{folder}: {manifest.kind}, {manifest.passages} passages, as it was built")
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArg,
+    questions: Annotated[list[Path], typer.Option(metavar="F", help="Questions; may be repeated.")],
+    index: IndexOption,
+    out: Annotated[Path | None, typer.Option(metavar="F.json", help="Write the figures to a file too.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Evaluate a model, greedily."""
+    from rexrag.data.questions import load_questions
+    from rexrag.evaluate import summarize
+    from rexrag.files import write_atomic
+    from rexrag.progress import Progress
+    from rexrag.standalone import evaluate as run_episodes
+    from rexrag.standalone import named_step, settings_for
+    from rexrag.types import EpisodeScore
+
+    asked = load_questions(list(questions)).questions
+    path, settings = settings_for(model, index=index)
+    step = named_step(path)
+    started = time.monotonic()
+    scores: list[EpisodeScore] = []
+    with Progress() as progress:
+        progress.stage(f"evaluating {path}", total=len(asked))
+
+        def show(score: EpisodeScore) -> None:
+            scores.append(score)
+            progress.advance_to(len(scores))
+
+        report = summarize(run_episodes(settings, questions=asked, step=step, on_score=show))
+    line = report.to_line(split="test", step=step, version=step, seconds=time.monotonic() - started)
+    text = json.dumps(line, ensure_ascii=False)
+    if out is not None:
+        write_atomic(out, f"{text}\n")
+    STDOUT.print(text if as_json else _eval_table(line))
+
+
+def _eval_table(line: dict[str, object]) -> str:
+    rows = [f"{line['n']} questions", f"EM  {line['em']:.3f} [{line['em_low']:.3f}, {line['em_high']:.3f}]"]
+    rows.append(f"F1  {line['f1']:.3f}")
+    for title, key in (("source", "by_source"), ("hops", "by_hops")):
+        part = line[key]
+        assert isinstance(part, dict)
+        rows += [f"  {title} {name}: EM {row['em']:.3f}, n = {row['n']:.0f}" for name, row in part.items()]
+    return "\n".join(rows)
+
+
+@app.command()
+def ask(
+    model: ModelArg,
+    question: Annotated[str, typer.Argument(metavar='"question"', help="The question.")],
+    index: IndexOption,
+) -> None:
+    """Ask one question, and see how the model gets to its answer."""
+    from rexrag.standalone import ask as ask_model
+    from rexrag.trace import coloured_trace
+
+    Console(highlight=False, soft_wrap=True).print(coloured_trace(ask_model(model, question=question, index=index)))

@@ -1,0 +1,83 @@
+"""A model outside a run, for `rexrag eval` and `rexrag ask`: in this process, without Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rexrag.actors.build import RolloutSettings
+from rexrag.config import Config
+from rexrag.errors import RetrieverError, RunFailure
+from rexrag.evaluate import evaluate_model
+from rexrag.recipe import flatten, load_recipe, make_config
+from rexrag.retrieval.open import open_target
+from rexrag.run_folder import resolve_model_or_run, run_of
+from rexrag.types import EpisodeScore, Question, WeightVersion
+from rexrag.wiring import rollout_settings
+
+
+def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
+    """The model that is meant, and its episodes: with the settings of its run where it has one, else the defaults.
+
+    Args:
+        index: index folder, or URL of a retriever server.
+
+    Raises:
+        UserError: no such model, or no usable index.
+    """
+    path = resolve_model_or_run(model)
+    open_target(index)
+    run = run_of(path)
+    config = Config() if run is None else load_recipe(run.config).config
+    is_server = index.lower().startswith(("http://", "https://"))
+    values = {
+        **flatten(config),
+        "model.path": str(path),
+        "retriever.kind": "http" if is_server else "bm25",
+        "retriever.url": index if is_server else None,
+        "retriever.path": None if is_server else Path(index),
+    }
+    settings = rollout_settings(make_config(values, sources={}), model_path=str(path), num_threads=os.cpu_count() or 1)
+    return path, settings
+
+
+def named_step(model: Path) -> int:
+    """The learner step of a run's checkpoint, 0 for any other model."""
+    number = model.name.removeprefix("step-")
+    return int(number) if number.isdigit() and run_of(model) is not None else 0
+
+
+def evaluate(
+    settings: RolloutSettings,
+    *,
+    questions: Sequence[Question],
+    step: int,
+    on_score: Callable[[EpisodeScore], None] | None = None,
+) -> list[EpisodeScore]:
+    """Greedy episodes of all questions.
+
+    Raises:
+        RunFailure: the retriever gave no result in the end.
+    """
+    version = WeightVersion(incarnation="standalone", step=step)
+    try:
+        return evaluate_model(settings, questions=questions, version=version, on_score=on_score)
+    except ExceptionGroup as group:
+        if (failed := group.subgroup(RetrieverError)) is None:
+            raise
+        raise RunFailure(str(failed.exceptions[0])) from None
+
+
+def ask(model: str, *, question: str, index: str) -> str:
+    """The trace of one greedy episode.
+
+    Raises:
+        UserError: no such model, or no usable index.
+        RunFailure: the retriever gave no result in the end.
+    """
+    path, settings = settings_for(model, index=index)
+    asked = Question(id="asked", data_source="ask", question=question, golden_answers=("",))
+    [score] = evaluate(settings, questions=[asked], step=named_step(path))
+    assert score.text is not None, "a greedy episode has its text"
+    return score.text
