@@ -59,10 +59,12 @@ def make_group(
     )
 
 
-def make_ipc(lease: GroupLease, *, versions: Sequence[int] | None = None, num_rows: int = 2) -> bytes:
-    group = make_group(
-        lease.group_id, lease.question.key, versions=versions or (lease.version.step,), num_rows=num_rows
-    )
+def make_ipc(
+    lease: GroupLease, *, versions: Sequence[int] | None = None, num_rows: int = 2, num_tokens: int = 6
+) -> bytes:
+    versions = versions or (lease.version.step,)
+    key = lease.question.key
+    group = make_group(lease.group_id, key, versions=versions, num_rows=num_rows, num_tokens=num_tokens)
     return batch_to_ipc(group.to_record_batch())
 
 

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+from replay_helpers import Clock, make_ipc, make_settings
+
+from rexrag.buffer.ledger import GroupState, Ledger
+from rexrag.buffer.log import Damage, read_log, segments
+from rexrag.buffer.recovery import accounting_from_log, open_buffer
+from rexrag.buffer.settings import ReplaySettings
+from rexrag.buffer.state import ReplayState
+from rexrag.errors import RunFolderError
+from rexrag.types import GroupLease, WeightVersion, batch_from_ipc
+
+DISK_FULL_SCRIPT = Path(__file__).with_name("disk_full.py")
+
+
+def begin(replay: ReplaySettings, *, resume_step: int | None = None) -> ReplayState:
+    state = open_buffer(replay, resume_step=resume_step, clock=Clock())
+    state.publish(version_of(state, resume_step or 0))
+    return state
+
+
+def version_of(state: ReplayState, step: int) -> WeightVersion:
+    return WeightVersion(incarnation=state.position().incarnation, step=step)
+
+
+def produce(state: ReplayState, step: int, num: int) -> list[GroupLease]:
+    leases = state.lease("a", num=num, held=version_of(state, step))
+    for lease in leases:
+        state.append("a", group_id=lease.group_id, ipc=make_ipc(lease))
+    return leases
+
+
+def learn(state: ReplayState, step: int) -> list[str]:
+    batch = state.take(step, rho=0.1)
+    assert batch is not None
+    state.outcome(step, applied=True)
+    state.publish(version_of(state, step))
+    return [batch_from_ipc(ipc).column("group_id")[0].as_py() for ipc in batch.groups]
+
+
+def fold(folder: Path) -> Ledger:
+    ledger = Ledger()
+    for item in read_log(folder):
+        if not isinstance(item, Damage):
+            ledger.apply(item)
+    return ledger
+
+
+def make_run(folder: Path, **changes: int | float) -> ReplaySettings:
+    """Three steps of two groups, two groups finished, one leased."""
+    replay = make_settings(folder, num_questions=7, segment_bytes=9000, **changes)
+    state = begin(replay)
+    for step in (1, 2, 3):
+        produce(state, step - 1, 2)
+        learn(state, step)
+    produce(state, 3, 2)
+    state.lease("a", num=1, held=version_of(state, 3))
+    return replay
+
+
+def test_a_resume_keeps_finished_groups_and_leases_unfinished_ones_again(tmp_path: Path) -> None:
+    replay = make_run(tmp_path)
+    state = begin(replay, resume_step=3)
+    status = state.status()
+    assert (status.waiting, status.finished, status.assigned) == (1, 2, 0)
+    assert state.accounting() == {"issued": 9, "consumed": 6, "dropped": {}, "pending": 3, "given_up": 0}
+    (lease,) = state.lease("a", num=1, held=version_of(state, 3))
+    assert lease.group_id == "1-8"
+    assert learn(state, 4) == ["1-6", "1-7"]
+
+
+def test_what_the_checkpoint_lacks_is_lost_and_asked_again_as_the_same_attempt(tmp_path: Path) -> None:
+    replay = make_run(tmp_path)
+    before = fold(tmp_path)
+    state = begin(replay, resume_step=1)
+    counts = state.accounting()
+    assert counts == {"issued": 9, "consumed": 2, "dropped": {"lost": 6}, "pending": 1, "given_up": 0}
+    assert accounting_from_log(tmp_path) == counts
+    leases = state.lease("a", num=5, held=version_of(state, 1))
+    lost = [group for group in before.groups.values() if group.order in (2, 3, 4, 5)]
+    assert leases[0].group_id == "1-8"
+    assert [lease.question.key for lease in leases[1:]] == [group.question for group in lost]
+    assert {lease.attempt for lease in leases} == {0}
+
+
+def test_a_step_in_the_checkpoint_is_consumed_though_its_outcome_was_not_written(tmp_path: Path) -> None:
+    replay = make_settings(tmp_path)
+    state = begin(replay)
+    produce(state, 0, 2)
+    assert state.take(1, rho=None) is not None
+    assert begin(replay, resume_step=1).accounting()["consumed"] == 2
+
+
+def test_an_assigned_step_is_lost_when_the_checkpoint_lacks_it(tmp_path: Path) -> None:
+    replay = make_settings(tmp_path)
+    state = begin(replay)
+    produce(state, 0, 2)
+    assert state.take(1, rho=None) is not None
+    state = begin(replay, resume_step=0)
+    assert state.accounting()["dropped"] == {"lost": 2}
+    produce(state, 0, 2)
+    assert learn(state, 1) == ["2-0", "2-1"]
+
+
+def test_every_question_of_an_epoch_is_consumed_once_over_crashes(tmp_path: Path) -> None:
+    replay = make_settings(tmp_path, num_questions=6)
+    state, step = begin(replay), 0
+    for crash_at in (1, 3, 4, 99):
+        while step < min(crash_at, 6):
+            produce(state, step, 3)
+            step += 1
+            learn(state, step)
+        if crash_at < 99:
+            step -= 1
+            state = begin(replay, resume_step=step)
+    groups = fold(tmp_path).in_state(GroupState.CONSUMED).values()
+    consumed = Counter((group.epoch, group.question) for group in groups)
+    assert set(consumed.values()) == {1}
+    assert sum(epoch == 0 for epoch, _ in consumed) == 6
+
+
+def test_a_new_run_refuses_a_folder_with_a_log(tmp_path: Path) -> None:
+    replay = make_run(tmp_path)
+    with pytest.raises(RunFolderError, match="holds the replay log of a run already"):
+        begin(replay)
+
+
+def test_other_questions_are_refused(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with pytest.raises(RunFolderError, match="is of 7 other questions than the 6 given"):
+        begin(make_settings(tmp_path, num_questions=6), resume_step=3)
+
+
+def test_a_damaged_group_is_corrupt_and_its_question_asked_again(tmp_path: Path) -> None:
+    replay = make_run(tmp_path)
+    group = fold(tmp_path).groups["1-7"]
+    assert group.payload is not None
+    payload = bytes(group.payload)
+    for path in segments(tmp_path):
+        data = path.read_bytes()
+        path.write_bytes(data.replace(payload, payload[:-9] + b"\x01" + payload[-8:]))
+    state = begin(replay, resume_step=3)
+    assert state.accounting()["dropped"] == {"corrupt": 1}
+    assert [damage.group_id for damage in state.position().damages] == ["1-7"]
+    waiting, again = state.lease("a", num=2, held=version_of(state, 3))
+    assert waiting.group_id == "1-8"
+    assert (again.question.key, again.attempt) == (group.question, 1)
+    assert begin(replay, resume_step=3).accounting()["dropped"] == {"corrupt": 1}
+
+
+def test_a_segment_of_zeros_costs_no_balance_and_no_group_is_trained_on_twice(tmp_path: Path) -> None:
+    for number in range(4):
+        folder = tmp_path / str(number)
+        replay = make_run(folder)
+        paths = segments(folder)
+        assert len(paths) > number
+        trained = set(fold(folder).in_state(GroupState.CONSUMED))
+        paths[number].write_bytes(bytes(paths[number].stat().st_size))
+        state = begin(replay, resume_step=3)
+        assert_goes_on(state, replay, step=3, trained=trained)
+
+
+@given(at=st.integers(0, 10**6), junk=st.binary(min_size=1, max_size=400), segment=st.integers(0, 10))
+@settings(deadline=None, max_examples=40)
+def test_recovery_survives_any_damage(
+    tmp_path_factory: pytest.TempPathFactory, at: int, junk: bytes, segment: int
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    replay = make_run(folder)
+    trained = set(fold(folder).in_state(GroupState.CONSUMED))
+    path = segments(folder)[segment % len(segments(folder))]
+    data = path.read_bytes()
+    at %= len(data)
+    path.write_bytes(data[:at] + junk + data[at + len(junk) :])
+    state = begin(replay, resume_step=3)
+    assert_goes_on(state, replay, step=3, trained=trained)
+    shutil.rmtree(folder)
+
+
+def assert_goes_on(state: ReplayState, replay: ReplaySettings, *, step: int, trained: set[str]) -> None:
+    """Balanced, the same as its own log, able to work and to be recovered once more; no group trained on twice."""
+    for next_step in (step + 1, step + 2):
+        produce(state, next_step - 1, 4)
+        taken = learn(state, next_step)
+        assert not trained & set(taken)
+        trained |= set(taken)
+    counts = state.accounting()
+    assert counts["issued"] == counts["consumed"] + sum(counts["dropped"].values()) + counts["pending"]
+    assert accounting_from_log(replay.folder) == counts
+    assert begin(replay, resume_step=step + 2).accounting() == counts
+
+
+def test_a_full_disk_stops_appends_and_loses_nothing(tmp_path: Path) -> None:
+    """In a process of its own, whose files may not grow beyond a limit."""
+    run = subprocess.run(
+        [sys.executable, str(DISK_FULL_SCRIPT), str(tmp_path / "log")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert run.returncode == 0, run.stderr
+    said = json.loads(run.stdout)
+    assert "File too large; free space and resume" in said["error"]
+    assert said["retried"] == "accepted"
+    ledger = fold(tmp_path / "log")
+    assert sorted(ledger.in_state(GroupState.FINISHED)) == sorted(said["acknowledged"])
+    assert not [item for item in read_log(tmp_path / "log") if isinstance(item, Damage)]
+
+
+def test_an_append_takes_milliseconds(tmp_path: Path) -> None:
+    state = begin(make_settings(tmp_path, num_questions=100, groups_per_step=30))
+    leases = state.lease("a", num=50, held=version_of(state, 0))
+    ipcs = [make_ipc(lease, num_rows=5, num_tokens=300) for lease in leases]
+    started = time.perf_counter()
+    for lease, ipc in zip(leases, ipcs, strict=True):
+        state.append("a", group_id=lease.group_id, ipc=ipc)
+    assert (time.perf_counter() - started) / len(leases) < 0.05
