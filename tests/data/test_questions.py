@@ -1,0 +1,238 @@
+"""`rexrag.data.questions`: formats, identity, and what is said of bad rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rexrag.data.questions import load_questions, parse_question
+from rexrag.data.rows import Row, RowError
+from rexrag.errors import DataError
+from rexrag.types import Question
+
+GOOD = {"id": "1", "question": "Capital of France?", "golden_answers": ["Paris"]}
+
+
+def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict[str, object]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def parse(values: Mapping[str, object]) -> Question:
+    return parse_question(Row(path=Path("nq.jsonl"), unit="line", number=1, offset=0, values=values))
+
+
+def search_r1_row(target: object, **columns: object) -> dict[str, object]:
+    return {
+        "data_source": "nq",
+        "prompt": [{"role": "user", "content": "Answer the given question. Question: who wrote Emma?\n"}],
+        "reward_model": {"style": "rule", "ground_truth": {"target": target}},
+        "extra_info": {"split": "train", "index": 7},
+        **columns,
+    }
+
+
+def test_plain_rows(tmp_path: Path) -> None:
+    rows = [
+        {**GOOD, "hops": 2, "data_source": "geo", "gold_passage_ids": ["p1", 7]},
+        {"id": 2, "question": "q", "golden_answers": "a"},
+    ]
+    first, second = load_questions(write_jsonl(tmp_path / "geo.jsonl", rows)).questions
+    assert (first.key, first.question, first.golden_answers) == ("geo/1", "Capital of France?", ("Paris",))
+    assert (first.hops, first.gold_passage_ids, first.row) == (2, ("p1", "7"), rows[0])
+    assert (second.id, second.golden_answers, second.hops, second.gold_passage_ids) == ("2", ("a",), None, None)
+
+
+@pytest.mark.parametrize("target", ["Jane Austen", ["Jane Austen", "Austen"]])
+def test_search_r1_parquet(tmp_path: Path, target: str | list[str]) -> None:
+    path = write_parquet(tmp_path / "train.parquet", [search_r1_row(target, golden_answers=["not this one"])])
+    (question,) = load_questions([path]).questions
+    assert question.question == "who wrote Emma?"
+    assert question.golden_answers == ((target,) if isinstance(target, str) else tuple(target))
+    assert question.data_source == "nq"
+
+
+def test_question_column_counts_before_the_prompt() -> None:
+    assert parse(search_r1_row("a", question="Who?")).question == "Who?"
+
+
+def test_the_last_question_of_the_last_user_message_counts() -> None:
+    messages = [
+        {"role": "user", "content": "Question: first?"},
+        {"role": "user", "content": "Question: an example? Question: the real one?"},
+        {"role": "assistant", "content": "Question: not mine?"},
+    ]
+    assert parse(search_r1_row("a", prompt=messages)).question == "the real one?"
+
+
+def test_targets_may_be_arrays() -> None:
+    assert parse(search_r1_row(np.array(["a", "b"], dtype=object))).golden_answers == ("a", "b")
+
+
+def test_identity_without_an_id_is_the_text_not_the_place(tmp_path: Path) -> None:
+    a, b = search_r1_row("x", question="A?"), search_r1_row("x", question="B?")
+    forth = load_questions(write_jsonl(tmp_path / "forth.jsonl", [a, b])).questions
+    back = load_questions(write_jsonl(tmp_path / "back.jsonl", [b, a])).questions
+    assert [q.key for q in forth] == [q.key for q in reversed(back)]
+    assert forth[0].key != forth[1].key
+
+
+def test_source_is_the_file_or_the_folder_of_a_split(tmp_path: Path) -> None:
+    (tmp_path / "hotpotqa").mkdir()
+    by_folder = load_questions(write_jsonl(tmp_path / "hotpotqa" / "test.jsonl", [GOOD]))
+    by_file = load_questions(write_jsonl(tmp_path / "bamboogle.jsonl", [GOOD]))
+    assert by_folder.questions[0].data_source == "hotpotqa"
+    assert by_file.questions[0].data_source == "bamboogle"
+
+
+def test_repeated_question_with_another_id_is_kept_and_the_same_id_is_an_error(tmp_path: Path) -> None:
+    kept = load_questions(write_jsonl(tmp_path / "a.jsonl", [GOOD, {**GOOD, "id": "2"}]))
+    assert len(kept.questions) == 2
+    twice = write_jsonl(tmp_path / "b.jsonl", [GOOD, {**GOOD, "id": 1, "question": "Another?"}])
+    for skip in (False, True):
+        with pytest.raises(DataError, match=r"b\.jsonl, line 2: .*id '1' is also at .*b\.jsonl, line 1"):
+            load_questions(twice, skip_bad_rows=skip)
+
+
+def test_order_over_several_files_is_kept(tmp_path: Path) -> None:
+    files = [write_jsonl(tmp_path / f"f{i}.jsonl", [GOOD, {**GOOD, "id": "2"}]) for i in range(2)]
+    assert [q.key for q in load_questions(files).questions] == ["f0/1", "f0/2", "f1/1", "f1/2"]
+
+
+def test_search_r1_rows_with_gaps_in_optional_columns(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{**GOOD, "hops": 2.0}, {**GOOD, "id": "2", "hops": float("nan")}]
+    questions = load_questions(write_parquet(tmp_path / "a.parquet", rows)).questions
+    assert [q.hops for q in questions] == [2, None]
+
+
+BAD_ROWS: list[tuple[object, str]] = [
+    ({"id": "1", "golden_answers": ["a"]}, 'expected a string "question", or chat messages in "prompt"'),
+    ({**GOOD, "question": "  "}, "expected a non-empty string \"question\", got '  '"),
+    ({**GOOD, "question": 7}, 'expected a non-empty string "question", got 7'),
+    ({"id": "1", "question": "q"}, 'expected a string or a list of strings in "golden_answers", got nothing'),
+    ({**GOOD, "golden_answers": []}, 'expected at least one non-empty answer in "golden_answers"'),
+    ({**GOOD, "golden_answers": [1912]}, 'expected a string or a list of strings in "golden_answers"'),
+    ({**GOOD, "hops": 0}, 'expected a whole number from 1 to 1000 in "hops", got 0'),
+    ({**GOOD, "hops": True}, 'in "hops", got True'),
+    ({**GOOD, "gold_passage_ids": "p1"}, 'expected a list of passage ids in "gold_passage_ids"'),
+    ({**GOOD, "id": [1]}, 'expected a non-empty string "id"'),
+    ({**GOOD, "data_source": 3}, 'expected a non-empty string "data_source"'),
+    ({**GOOD, "question": "half \ud800"}, '"question" holds half a surrogate pair'),
+    (search_r1_row({"a": 1}), 'in "reward_model.ground_truth.target"'),
+    (search_r1_row("a", prompt=[{"role": "user", "content": "who?"}]), 'expected "Question: …"'),
+    (search_r1_row("a", prompt=[{"role": "user", "content": "Question: "}]), "nothing follows"),
+    ([1, 2], "expected a JSON object, got [1, 2]"),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), BAD_ROWS, ids=[message[:40] for _, message in BAD_ROWS])
+def test_bad_rows_stop_with_place_and_expectation_or_are_counted(tmp_path: Path, row: object, expected: str) -> None:
+    good = {**GOOD, "id": "good"}
+    path = write_jsonl(tmp_path / "a.jsonl", [good, row])
+    with pytest.raises(DataError) as error:
+        load_questions(path)
+    assert "a.jsonl, line 2: " in str(error.value)
+    assert expected in str(error.value)
+    assert "data.skip_bad_rows" in str(error.value)
+    loaded = load_questions(path, skip_bad_rows=True)
+    assert [q.id for q in loaded.questions] == ["good"]
+    assert [problem.number for problem in loaded.skipped] == [2]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"id": "\xff"}', "line 3: expected UTF-8, got byte 0xff at byte 9"),
+        (b'{"id": ', "line 3: expected one JSON object on a line"),
+        (b"[" * 100_000, "line 3: expected one JSON object on a line"),
+    ],
+)
+def test_undecodable_lines_are_bad_rows(tmp_path: Path, line: bytes, expected: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(DataError, match=expected):
+        load_questions(path)
+    assert len(load_questions(path, skip_bad_rows=True).skipped) == 1
+
+
+def test_byte_order_mark_and_line_ends_of_windows(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n\r\n")
+    assert len(load_questions(path).questions) == 1
+
+
+@pytest.mark.parametrize("rows", [[], [{"id": "x"}]])
+def test_no_usable_question_is_an_error(tmp_path: Path, rows: list[object]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=rf"no question to use \(.*a\.jsonl; {len(rows)} bad rows\)"):
+        load_questions(path, skip_bad_rows=True)
+    with pytest.raises(DataError, match="no file given"):
+        load_questions([])
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read \(No such file"):
+        load_questions(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="cannot be read"):
+        load_questions(tmp_path)
+    path = tmp_path / "not.parquet"
+    path.write_text(json.dumps(GOOD))
+    with pytest.raises(DataError, match=r"not\.parquet: not a readable parquet file"):
+        load_questions(path)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cut=st.integers(0, 5_000), flipped=st.sets(st.integers(0, 5_000), max_size=20))
+def test_damaged_parquet_is_a_data_error_or_still_reads(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, flipped: set[int]
+) -> None:
+    rows: list[dict[str, object]] = [search_r1_row([f"a{i}"], id=str(i)) for i in range(40)]
+    path = write_parquet(tmp_path_factory.mktemp("damaged") / "a.parquet", rows)
+    data = bytearray(path.read_bytes())
+    for at in flipped:
+        data[at % len(data)] ^= 0x5A
+    path.write_bytes(bytes(data[: len(data) - cut % len(data)]))
+    message = ""
+    try:
+        load_questions(path)
+    except DataError as error:
+        message = str(error)
+    assert not message or "a.parquet" in message
+    assert message or cut % len(data) == 0, "a file without its end cannot be read"
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+COLUMNS = ("id", "question", "golden_answers", "data_source", "hops", "gold_passage_ids", "prompt", "reward_model")
+
+
+@settings(deadline=None)
+@given(changes=st.dictionaries(st.sampled_from(COLUMNS), JSON_VALUES, max_size=4))
+def test_any_row_is_a_valid_question_or_a_row_error(changes: dict[str, object]) -> None:
+    try:
+        question = parse({**GOOD, **changes})
+    except RowError:
+        return
+    assert question.question.strip()
+    assert question.id.strip()
+    assert question.data_source.strip()
+    assert question.golden_answers
+    assert all(answer.strip() for answer in question.golden_answers)
+    assert question.hops is None or question.hops >= 1
+    question.key.encode("utf-8")
