@@ -35,6 +35,10 @@ class RunFailure(RexragError):
     """The run cannot go on: a part died or gave no progress. Exit status 1."""
 
 
+class PartDiedError(RunFailure):
+    """The process of a part died while somebody waited for it."""
+
+
 class Interrupted(RexragError):
     """The run was asked to stop and has checkpointed. Exit status 130."""
 

@@ -12,7 +12,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -215,7 +215,12 @@ GROUP_SCHEMA: Final = pa.schema(
 """One row per trajectory, one record batch per group. The list columns' values and offsets are the packed
 layout (`cu_seqlens`) that the learner reads."""
 
-_PER_TOKEN: Final = {"token_ids": np.int32, "origin": np.uint8, "behavior_logprob": np.float32, "policy_version": np.int32}
+_PER_TOKEN: Final = {
+    "token_ids": np.int32,
+    "origin": np.uint8,
+    "behavior_logprob": np.float32,
+    "policy_version": np.int32,
+}
 _PER_ROW: Final = (
     "parent", "branch_point", "hint_id", "reward", "em", "f1", "correct", "num_searches", "num_turns", "num_malformed",
     "gold_retrieved", "prompt_length", "text",
@@ -243,7 +248,9 @@ class TrajectoryGroup:
             if trajectory.parent is None:
                 continue
             if not 0 <= trajectory.parent < len(self.trajectories):
-                raise ValueError(f"row {row} of group {self.group_id} has parent {trajectory.parent}, outside the group")
+                raise ValueError(
+                    f"row {row} of group {self.group_id} has parent {trajectory.parent}, outside the group"
+                )
             if self.trajectories[trajectory.parent].kind is not Kind.TARGET:
                 raise ValueError(f"row {row} of group {self.group_id} has a parent that is not a target")
 
@@ -296,13 +303,13 @@ class TrajectoryGroup:
         tokens = {name: _split_lists(batch.column(name)) for name in _PER_TOKEN}
         rows = []
         for i in range(batch.num_rows):
-            values = {name: scalars[name][i] for name in _PER_ROW}
+            values: dict[str, Any] = {name: scalars[name][i] for name in _PER_ROW}
+            values |= {name: arrays[i] for name, arrays in tokens.items()}
             rows.append(
                 Trajectory(
                     kind=Kind(scalars["kind"][i]),
                     end_reason=EndReason(scalars["end_reason"][i]),
                     timings=dict(scalars["timings"][i]),
-                    **{name: arrays[i] for name, arrays in tokens.items()},
                     **values,
                 )
             )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from rexrag.types import WeightVersion
@@ -78,7 +79,7 @@ class Engine(Protocol):
             ValueError: the prompt is empty, or does not fit the engine's context with `max_tokens`.
         """
 
-    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray]) -> None:
+    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Swap the weights between two forward passes; returns once the new ones are in use.
 
         Running sequences go on (`keep`) or are prefilled again first (`recompute`), see algorithm §3.

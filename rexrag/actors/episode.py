@@ -85,7 +85,9 @@ class EpisodeRunner:
             GroupFailedError: fewer than two targets (one where a group has one) ended without an outage.
         """
         episodes = [
-            _Episode(self, lease.question, salt=self._salt(lease), names=_names(lease, rollout), on_progress=on_progress)
+            _Episode(
+                self, lease.question, salt=self._salt(lease), names=_names(lease, rollout), on_progress=on_progress
+            )
             for rollout in range(self._settings.group_size)
         ]
         try:
@@ -100,7 +102,9 @@ class EpisodeRunner:
         targets = [target for target, _ in pairs]
         usable = sum(not target.is_masked for target in targets)
         if usable < min(2, self._settings.group_size):
-            raise GroupFailedError(f"{usable} of {len(targets)} targets of {lease.question.key} ended without an outage")
+            raise GroupFailedError(
+                f"{usable} of {len(targets)} targets of {lease.question.key} ended without an outage"
+            )
         return TrajectoryGroup(
             group_id=lease.group_id,
             question_id=lease.question.key,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
-from ray.actor import ActorHandle
 
 from rexrag.actors.build import RolloutSettings, build_runner
 from rexrag.actors.engine import EngineStats
@@ -14,20 +15,29 @@ from rexrag.actors.rollout_loop import RolloutLoop
 from rexrag.types import EpisodeScore, GroupLease, Question, WeightVersion
 
 
+class RemoteHandle(Protocol):
+    """A Ray actor handle: its methods have `remote`, and give awaitables."""
+
+    def __getattr__(self, name: str) -> Any: ...  # noqa: ANN401
+
+
 class _RemoteBuffer:
     """`BufferClient` over the handle of the replay actor."""
 
-    def __init__(self, handle: ActorHandle) -> None:
+    def __init__(self, handle: RemoteHandle) -> None:
         self._handle = handle
 
     async def lease(self, actor_id: str, *, num: int, held: WeightVersion, wait_s: float) -> Sequence[GroupLease]:
-        return await self._handle.lease.remote(actor_id, num=num, held=held, wait_s=wait_s)
+        leases: Sequence[GroupLease] = await self._handle.lease.remote(actor_id, num=num, held=held, wait_s=wait_s)
+        return leases
 
     async def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> Sequence[str]:
-        return await self._handle.renew.remote(actor_id, progress=progress)
+        gone: Sequence[str] = await self._handle.renew.remote(actor_id, progress=progress)
+        return gone
 
     async def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> str:
-        return await self._handle.append.remote(actor_id, group_id=group_id, ipc=ipc)
+        outcome: str = await self._handle.append.remote(actor_id, group_id=group_id, ipc=ipc)
+        return outcome
 
     async def fail(self, actor_id: str, *, group_id: str, reason: str) -> None:
         await self._handle.fail.remote(actor_id, group_id=group_id, reason=reason)
@@ -37,7 +47,7 @@ class RolloutActor:
     """One engine with many concurrent episodes. `run` lasts until `stop`; all else answers meanwhile."""
 
     def __init__(
-        self, actor_id: str, *, settings: RolloutSettings, version: WeightVersion, num_groups: int, buffer: ActorHandle
+        self, actor_id: str, *, settings: RolloutSettings, version: WeightVersion, num_groups: int, buffer: RemoteHandle
     ) -> None:
         runner, self._engine = build_runner(settings, version=version)
         self._loop = RolloutLoop(
@@ -54,7 +64,7 @@ class RolloutActor:
     async def stop(self) -> None:
         self._loop.stop()
 
-    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray]) -> None:
+    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
         await self._loop.update_weights(version, weights)
 
     async def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[EpisodeScore]:

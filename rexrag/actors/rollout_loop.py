@@ -14,6 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from rexrag.actors.engine import Engine, EngineStats
@@ -32,9 +33,7 @@ MAX_CONSECUTIVE_FAILURES = 3
 class BufferClient(Protocol):
     """The replay buffer as an actor sees it."""
 
-    async def lease(
-        self, actor_id: str, *, num: int, held: WeightVersion, wait_s: float
-    ) -> Sequence[GroupLease]: ...
+    async def lease(self, actor_id: str, *, num: int, held: WeightVersion, wait_s: float) -> Sequence[GroupLease]: ...
 
     async def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> Sequence[str]: ...
 
@@ -86,7 +85,7 @@ class RolloutLoop:
         self._stopping = True
         self._changed.set()
 
-    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray]) -> None:
+    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Switch between two decode steps; waits for a running evaluation to end first."""
         async with self._weights_lock:
             await self._engine.update_weights(version, weights)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from rexrag.reward import RewardFunction, exact_match, f1_score, is_correct, normalize_answer
 from rexrag.types import Passage, Question
 
+if TYPE_CHECKING:
+    from rexrag.actors.draft import Draft
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """`reward` is what is learnt from; `correct` is §2's (it decides what a dead end is)."""
+    """`reward` is what is learnt from; `correct` decides what a dead end is (§2)."""
 
     reward: float
     em: float
@@ -19,13 +23,37 @@ class Scores:
     correct: bool
 
 
-NO_SCORES = Scores(reward=0.0, em=0.0, f1=0.0, correct=False)
+NO_SCORES: Final = Scores(reward=0.0, em=0.0, f1=0.0, correct=False)
 """Of a masked trajectory: it counts nowhere."""
 
 
 class Scorer:
-    """The reward function of a run, and what counts as gold in retrieved passages."""
+    """The reward function of a run, and what counts as gold among shown passages."""
 
     def __init__(self, reward: RewardFunction, *, kind: str) -> None:
         self._reward = reward
         self._kind = kind
+
+    def score(self, draft: Draft, *, question: Question) -> Scores:
+        golds = question.golden_answers
+        em = exact_match(draft.answer, golds) if draft.answer is not None else 0.0
+        f1 = f1_score(draft.answer, golds) if draft.answer is not None else 0.0
+        num_turns = len(draft.turns)
+        valid_share = (num_turns - draft.num_malformed) / num_turns if num_turns else 0.0
+        reward = self._reward(draft.answer, golds=golds, row=question.row, valid_share=valid_share)
+        return Scores(reward=reward, em=em, f1=f1, correct=is_correct(em, f1, self._kind))
+
+    def shows_gold(self, question: Question, *, passages: Sequence[Passage], shown: str) -> bool:
+        """Whether a gold passage was retrieved, or without ids a gold answer stands in the shown text.
+
+        Answers are compared as whole normalised words, so that "Oman" is not found in "Romania".
+        """
+        if question.gold_passage_ids is not None:
+            return any(passage.id in question.gold_passage_ids for passage in passages)
+        text = f" {normalize_answer(shown)} "
+        return any(gold and f" {gold} " in text for gold in map(normalize_answer, question.golden_answers))
+
+    @staticmethod
+    def knows_gold(question: Question) -> bool:
+        """Whether `shows_gold` can tell: with passage ids, or with an answer that has words."""
+        return question.gold_passage_ids is not None or any(map(normalize_answer, question.golden_answers))

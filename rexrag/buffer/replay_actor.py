@@ -42,10 +42,13 @@ class ReplayActor:
         self._deaths: Counter[str] = Counter()
 
     async def lease(self, actor_id: str, *, num: int, held: WeightVersion | None, wait_s: float) -> list[GroupLease]:
-        """Up to `num` groups, waiting at most `wait_s` seconds for the first."""
+        """Up to `num` groups, waiting at most `wait_s` seconds for the first.
+
+        An actor that does not hold the published weights gets none at once: it has to fetch them first.
+        """
         deadline, deaths = time.monotonic() + wait_s, self._deaths[actor_id]
         while not (leases := self._state.lease(actor_id, num=num, held=held)):
-            if not await self._wait(deadline) or self._deaths[actor_id] != deaths:
+            if self._state.is_outdated(held) or not await self._wait(deadline) or self._deaths[actor_id] != deaths:
                 break
         return leases
 

@@ -115,6 +115,10 @@ class ReplayState:
             for group in groups
         ]
 
+    def is_outdated(self, held: WeightVersion | None) -> bool:
+        """Whether an actor that holds `held` must fetch newer weights before it can lease."""
+        return self._published is not None and not _is_current(held, self._published)
+
     def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> list[str]:
         """Renew the leases whose progress number grew; returns the groups that the actor no longer holds."""
         self._expire()

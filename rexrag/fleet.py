@@ -1,0 +1,176 @@
+"""The rollout actors of a run: started, given weights, asked for evaluations, and replaced when they die.
+
+start -> ready -> run ... (death -> lease back to the buffer, a new actor under a new id) ... -> stop
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import ray
+from ray import ObjectRef
+from ray.exceptions import RayActorError, RayTaskError
+
+from rexrag.actors.build import RolloutSettings
+from rexrag.actors.engine import EngineStats
+from rexrag.actors.rollout_actor import RolloutActor
+from rexrag.errors import RunFailure
+from rexrag.types import Question, WeightVersion
+from rexrag.wiring import thread_environment
+
+Handle: TypeAlias = Any
+"""A Ray actor handle: its methods are made at run time."""
+
+LOG = logging.getLogger(__name__)
+
+MAX_CALLS = 64
+"""Calls that one actor serves at once: `run` takes one of them, evaluations and weights the others."""
+
+MAX_RESTARTS_IN_A_ROW = 5
+"""Deaths of actors without a finished group between them: then the cause is not a passing one."""
+
+
+@dataclass(kw_only=True)
+class _Member:
+    actor_id: str
+    handle: Handle
+    run: ObjectRef[Any] | None = None
+    updates: list[ObjectRef[Any]] = field(default_factory=list)
+
+
+class Fleet:
+    """Rollout actors behind one buffer.
+
+    Args:
+        version: what the weights in `settings.model_path` are called.
+        num_cpus: CPUs that Ray reserves for each actor.
+        on_death: called with the id of an actor that died, so that its leases go back at once.
+    """
+
+    def __init__(
+        self,
+        settings: RolloutSettings,
+        *,
+        num_actors: int,
+        num_groups: int,
+        num_cpus: float,
+        version: WeightVersion,
+        buffer: Handle,
+        on_death: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._num_groups = num_groups
+        self._initial = version
+        self._current: tuple[WeightVersion, ObjectRef[Any] | None] = (version, None)
+        self._buffer = buffer
+        self._on_death = on_death
+        environment = {"env_vars": thread_environment(settings.num_threads)}
+        options: dict[str, Any] = {"num_cpus": num_cpus, "max_concurrency": MAX_CALLS, "runtime_env": environment}
+        self._remote: Handle = ray.remote(**options)(RolloutActor)
+        self._num_started = 0
+        self._restarts = 0
+        self._members = [self._start() for _ in range(num_actors)]
+
+    def ready(self) -> list[ObjectRef[Any]]:
+        """One reference per actor, resolved once it is built."""
+        return [member.handle.ready.remote() for member in self._members]
+
+    def run(self) -> None:
+        """Let all actors lease and produce."""
+        for member in self._members:
+            member.run = member.handle.run.remote()
+
+    def publish(self, version: WeightVersion, weights: ObjectRef[Any] | None) -> None:
+        """Hand new weights to all actors without waiting for them; None: the weights did not change.
+
+        The previous version's object is let go once every actor has switched.
+        """
+        self._current = (version, weights if weights is not None else self._current[1])
+        for member in self._members:
+            member.updates.append(member.handle.update_weights.remote(version, weights if weights is not None else {}))
+
+    def pending_updates(self) -> list[ObjectRef[Any]]:
+        """Weight updates that an actor has not confirmed yet."""
+        return [ref for member in self._members for ref in member.updates]
+
+    def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[ObjectRef[Any]]:
+        """Greedy episodes under one version, questions dealt to the actors in turn."""
+        shares = [questions[i :: len(self._members)] for i in range(len(self._members))]
+        return [
+            member.handle.evaluate.remote(share, version=version)
+            for member, share in zip(self._members, shares, strict=True)
+            if share
+        ]
+
+    def stats(self, *, timeout_s: float = 5.0) -> list[EngineStats]:
+        """Counters of the actors that answer in time."""
+        refs = [member.handle.stats.remote() for member in self._members]
+        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+        stats = []
+        for ref in done:
+            try:
+                stats.append(ray.get(ref))
+            except RayActorError:
+                continue  # replaced by `check`, which is called all the time
+        return stats
+
+    def progressed(self) -> None:
+        """A group has finished: deaths from here on count anew."""
+        self._restarts = 0
+
+    def check(self) -> None:
+        """Replace actors that died, confirm weight updates.
+
+        Raises:
+            RunFailure: an actor ended with an error of its own, or actors die without a finished group between.
+        """
+        for index, member in enumerate(self._members):
+            try:
+                self._check(member)
+            except RayActorError as error:
+                self._members[index] = self._replace(member, error)
+            except RayTaskError as error:
+                raise RunFailure(f"rollout actor {member.actor_id} failed: {error.cause!r}") from error
+
+    def stop(self, *, timeout_s: float = 10.0) -> None:
+        """Ask all actors to end, then end those that have not."""
+        for member in self._members:
+            member.handle.stop.remote()
+        runs = [member.run for member in self._members if member.run is not None]
+        ray.wait(runs, num_returns=len(runs), timeout=timeout_s) if runs else None
+        for member in self._members:
+            ray.kill(member.handle)
+
+    def _check(self, member: _Member) -> None:
+        if member.run is not None and ray.wait([member.run], timeout=0)[0]:
+            ray.get(member.run)
+        if member.updates:
+            done, member.updates = ray.wait(member.updates, num_returns=len(member.updates), timeout=0)
+            ray.get(done)
+
+    def _start(self) -> _Member:
+        actor_id = f"rollout-{self._num_started}"
+        self._num_started += 1
+        handle = self._remote.options(name=actor_id).remote(
+            actor_id, settings=self._settings, version=self._initial, num_groups=self._num_groups, buffer=self._buffer
+        )
+        return _Member(actor_id=actor_id, handle=handle)
+
+    def _replace(self, member: _Member, error: RayActorError) -> _Member:
+        self._restarts += 1
+        if self._restarts > MAX_RESTARTS_IN_A_ROW:
+            raise RunFailure(
+                f"{self._restarts} rollout actors died without a finished group between them, the last one: {error}"
+            ) from error
+        LOG.warning("rollout actor %s died, a new one takes its groups: %s", member.actor_id, error)
+        self._on_death(member.actor_id)
+        new = self._start()
+        version, weights = self._current
+        if version != self._initial:
+            new.updates.append(new.handle.update_weights.remote(version, weights if weights is not None else {}))
+        if member.run is not None:
+            new.run = new.handle.run.remote()
+        return new

@@ -1,0 +1,45 @@
+"""Traces worth a look: of each step a rescued group where there is one, else its first target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rexrag.types import Kind, StepBatch, Trajectory, TrajectoryGroup, batch_from_ipc
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One trace. `rescued`: a probe that is right where every target of its group is wrong."""
+
+    tag: str
+    text: str
+    rescued: bool
+    fields: Mapping[str, object]
+
+
+def pick_samples(batch: StepBatch) -> list[Sample]:
+    """A probe that rescued its group, after its failed parent; without one the first target of the step."""
+    groups = [TrajectoryGroup.from_record_batch(batch_from_ipc(data)) for data in batch.groups]
+    for group in groups:
+        targets = [row for row in group.trajectories if row.kind is Kind.TARGET]
+        rescuer = next((row for row in group.trajectories if row.kind is Kind.PROBE and row.correct), None)
+        if rescuer is not None and not any(row.correct for row in targets):
+            assert rescuer.parent is not None, "a probe has a parent"
+            return [_sample(group, group.trajectories[rescuer.parent]), _sample(group, rescuer, rescued=True)]
+    return [_sample(groups[0], groups[0].trajectories[0])]
+
+
+def _sample(group: TrajectoryGroup, row: Trajectory, *, rescued: bool = False) -> Sample:
+    fields = {
+        "question_id": group.question_id,
+        "group_id": group.group_id,
+        "kind": row.kind.value,
+        "rescued": rescued,
+        "hint_id": row.hint_id,
+        "branch_point": row.branch_point,
+        "end_reason": row.end_reason.value,
+        "em": row.em,
+        "num_searches": row.num_searches,
+    }
+    return Sample(tag=row.kind.value, text=row.text or "", rescued=rescued, fields=fields)

@@ -1,0 +1,198 @@
+"""`rexrag train`, from a locked run folder to its end: prepares, starts Ray and the parts, runs the loop, ends it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rexrag.actors.torch_engine import fastest_dtype
+from rexrag.board import Board
+from rexrag.buffer.recovery import accounting_from_log
+from rexrag.buffer.replay_actor import start_replay_actor
+from rexrag.config import Config
+from rexrag.controller import Controller, LoopSettings
+from rexrag.data.questions import load_questions
+from rexrag.env.codec import Codec
+from rexrag.errors import Interrupted
+from rexrag.files import write_atomic
+from rexrag.fleet import Fleet
+from rexrag.hints import HintPool, load_hints
+from rexrag.launch import TrainRequest
+from rexrag.learner.learner_actor import LearnerActor, LearnerSpec
+from rexrag.models import check_context, load_config, load_tokenizer
+from rexrag.prepare import prepare
+from rexrag.progress import Progress
+from rexrag.retrieval.manifest import check_index
+from rexrag.retrieval.open import open_target
+from rexrag.run_folder import RunFolder
+from rexrag.signals import StopSignal
+from rexrag.supervisor import Supervisor
+from rexrag.types import Question, WeightVersion
+from rexrag.wiring import Layout, learner_settings, plan_layout, replay_settings, rollout_settings, thread_environment
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What a run reads, checked before anything is started."""
+
+    train: tuple[Question, ...]
+    dev: tuple[Question, ...]
+    test: tuple[Question, ...]
+    hints: HintPool
+    model_path: str
+
+
+def train(request: TrainRequest, *, progress: Progress) -> None:
+    """Train until the last step of the recipe.
+
+    Raises:
+        UserError: settings or files that cannot be used; nothing was started.
+        RunFailure: a part of the run died or stalled; the last checkpoint is intact.
+        Interrupted: a stop signal came; a checkpoint of all finished steps was saved.
+    """
+    config, run = request.config, request.run
+    with StopSignal().installed() as stop:
+        prepare(config, folder=run.prepared, num_threads=os.cpu_count() or 1, progress=progress)
+        inputs = _read_inputs(request)
+        progress.stage("starting Ray")
+        with _ray(), Board(run, purge_step=request.start_step + 1 if request.resumed else None) as board:
+            stop.be_graceful()
+            _train(request, inputs=inputs, stop=stop, board=board, progress=progress)
+
+
+def _train(request: TrainRequest, *, inputs: _Inputs, stop: StopSignal, board: Board, progress: Progress) -> None:
+    config, run = request.config, request.run
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    layout = plan_layout(config, num_cores=int(resources["CPU"]))
+    progress.stage("starting the learner and the rollout actors")
+    buffer: Any = start_replay_actor(
+        replay_settings(config, folder=run.buffer, questions=inputs.train),
+        resume_step=request.start_step if request.resumed or request.start_step else None,
+    )
+    learner = _start_learner(request, layout=layout, inputs=inputs)
+    incarnation = ray.get(buffer.position.remote()).incarnation
+    first = WeightVersion(incarnation=incarnation, step=request.start_step)
+    fleet = Fleet(
+        rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor_threads),
+        num_actors=layout.num_actors,
+        num_groups=layout.num_groups,
+        num_cpus=layout.cpus_per_process,
+        version=first,
+        buffer=buffer,
+        on_death=buffer.release.remote,
+    )
+    supervisor = Supervisor(fleet=fleet, parts={"replay buffer": buffer, "learner": learner}, stop=stop)
+    controller = Controller(
+        _loop_settings(config),
+        run_folder=run,
+        first=first,
+        buffer=buffer,
+        learner=learner,
+        fleet=fleet,
+        supervisor=supervisor,
+        board=board,
+        progress=progress,
+        dev=inputs.dev,
+        test=inputs.test,
+    )
+    try:
+        _run(controller)
+    finally:
+        _write_accounting(run)
+        fleet.stop()
+
+
+def _run(controller: Controller) -> None:
+    try:
+        controller.run()
+    except Interrupted:
+        controller.save()
+        raise
+
+
+def _read_inputs(request: TrainRequest) -> _Inputs:
+    config = request.config
+    skip, limit = config.data.skip_bad_rows, config.eval.max_questions
+
+    def load(paths: Sequence[Path]) -> tuple[Question, ...]:
+        return load_questions(paths, skip_bad_rows=skip).questions if paths else ()
+
+    model_path = str(request.checkpoint) if request.checkpoint is not None else config.model.path
+    assert model_path is not None, "the recipe was checked: a run has a model"
+    check_context(load_config(model_path), config.env.max_trajectory_tokens)
+    codec = Codec(load_tokenizer(model_path))
+    retriever = config.retriever
+    if retriever.kind == "http":
+        assert retriever.url is not None, "the recipe was checked: a server has a URL"
+        open_target(retriever.url)
+    else:
+        assert retriever.path is not None, "the recipe was checked: an index has a path"
+        check_index(retriever.path)
+    return _Inputs(
+        train=load(config.data.train),
+        dev=load(config.data.dev)[:limit],
+        test=load(config.data.eval)[:limit],
+        hints=load_hints(config.probe.hints, codec=codec),
+        model_path=model_path,
+    )
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """The cluster that RAY_ADDRESS names, else a local Ray that ends with this process."""
+    ray.init(
+        include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=False,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_learner(request: TrainRequest, *, layout: Layout, inputs: _Inputs) -> Any:  # noqa: ANN401  a handle's methods are made by Ray
+    config = request.config
+    assert config.model.path is not None, "the recipe was checked: a run has a model"
+    spec = LearnerSpec(
+        model=Path(config.model.path) if request.checkpoint is None else request.checkpoint,
+        settings=learner_settings(config, fastest_dtype=fastest_dtype()),
+        hints=[inputs.hints.ids(index) for index in range(len(inputs.hints))],
+        threads=layout.learner_threads,
+        seed=config.train.seed,
+        evidence_folder=request.run.root,
+        checkpoint=request.checkpoint,
+        reference=Path(config.model.path) if config.loss.kl_coef > 0 else None,
+    )
+    environment = {"env_vars": thread_environment(layout.learner_threads)}
+    actor: Any = ray.remote(num_cpus=layout.cpus_per_process, runtime_env=environment)(LearnerActor)
+    return actor.remote(spec)
+
+
+def _loop_settings(config: Config) -> LoopSettings:
+    dtype = fastest_dtype() if config.rollout.dtype == "auto" else config.rollout.dtype
+    return LoopSettings(
+        num_steps=config.train.steps,
+        groups_per_step=config.train.groups_per_step,
+        checkpoint_every=config.train.checkpoint_every,
+        keep_checkpoints=config.train.keep_checkpoints,
+        eval_every=config.eval.every,
+        stall_timeout_s=config.train.stall_timeout_s,
+        transfer_dtype=dtype,
+    )
+
+
+def _write_accounting(run: RunFolder) -> None:
+    """`accounting.json`, from the log alone."""
+    write_atomic(run.accounting, json.dumps(accounting_from_log(run.buffer), indent=1) + "\n")

@@ -1,0 +1,144 @@
+"""From the settings of a recipe to the plain settings of each part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rexrag.actors.build import RolloutSettings
+from rexrag.actors.episode import EpisodeSettings
+from rexrag.buffer.settings import ReplaySettings
+from rexrag.config import Config
+from rexrag.env.prompt import read_template
+from rexrag.errors import ConfigError
+from rexrag.learner.correction import CorrectionSettings
+from rexrag.learner.loss import LossSettings
+from rexrag.learner.optimizer import OptimizerSettings
+from rexrag.learner.step import LearnerSettings
+from rexrag.types import Question
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the cores of one machine are shared. `num_groups`: groups that one actor runs at once."""
+
+    num_actors: int
+    num_groups: int
+    actor_threads: int
+    learner_threads: int
+    cpus_per_process: float
+
+
+def plan_layout(config: Config, *, num_cores: int) -> Layout:
+    """Actors and threads for `num_cores`; a synchronous run gives each side all cores, since they take turns.
+
+    Otherwise learner and actors compute at once and share the cores; half as many actors as cores, at least one.
+    """
+    num_actors = config.rollout.num_actors or max(1, num_cores // 2)
+    takes_turns = config.replay.max_staleness == 0
+    sharing = num_actors if takes_turns else num_actors + 1
+    actor_threads = config.rollout.threads_per_actor or max(1, num_cores // sharing)
+    left = num_cores if takes_turns else num_cores - num_actors * actor_threads
+    return Layout(
+        num_actors=num_actors,
+        num_groups=max(1, config.rollout.episodes_per_actor // config.rollout.group_size),
+        actor_threads=actor_threads,
+        learner_threads=config.learner.threads or max(1, left),
+        cpus_per_process=min(1.0, num_cores / (num_actors + 1)),
+    )
+
+
+def thread_environment(num_threads: int) -> dict[str, str]:
+    """Environment of a process that computes. Threads that wait give their core to the other processes."""
+    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def episode_settings(config: Config) -> EpisodeSettings:
+    env = config.env
+    return EpisodeSettings(
+        group_size=config.rollout.group_size,
+        max_turns=env.max_turns,
+        max_turn_tokens=env.max_turn_tokens,
+        max_observation_tokens=env.max_observation_tokens,
+        max_trajectory_tokens=env.max_trajectory_tokens,
+        top_k=env.top_k,
+        probe_rate=config.probe.rate,
+        branch=config.probe.branch,
+        seed=config.train.seed,
+        prompt_template=None if env.prompt_file is None else read_template(env.prompt_file),
+        system_prompt=env.system_prompt,
+    )
+
+
+def rollout_settings(config: Config, *, model_path: str, num_threads: int) -> RolloutSettings:
+    retriever = config.retriever
+    return RolloutSettings(
+        model_path=model_path,
+        episodes=episode_settings(config),
+        num_sequences=config.rollout.episodes_per_actor,
+        dtype=config.rollout.dtype,
+        inflight=config.weights.inflight,
+        num_threads=num_threads,
+        retriever_kind=retriever.kind,
+        retriever_path=retriever.path,
+        retriever_url=retriever.url,
+        retriever_timeout_s=retriever.timeout_s,
+        retriever_max_retries=retriever.max_retries,
+        reward_kind=config.reward.kind,
+        format_weight=config.reward.format_weight,
+        hints_file=config.probe.hints,
+    )
+
+
+def learner_settings(config: Config, *, fastest_dtype: str) -> LearnerSettings:
+    correction, loss, optimizer, learner = config.correction, config.loss, config.optimizer, config.learner
+    autocast = fastest_dtype if learner.autocast == "auto" else learner.autocast
+    if autocast not in ("float32", "bfloat16"):
+        raise ConfigError(f"learner.autocast = {autocast!r}: it is float32 or bfloat16")
+    return LearnerSettings(
+        correction=CorrectionSettings(
+            mixture=correction.mixture,
+            bound=correction.bound,
+            cap=correction.cap,
+            low=correction.low,
+            high=correction.high,
+            floor=correction.floor,
+        ),
+        loss=LossSettings(
+            baseline=loss.baseline,
+            clip_low=loss.clip_low,
+            clip_high=loss.clip_high,
+            dual_clip=loss.dual_clip,
+            kl_coef=loss.kl_coef,
+            train_hints=loss.train_hints,
+        ),
+        optimizer=OptimizerSettings(
+            learning_rate=optimizer.learning_rate,
+            warmup_steps=optimizer.warmup_steps,
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            weight_decay=optimizer.weight_decay,
+            max_grad_norm=optimizer.max_grad_norm,
+        ),
+        filter=config.probe.filter,
+        max_staleness=config.replay.max_staleness,
+        micro_batch_tokens=learner.micro_batch_tokens,
+        autocast="bfloat16" if autocast == "bfloat16" else "float32",
+        gradient_checkpointing=learner.gradient_checkpointing,
+        max_bad_steps=learner.max_bad_steps,
+    )
+
+
+def replay_settings(config: Config, *, folder: Path, questions: tuple[Question, ...]) -> ReplaySettings:
+    replay = config.replay
+    return ReplaySettings(
+        folder=folder,
+        questions=questions,
+        groups_per_step=config.train.groups_per_step,
+        max_staleness=replay.max_staleness,
+        seed=config.train.seed,
+        lease_timeout_s=replay.lease_timeout_s,
+        lease_deadline_s=replay.lease_deadline_s,
+        max_attempts=replay.max_attempts,
+        segment_bytes=replay.segment_mb << 20,
+    )
