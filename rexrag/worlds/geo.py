@@ -24,10 +24,10 @@ DIALS: Final[dict[str, Dial]] = {
     "demonstrations": Dial(default=400, low=1, high=20000, meaning="demonstrations for the supervised start"),
     "top_k": Dial(default=2, low=1, high=20, meaning="passages per search in the demonstrations"),
     "decision_weight": Dial(
-        default=0.0, low=0.0, high=1.0, whole=False, meaning="weight of the token that decides to go on: depth of the dead end"
+        default=0.0, low=0.0, high=1.0, whole=False, meaning="weight of the token that goes on: depth of the dead end"
     ),
-    "dev_countries": Dial(default=0.08, low=0.02, high=0.4, whole=False, meaning="share of the countries kept for dev"),
-    "test_countries": Dial(default=0.24, low=0.02, high=0.4, whole=False, meaning="share of the countries kept for test"),
+    "dev_countries": Dial(default=0.08, low=0.02, high=0.4, whole=False, meaning="share of countries kept for dev"),
+    "test_countries": Dial(default=0.24, low=0.02, high=0.4, whole=False, meaning="share of countries kept for test"),
     "one_hop": Dial(default=0.2, low=0.0, high=0.9, whole=False, meaning="share of one-hop questions in dev and test"),
     "train_one_hop": Dial(default=0.1, low=0.0, high=0.9, whole=False, meaning="share of one-hop questions in train"),
 }  # fmt: skip
@@ -75,7 +75,9 @@ def build_geo(dials: Mapping[str, float], *, seed: int) -> World:
     return World(
         name="geo",
         facts=facts,
-        train=pick_chains(parts["train"], count=int(dials["train"]), shares=_hop_shares(dials["train_one_hop"]), rng=rng),
+        train=pick_chains(
+            parts["train"], count=int(dials["train"]), shares=_hop_shares(dials["train_one_hop"]), rng=rng
+        ),
         dev=pick_chains(parts["dev"], count=int(dials["dev"]), shares=evaluated, rng=rng),
         test=pick_chains(parts["test"], count=int(dials["test"]), shares=evaluated, rng=rng),
         shown=parts["train"],
@@ -100,16 +102,15 @@ def _objects(table: _Table) -> dict[tuple[str, str], str]:
 def _all_chains(facts: FactBase, table: _Table) -> list[Chain]:
     cities = list(table.cities)
     countries = [country["name"] for country in table.countries]
-    kinds = [(cities, ("country",)), *((countries, (last,)) for last in (*OF_COUNTRIES, "neighbour"))]
+    kinds: list[tuple[list[str], tuple[str, ...]]] = [(cities, ("country",))]
+    kinds += [(countries, (last,)) for last in (*OF_COUNTRIES, "neighbour")]
     kinds += [(cities, ("country", last)) for last in (*OF_COUNTRIES, "neighbour")]
     kinds += [(countries, ("neighbour", last)) for last in OF_COUNTRIES]
     kinds += [(cities, ("country", "neighbour", last)) for last in OF_COUNTRIES]
     return [chain for starts, relations in kinds for chain in facts.chains(starts, relations)]
 
 
-def _split(
-    chains: list[Chain], table: _Table, *, dials: Mapping[str, float], rng: Random
-) -> dict[str, list[Chain]]:
+def _split(chains: list[Chain], table: _Table, *, dials: Mapping[str, float], rng: Random) -> dict[str, list[Chain]]:
     """Chains by the part of the country they start in.
 
     Only test chains may pass through countries of other parts, and dev chains through those of train.

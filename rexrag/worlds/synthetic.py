@@ -25,13 +25,13 @@ DIALS: Final[dict[str, Dial]] = {
     "demonstrations": Dial(default=3000, low=1, high=100000, meaning="demonstrations for the supervised start"),
     "top_k": Dial(default=2, low=1, high=20, meaning="passages per search in the demonstrations"),
     "decision_weight": Dial(
-        default=0.001, low=0.0, high=1.0, whole=False, meaning="weight of the token that decides to go on: depth of the dead end"
+        default=0.001, low=0.0, high=1.0, whole=False, meaning="weight of the token that goes on: depth of the dead end"
     ),
     "entities": Dial(default=400, low=60, high=5000, meaning="entities of train; dev and test have a half each"),
     "distractors": Dial(default=100, low=0, high=5000, meaning="entities with passages that no question asks for"),
     "relations": Dial(default=8, low=3, high=MAX_RELATIONS, meaning="kinds of facts"),
     "hops": Dial(default=3, low=2, high=3, meaning="longest chain"),
-    "words": Dial(default=48, low=20, high=200, meaning="first words, and as many second words, that names are made of"),
+    "words": Dial(default=48, low=20, high=200, meaning="first words of names, and as many second words"),
     "one_hop": Dial(default=0.25, low=0.0, high=0.9, whole=False, meaning="share of one-hop questions in dev and test"),
     "train_one_hop": Dial(default=0.1, low=0.0, high=0.9, whole=False, meaning="share of one-hop questions in train"),
 }  # fmt: skip
@@ -66,7 +66,9 @@ def build_synthetic(dials: Mapping[str, float], *, seed: int) -> World:
         entities[part] = _entities([names.pop() for _ in range(size)])
         objects.update(_facts(entities[part], typed, rng))
     facts = FactBase(relations=relations, objects=objects, prefix="synthetic-")
-    parts = {part: _all_chains(facts, entities[part], typed, hops=int(dials["hops"])) for part in ("train", "dev", "test")}
+    parts = {
+        part: _all_chains(facts, entities[part], typed, hops=int(dials["hops"])) for part in ("train", "dev", "test")
+    }
     evaluated = _hop_shares(dials["one_hop"], int(dials["hops"]))
     trained = _hop_shares(dials["train_one_hop"], int(dials["hops"]))
     return World(
