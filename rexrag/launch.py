@@ -172,7 +172,7 @@ def _plan_from_checkpoint(
         raise ConfigError(
             f"--resume {checkpoint}: the settings are those of its run; leave {recipe} out, and use --set for changes."
         )
-    if step == max(source.committed_checkpoints()) and run_dir in (None, source.root):
+    if step == max(source.committed_checkpoints()) and (run_dir is None or run_dir.resolve() == source.root):
         return _plan_resume(source, recipe=None, overrides=overrides)
     loaded = _without_prepare(load_recipe(source.config, overrides=overrides))
     loaded = replace(loaded, name=source.record().recipe)

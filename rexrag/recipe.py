@@ -164,10 +164,12 @@ def _keys_of(table: str) -> list[str]:
 
 
 def nearest_key(key: str) -> str:
-    """The known dotted key that an unknown one was probably meant to be."""
+    """The known key that an unknown one was probably meant to be: of the same name, the same initials, or alike."""
     name = key.rpartition(".")[2]
-    same_name = [known for known in KEYS if known.rpartition(".")[2] == name]
-    return difflib.get_close_matches(key, same_name or KEYS, n=1, cutoff=0.0)[0]
+    names = {known: known.rpartition(".")[2] for known in KEYS}
+    same_name = [known for known in KEYS if names[known] == name]
+    same_initials = [known for known in KEYS if "".join(part[0] for part in names[known].split("_")) == name]
+    return difflib.get_close_matches(key, same_name or same_initials or KEYS, n=1, cutoff=0.0)[0]
 
 
 def _resolve_paths(key: str, value: object, *, base: Path) -> object:
@@ -192,7 +194,7 @@ def _explain(problem: Mapping[str, object], *, sources: Mapping[str, str]) -> st
         return message.removeprefix("Value error, ")
     parts = [str(part) for part in location]
     key = next((k for k in (".".join(parts[:2]), parts[0]) if k in KEYS), ".".join(parts))
-    bound = message.replace("Input should be", "must be").replace("String should", "must").replace(" valid ", " ")
+    bound = message.replace("Input should be", "must be").replace("String should", "must")
     meaning = "" if key not in KEYS else f" ({_describe(key)})"
     return f"{key} = {_show(problem['input'])} [{sources.get(key, '?')}]: {bound}{meaning}"
 
@@ -318,8 +320,10 @@ def _missing_keys(config: Config, filled: Mapping[str, object]) -> list[str]:
 def _missing_files(recipe: Recipe, filled: Mapping[str, object]) -> list[str]:
     values = flatten(recipe.config)
     paths: list[tuple[str, Path]] = []
-    for key in sorted(_PATH_KEYS - {"model.path", *filled}):
+    for key in sorted(_PATH_KEYS - set(filled)):
         value = values[key]
+        if key == "model.path" and not Path(str(value)).is_absolute():
+            continue  # a hub id
         paths += [(key, Path(str(item))) for item in (value if isinstance(value, list) else [value]) if item]
     return [
         f'{key} = "{path}" [{recipe.sources[key]}]: does not exist; name an existing one.'

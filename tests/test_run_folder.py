@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from rexrag.errors import Interrupted, ModelError, RunFolderError
+from rexrag.run_folder import (
+    RunFolder,
+    link_latest,
+    new_run_path,
+    read_jsonl,
+    resolve_model_or_run,
+    run_of,
+)
+
+
+def make_run(root: Path) -> RunFolder:
+    return RunFolder.create(root, recipe="mine", seed=3, config="")
+
+
+def commit(run: RunFolder, step: int) -> Path:
+    folder = run.checkpoint(step)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "COMMIT").write_text("{}")
+    return folder
+
+
+def append(path: Path, *lines: Mapping[str, object] | str) -> None:
+    with path.open("a") as file:
+        file.writelines(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+
+
+def test_a_run_from_start_to_end(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert RunFolder.is_run(run.root)
+    with run:
+        assert run.record().status == "running"
+        assert run.record().ended is None
+        run.set_steps(4)
+    record = run.record()
+    assert (record.status, record.steps, record.seed, record.recipe) == ("finished", 4, 3, "mine")
+    assert record.ended is not None
+    assert record.versions["torch"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(Interrupted("x"), "interrupted"), (KeyboardInterrupt(), "interrupted"), (ValueError("x"), "failed")],
+)
+def test_how_a_run_ended(tmp_path: Path, error: BaseException, status: str) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(type(error)), run:
+        raise error
+    assert run.record().status == status
+
+
+def test_each_start_is_a_new_incarnation(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    seen = []
+    for _ in range(3):
+        with run:
+            seen.append(run.incarnation)
+    assert seen == sorted(set(seen))
+
+
+def test_the_second_user_is_told_who_holds_the_lock(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with run, pytest.raises(RunFolderError, match=f"in use by process {os.getpid()}"), RunFolder(run.root):
+        pass
+    with RunFolder(run.root):
+        pass
+
+
+def test_the_lock_goes_away_with_a_killed_holder(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    code = "import sys; from rexrag.run_folder import RunFolder; from pathlib import Path\n"
+    code += "RunFolder(Path(sys.argv[1])).__enter__(); print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(run.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunFolderError, match=f"process {holder.pid}"), run:
+            pass
+        holder.kill()
+    assert run.record().status == "running"
+    with run:
+        assert run.incarnation == "0002"
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="not empty"):
+        make_run(tmp_path)
+    with pytest.raises(RunFolderError, match="cannot be made"):
+        make_run(tmp_path / "file")
+
+
+def test_another_format_or_a_broken_record_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    path = run.root / "run.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "format": 99}))
+    with pytest.raises(RunFolderError, match="format 99 is not this version's 1"):
+        run.record()
+    path.write_text("{")
+    with pytest.raises(RunFolderError, match=r"run\.json cannot be read"):
+        run.record()
+
+
+def test_later_lines_are_cut_and_kept_as_lost(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    append(run.metrics, {"step": 1}, {"step": 2}, {"step": 3}, '{"step": 4, "torn')
+    append(run.eval, {"split": "test", "step": 0}, {"split": "dev", "step": 2})
+    run.cut_after(2)
+    assert [line["step"] for line in read_jsonl(run.metrics)] == [1, 2]
+    lost = (run.root / "metrics.lost.jsonl").read_text().splitlines()
+    assert lost == ['{"step": 3}', '{"step": 4, "torn']
+    assert len(read_jsonl(run.eval)) == 2
+    assert not (run.root / "eval.lost.jsonl").exists()
+    run.cut_after(0)
+    assert read_jsonl(run.metrics) == []
+    assert len((run.root / "metrics.lost.jsonl").read_text().splitlines()) == 4
+
+
+def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    commit(run, 20)
+    commit(run, 4)
+    run.checkpoint(40).mkdir()
+    (run.checkpoints / "step-junk").mkdir()
+    assert list(run.committed_checkpoints()) == [4, 20]
+
+
+def test_best_is_by_dev_among_what_is_there_else_the_last(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(RunFolderError, match="no checkpoint yet"):
+        run.best_checkpoint()
+    for step in (4, 8, 12):
+        commit(run, step)
+    assert run.best_checkpoint() == run.checkpoint(12)
+    append(run.eval, {"split": "test", "step": 12, "em": 1.0})
+    append(run.eval, {"split": "dev", "step": 0, "em": 0.9}, {"split": "dev", "step": 4, "em": 0.5})
+    append(run.eval, {"split": "dev", "step": 8, "em": 0.5}, {"split": "dev", "step": 12, "em": 0.4})
+    assert run.best_checkpoint() == run.checkpoint(8)
+
+
+def test_names_of_models_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "runs" / "a")
+    folder = commit(run, 3)
+    assert resolve_model_or_run("runs/a") == folder
+    assert resolve_model_or_run(str(folder)) == folder
+    (tmp_path / "m.gguf").touch()
+    assert resolve_model_or_run("m.gguf") == Path("m.gguf")
+    assert resolve_model_or_run("owner/name") == Path("owner/name")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="neither a model folder"):
+        resolve_model_or_run("empty")
+    for name in ("runs/nope", "./owner/name", "nope", "/a/b"):
+        with pytest.raises(ModelError, match="does not exist"):
+            resolve_model_or_run(name)
+    assert [found.root if (found := run_of(path)) else None for path in (run.root, folder, tmp_path / "empty")] == [
+        run.root,
+        run.root,
+        None,
+    ]
+
+
+def test_new_names_are_free_and_latest_points_to_the_newest(tmp_path: Path) -> None:
+    first = make_run(new_run_path("mine", parent=tmp_path)).root
+    link_latest(first)
+    second = make_run(new_run_path("mine", parent=tmp_path)).root
+    assert first != second
+    link_latest(second)
+    assert (tmp_path / "latest").resolve() == second
+    assert str((tmp_path / "latest").readlink()) == second.name
