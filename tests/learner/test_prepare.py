@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+from learner_builders import POOL, group, probe, target, trajectory
+
+from rexrag.errors import StaleGroupError
+from rexrag.learner.correction import CorrectionSettings
+from rexrag.learner.filter import FilterKind
+from rexrag.learner.loss import LossSettings
+from rexrag.learner.prepare import PreparedStep, check_ages, prepare_step, trained_tokens
+from rexrag.types import EndReason, Origin, TrajectoryGroup
+
+
+def prepare(
+    *groups: TrajectoryGroup, rho: float = 1.0, floor: float = 0.0, kind: FilterKind = "hint_logprob"
+) -> PreparedStep:
+    return prepare_step(
+        groups, rho=rho, filter_kind=kind, correction=CorrectionSettings(floor=floor), loss=LossSettings(), hints=POOL
+    )
+
+
+def test_what_is_trained() -> None:
+    parts = [(Origin.POLICY, [10, 11]), (Origin.ENV, [12, 13]), (Origin.POLICY, [14])]
+    assert trained_tokens(trajectory(parts), train_hints=True).tolist() == [3, 4, 7]
+    # 3 prompt tokens, one kept token of the parent (never trained), two of the hint, two of its own.
+    assert trained_tokens(probe(), train_hints=True).tolist() == [4, 5, 6, 7]
+    assert trained_tokens(probe(), train_hints=False).tolist() == [6, 7]
+
+
+def test_alpha_and_denominator_count_rows_after_the_filter_without_advantage_too() -> None:
+    live = group(target(0.0), target(1.0), probe(1.0, logprob=-1.0), name="a")
+    flat = group(target(1.0), target(1.0), name="b")
+    dropped = group(target(0.0), target(0.0), probe(1.0, logprob=-5.0), name="c")
+    step = prepare(live, flat, dropped, rho=0.18)  # ⌊0.18 · 6⌋ = 1: the likelier hint stays
+    assert step.num_kept_probes == 1
+    assert step.alpha == pytest.approx(1 / 7)
+    assert step.denominator == 6 * 3 + 4
+    assert (step.num_probes, step.num_right_probes) == (2, 2)
+    assert (step.num_informative, step.num_filtered_flat) == (1, 1)
+    assert [row.advantage != 0.0 for row in step.rows] == [True, True, True, False, False, False, False]
+
+
+def test_advantages_are_computed_after_the_filter() -> None:
+    step = prepare(group(target(0.0), target(1.0), probe(1.0)), rho=0.0)
+    assert [row.advantage for row in step.rows] == pytest.approx([-0.7071, 0.7071], abs=1e-4)
+
+
+def test_masked_rows_count_nowhere() -> None:
+    masked = target(0.0, end_reason=EndReason.ENV_ERROR, ids=range(30, 60))
+    step = prepare(group(masked, target(0.0), target(1.0), probe(1.0, parent=1)), kind="none")
+    assert step.alpha == pytest.approx(1 / 3)
+    assert step.denominator == 3 + 3 + 4
+    assert [row.row for row in step.rows] == [1, 2, 3]
+    assert [row.advantage for row in step.rows] == pytest.approx([-1.1547, 0.57735, 0.57735], abs=1e-4)
+
+
+def test_floor_acts_on_good_probes_of_groups_that_no_target_solved() -> None:
+    dead = group(target(0.0), target(0.0), probe(1.0, logprob=-9.0), probe(0.0, parent=1, logprob=-9.0), name="dead")
+    solved = group(target(0.0), target(1.0), probe(1.0, logprob=-9.0), name="solved")
+    step = prepare(dead, solved, floor=0.5, kind="none")
+    good, bad, elsewhere = (row for row in step.rows if row.trajectory.hint_id is not None)
+    assert good.unfloored_weight[0] < 0.01
+    assert good.mixture_weight.tolist() == pytest.approx([0.5, 0.5, 1.0, 1.0], abs=1e-6)
+    assert bad.mixture_weight.tolist() == bad.unfloored_weight.tolist()
+    assert elsewhere.mixture_weight.tolist() == elsewhere.unfloored_weight.tolist()
+
+
+def test_ages() -> None:
+    one = group(target(version=[3, 3, 4]), target(1.0, version=5))
+    check_ages([one], version=5, max_staleness=2)
+    with pytest.raises(StaleGroupError, match=r"version 3 at learner version 6: its age 3 exceeds .* 2"):
+        check_ages([one], version=6, max_staleness=2)
+    with pytest.raises(StaleGroupError, match="has only reached 4"):
+        check_ages([one], version=4, max_staleness=2)
