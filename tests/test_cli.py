@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import rexrag.training
+from rexrag.cli import main
+from rexrag.errors import Interrupted, RunFailure, UserError
+from rexrag.launch import TrainRequest
+from rexrag.progress import Progress
+from rexrag.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = (
+    '[model]\npath = "owner/name"\n[data]\ntrain = "t.jsonl"\n[retriever]\nkind = "http"\nurl = "http://127.0.0.1:9"\n'
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit status of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["rexrag", *words])
+    try:
+        main()
+    except SystemExit as leave:
+        return int(leave.code or 0)
+    return 0
+
+
+def write_lines(path: Path, *rows: dict[str, object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    write_lines(tmp_path / "t.jsonl", {"id": "1", "question": "q?", "golden_answers": ["a"]})
+    path = tmp_path / "mine.toml"
+    path.write_text(OWN)
+    return path
+
+
+def test_the_module_runs_as_a_command_and_a_mistake_shows_no_traceback(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "rexrag", "train", "--set", "train.stps=3"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "`train.stps`; the nearest known one is `train.steps`" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_prints_loadable_settings_and_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "train", "--dry-run", "--set", "train.steps=3") == 0
+    out = capsys.readouterr().out
+    assert tomllib.loads(out)["train"]["steps"] == 3
+    assert "steps = 3  # --set" in out
+    assert 'world = "geo"  # quickstart.toml' in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "recorded", "shown"),
+    [
+        (None, 0, "finished", ""),
+        (UserError("model.path = x: too short"), 2, "failed", "error: model.path = x: too short"),
+        (RunFailure("the learner died"), 1, "failed", "failed: the learner died"),
+        (Interrupted("stopped by SIGTERM"), 130, "interrupted", "interrupted: stopped by SIGTERM"),
+    ],
+)
+def test_exit_status_and_run_json_say_how_a_training_ended(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: Exception | None,
+    status: int,
+    recorded: str,
+    shown: str,
+) -> None:
+    def end(request: TrainRequest, *, progress: Progress) -> None:
+        assert request.run.record().status == "running"
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(rexrag.training, "train", end)
+    assert call(monkeypatch, "train", str(recipe), "--run-dir", "run") == status
+    assert RunFolder(tmp_path / "run").record().status == recorded
+    captured = capsys.readouterr()
+    assert shown in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_finished_run_says_so(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def do_all_steps(request: TrainRequest, *, progress: Progress) -> None:
+        request.run.set_steps(request.config.train.steps)
+        for name, step in (("test", 0), ("test", 100)):
+            with request.run.eval.open("a") as file:
+                file.write(json.dumps({"split": name, "step": step, "em": step / 200, "n": 8}) + "\n")
+        request.run.checkpoint(100).mkdir()
+        (request.run.checkpoint(100) / "COMMIT").touch()
+
+    monkeypatch.setattr(rexrag.training, "train", do_all_steps)
+    assert call(monkeypatch, "train", str(recipe), "--run-dir", "run") == 0
+    assert "EM on 8 test questions: 0.000 before, 0.500 after" in capsys.readouterr().out
+    assert call(monkeypatch, "train", "--run-dir", "run") == 0
+    assert "is finished: 100 steps; raise train.steps" in capsys.readouterr().out
+    assert call(monkeypatch, "train", str(recipe), "--run-dir", "run", "--resume", "never") == 2
+
+
+@pytest.mark.parametrize("words", [["train", "--no-such-option"], ["nothing"], ["index", "build"], ["world", "mars"]])
+def test_wrong_words_are_mistakes(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    assert call(monkeypatch, *words) == 2
+
+
+def test_data_check_in_words_and_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good: dict[str, object] = {"id": "1", "question": "q?", "golden_answers": ["a"], "hops": 2}
+    path = write_lines(tmp_path / "q.jsonl", good)
+    assert call(monkeypatch, "data", "check", str(path), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["by_hops"] == {"2": 1}
+    write_lines(path, good, {"id": "2", "question": "q?"})
+    assert call(monkeypatch, "data", "check", str(path)) == 2
+    captured = capsys.readouterr()
+    assert "questions, 2 rows, 1 problems" in captured.out
+    assert "q.jsonl" in captured.err
+    assert "2" in captured.err
+    assert call(monkeypatch, "data", "check", str(path), "--json") == 2
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 1
+
+
+def test_world_index_and_their_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = [f"--size={word}" for word in ("train=20", "dev=8", "test=8", "demonstrations=8")]
+    assert call(monkeypatch, "world", "geo", "--out", "w", "--seed", "1", *size) == 0
+    assert "20 train" in capsys.readouterr().out
+    assert call(monkeypatch, "index", "build", "--corpus", "w/corpus.jsonl", "--out", "i") == 0
+    assert call(monkeypatch, "index", "check", "i") == 0
+    assert call(monkeypatch, "index", "check", "w") == 2
+    assert call(monkeypatch, "world", "geo", "--out", "w2", "--size", "train=many") == 2
+    assert "--size train=many" in capsys.readouterr().err
+
+
+def test_eval_refuses_what_is_not_there(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "eval", "./nope", "--questions", "t.jsonl", "--index", "i") == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert call(monkeypatch, "eval", "./nope", "--questions", "none.jsonl", "--index", "i") == 2
+
+
+def test_json_is_one_object_and_nothing_else_on_stdout(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from rexrag.tiny_model import make_tiny_model
+
+    corpus: list[dict[str, object]] = [{"id": "1", "contents": '"Q"\nq is a.'}, {"id": "2", "contents": '"B"\nb is c.'}]
+    write_lines(tmp_path / "c.jsonl", *corpus)
+    make_tiny_model(["q? a b is c Q B"], tmp_path / "m", seed=0, context=8192)
+    assert call(monkeypatch, "index", "build", "--corpus", "c.jsonl", "--out", "i") == 0
+    capfd.readouterr()
+    words = ["eval", "./m", "--questions", "t.jsonl", "--index", "i", "--out", "e.json", "--json"]
+    assert call(monkeypatch, *words) == 0
+    captured = capfd.readouterr()
+    line = json.loads(captured.out)
+    assert captured.out.count("\n") == 1
+    assert {"split", "step", "version", "n", "em", "em_low", "em_high", "f1", "by_source", "by_hops"} <= set(line)
+    assert json.loads((tmp_path / "e.json").read_text()) == line
+    assert call(monkeypatch, "ask", "./m", "q?", "--index", "i") == 0
+    assert capfd.readouterr().out.strip()
