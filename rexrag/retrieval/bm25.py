@@ -206,6 +206,16 @@ def _write_postings(jsonl: Path, folder: Path) -> npt.NDArray[np.uint64]:
     index = tantivy.Index(builder.build(), path=str(folder))
     index.register_tokenizer(ANALYSER, _analyser())
     writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
+    try:
+        starts = _add_passages(writer, jsonl)
+        writer.commit()
+    finally:
+        # Its threads write into the folder until they are joined.
+        writer.wait_merging_threads()
+    return np.array(starts, dtype="<u8")
+
+
+def _add_passages(writer: tantivy.IndexWriter, jsonl: Path) -> array[int]:
     starts = array("Q")
     for number, (row, passage) in enumerate(iter_corpus_rows(jsonl)):
         assert row.offset is not None, "rows of jsonl have an offset"
@@ -215,9 +225,7 @@ def _write_postings(jsonl: Path, folder: Path) -> npt.NDArray[np.uint64]:
         document.add_unsigned(_TIE, _hash64(passage.id))
         writer.add_document(document)
         starts.append(row.offset)
-    writer.commit()
-    writer.wait_merging_threads()
-    return np.array(starts, dtype="<u8")
+    return starts
 
 
 def _open_postings(folder: Path) -> tuple[tantivy.Searcher, tantivy.Schema]:

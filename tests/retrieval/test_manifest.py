@@ -1,0 +1,171 @@
+"""`rexrag.retrieval.manifest`: what is checked, when, and what may be overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rexrag.errors import RetrievalIndexError
+from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
+from rexrag.retrieval.manifest import check_index, read_manifest
+
+ROWS = [{"id": str(i), "contents": f'"T{i}"\nword{i} common'} for i in range(20)]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    corpus = tmp_path / "world" / "corpus.jsonl"
+    corpus.parent.mkdir()
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    build_bm25(corpus, tmp_path / "index")
+    return tmp_path / "index"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def change_manifest(index: Path, **changes: object) -> None:
+    path = index / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_fresh_index_passes(index: Path) -> None:
+    manifest = check_index(index)
+    assert manifest == read_manifest(index)
+    assert (manifest.kind, manifest.passages, manifest.corpus.stored) == ("bm25", 20, False)
+    assert set(manifest.files) == {p.relative_to(index).as_posix() for p in index.rglob("*") if p.is_file()} - {
+        "index.json",
+        *(p.relative_to(index).as_posix() for p in index.rglob("*.lock")),
+    }
+
+
+def test_opening_and_searching_leaves_it_as_it_was(index: Path) -> None:
+    BM25Retriever(index)
+    BM25Retriever(index)
+    check_index(index)
+
+
+def test_one_flipped_bit_anywhere_is_found(index: Path) -> None:
+    for name in read_manifest(index).files:
+        flip(index / name)
+        with pytest.raises(RetrievalIndexError, match=f"{name} has sha256"):
+            check_index(index)
+        flip(index / name)
+    check_index(index)
+
+
+def test_all_differences_are_named(index: Path) -> None:
+    corpus = Path(read_manifest(index).corpus.path)
+    flip(corpus)
+    flip(index / "offsets.u64")
+    with pytest.raises(RetrievalIndexError, match=r"offsets\.u64 has sha256 .*corpus .*corpus\.jsonl has sha256"):
+        check_index(index)
+
+
+def test_missing_and_short_files_are_found_at_opening(index: Path) -> None:
+    offsets = index / "offsets.u64"
+    offsets.write_bytes(offsets.read_bytes()[:-8])
+    with pytest.raises(RetrievalIndexError, match=r"offsets\.u64 has 152 bytes, not 160"):
+        BM25Retriever(index)
+    offsets.unlink()
+    with pytest.raises(RetrievalIndexError, match=r"offsets\.u64 \(No such file"):
+        BM25Retriever(index)
+
+
+def test_a_corpus_that_grew_or_went_is_found_at_opening(index: Path) -> None:
+    corpus = Path(read_manifest(index).corpus.path)
+    with corpus.open("a") as file:
+        file.write(json.dumps({"id": "new", "contents": "x"}) + "\n")
+    with pytest.raises(RetrievalIndexError, match=r"the corpus is not the one that was indexed: .* bytes, not"):
+        BM25Retriever(index)
+    corpus.unlink()
+    for check in (BM25Retriever, check_index):
+        with pytest.raises(RetrievalIndexError, match=r"corpus\.jsonl \(No such file"):
+            check(index)
+
+
+def test_index_and_corpus_may_move_together(index: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("index", "world"):
+        shutil.move(tmp_path / name, moved / name)
+    check_index(moved / "index")
+    BM25Retriever(moved / "index")
+
+
+def test_a_parquet_corpus_may_be_gone_but_not_changed(tmp_path: Path) -> None:
+    corpus = tmp_path / "c.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), corpus)
+    build_bm25(corpus, tmp_path / "index")
+    flip(corpus)
+    with pytest.raises(RetrievalIndexError, match=r"corpus .*c\.parquet has sha256"):
+        check_index(tmp_path / "index")
+    corpus.unlink()
+    check_index(tmp_path / "index")
+
+
+def test_numbers_that_do_not_fit_one_another(index: Path) -> None:
+    change_manifest(index, passages=21)
+    with pytest.raises(RetrievalIndexError, match="20 indexed passages and 20 offsets do not fit the 21"):
+        BM25Retriever(index)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda index: shutil.rmtree(index), "no index there"),
+        (lambda index: (index / "index.json").unlink(), "no index there"),
+        (lambda index: (index / "index.json").write_text("{"), "not the manifest"),
+        (lambda index: (index / "index.json").write_bytes(b"\xff"), "not the manifest"),
+        (lambda index: change_manifest(index, format="other"), r"\(format: "),
+        (lambda index: change_manifest(index, version=2), "version 2, this build reads version 1"),
+        (lambda index: change_manifest(index, kind="faiss"), r"\(kind: "),
+        (lambda index: change_manifest(index, analyser="klingon"), "analyser 'klingon' is unknown"),
+    ],
+)
+def test_folders_that_cannot_be_opened(index: Path, damage: Callable[[Path], object], expected: str) -> None:
+    damage(index)
+    with pytest.raises(RetrievalIndexError, match=expected):
+        BM25Retriever(index)
+
+
+def test_an_index_is_replaced_whole_even_under_an_open_one(index: Path, tmp_path: Path) -> None:
+    old = BM25Retriever(index)
+    corpus = tmp_path / "other.jsonl"
+    corpus.write_text(json.dumps(ROWS[0]) + "\n")
+    build_bm25(corpus, index)
+    assert check_index(index).passages == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["index", "other.jsonl", "world"]
+    with pytest.raises(StopIteration) as stop:
+        old.search("word7", top_k=1).send(None)
+    assert stop.value.value[0].id == "7"
+
+
+@pytest.mark.parametrize("content", ["notes.txt", "index.json"])
+def test_other_folders_are_not_overwritten(index: Path, tmp_path: Path, content: str) -> None:
+    corpus = Path(read_manifest(index).corpus.path)
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / content).write_text('{"mine": true}')
+    with pytest.raises(RetrievalIndexError, match="exists and is no index, so it is not overwritten"):
+        build_bm25(corpus, other)
+    assert (other / content).read_text() == '{"mine": true}'
+    with pytest.raises(RetrievalIndexError, match="not overwritten"):
+        build_bm25(corpus, corpus)
+
+
+def test_an_empty_folder_and_missing_parents_are_fine(index: Path, tmp_path: Path) -> None:
+    corpus = Path(read_manifest(index).corpus.path)
+    (tmp_path / "empty").mkdir()
+    for out in (tmp_path / "empty", tmp_path / "a" / "b"):
+        build_bm25(corpus, out)
+        check_index(out)
