@@ -104,9 +104,10 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
         max_position_embeddings=256,
         tie_word_embeddings=True,
         initializer_range=0.2,
-        attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model.train(False)
+    return model
 
 
 def core(

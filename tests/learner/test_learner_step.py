@@ -275,11 +275,11 @@ def test_exported_weights(tmp_path: Path) -> None:
     assert "lm_head.weight" not in weights
     name = "model.embed_tokens.weight"
     assert weights[name].dtype == np.float32
-    assert np.shares_memory(weights[name], learner.model.get_input_embeddings().weight.detach().numpy())
+    assert np.shares_memory(weights[name], learner.model.get_parameter(name).detach().numpy())
     bits = learner.export_weights(dtype="bfloat16")[name]
     assert bits.dtype == np.uint16
     back = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
-    assert torch.equal(back, learner.model.get_input_embeddings().weight.detach().bfloat16())
+    assert torch.equal(back, learner.model.get_parameter(name).detach().bfloat16())
 
 
 def test_metrics_are_finite_documented_and_complete(tmp_path: Path) -> None:

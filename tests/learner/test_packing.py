@@ -8,7 +8,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from rexrag.learner.attention import use_packed_attention
-from rexrag.learner.logprobs import CHUNK_TOKENS, backward_in_chunks, chunks_of, head_logprobs, token_logprobs
+from rexrag.learner.logprobs import (
+    CHUNK_TOKENS,
+    ChunkLoss,
+    backward_in_chunks,
+    chunks_of,
+    head_logprobs,
+    token_logprobs,
+)
 from rexrag.learner.packing import PackRow, pack
 
 
@@ -29,7 +36,8 @@ def rows_of(seed: int = 0, *, num_groups: int = 3) -> list[PackRow]:
 def separate_logprobs(model: LlamaForCausalLM, row: PackRow) -> Tensor:
     """An ordinary forward pass of one row, by transformers' own attention."""
     logits = model(torch.from_numpy(row.token_ids.astype(np.int64))[None]).logits[0]
-    return logits.log_softmax(-1)[row.trained - 1, row.token_ids[row.trained]]
+    selected: Tensor = logits.log_softmax(-1)[row.trained - 1, row.token_ids[row.trained]]
+    return selected
 
 
 def padded_logprobs(model: LlamaForCausalLM, rows: list[PackRow]) -> Tensor:
@@ -41,6 +49,10 @@ def padded_logprobs(model: LlamaForCausalLM, rows: list[PackRow]) -> Tensor:
         mask[i, : len(row.token_ids)] = 1
     logits = model(ids, attention_mask=mask).logits.log_softmax(-1)
     return torch.cat([logits[i, row.trained - 1, row.token_ids[row.trained]] for i, row in enumerate(rows)])
+
+
+def weighted(coefficients: Tensor) -> ChunkLoss:
+    return lambda logprob, _, chunk: (logprob * coefficients[chunk]).sum()
 
 
 def gradients(model: LlamaForCausalLM) -> dict[str, Tensor]:
@@ -67,7 +79,7 @@ def test_packed_is_padded_is_separate_in_log_probs_and_gradients() -> None:
         for micro in pack(rows, budget=budget):
             part = coefficients[done : done + len(micro.targets)]
             assert torch.allclose(token_logprobs(model, micro), expected[done : done + len(part)], atol=2e-6)
-            backward_in_chunks(model, micro, chunk_loss=lambda lp, _, chunk, part=part: (lp * part[chunk]).sum())
+            backward_in_chunks(model, micro, chunk_loss=weighted(part))
             done += len(part)
         assert done == len(coefficients)
         assert_close(gradients(model), wanted)
@@ -133,7 +145,7 @@ def test_log_probs_and_entropy_are_those_of_the_softmax() -> None:
     logprob, entropy = head_logprobs(head, ours, targets)
     (logprob * coefficients).sum().backward()  # type: ignore[no-untyped-call]
     theirs = hidden.clone().requires_grad_()
-    distribution = torch.distributions.Categorical(logits=head(theirs))  # type: ignore[no-untyped-call]
+    distribution = torch.distributions.Categorical(logits=head(theirs))
     (distribution.log_prob(targets) * coefficients).sum().backward()  # type: ignore[no-untyped-call]
     assert torch.allclose(logprob, distribution.log_prob(targets), atol=1e-6)  # type: ignore[no-untyped-call]
     assert torch.allclose(entropy, distribution.entropy(), atol=1e-6)  # type: ignore[no-untyped-call]

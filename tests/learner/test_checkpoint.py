@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from learner_builders import POOL, core, random_groups, step_batch, tiny_model
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rexrag.errors import RunFolderError
+from rexrag.learner.checkpoint import COMMIT, list_checkpoints, load_checkpoint, prune, save_checkpoint
+from rexrag.learner.filter import INITIAL_SUCCESS
+from rexrag.learner.learner_actor import LearnerActor, LearnerSpec
+from rexrag.learner.optimizer import OptimizerSettings
+from rexrag.learner.step import LearnerCore, LearnerSettings
+from rexrag.models import save_model
+
+SETTINGS = LearnerSettings(optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=3, weight_decay=0.01))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(64)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))  # type: ignore[no-untyped-call]
+
+
+def train(learner: LearnerCore, *, to: int) -> None:
+    while learner.num_steps < to:
+        step = learner.num_steps + 1
+        groups = random_groups(seed=step, version=learner.num_steps)
+        learner.step(step_batch(groups, step=step))
+
+
+def save(learner: LearnerCore, folder: Path, **extra: object) -> Path:
+    return save_checkpoint(
+        folder, model=learner.model, tokenizer=tokenizer(), trainer_state=learner.trainer_state(), extra=extra
+    )
+
+
+def load_model(folder: Path) -> LlamaForCausalLM:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert isinstance(model, LlamaForCausalLM)
+    return model
+
+
+def test_two_and_two_steps_are_four_bit_for_bit(tmp_path: Path) -> None:
+    straight = core(tmp_path, settings=SETTINGS)
+    train(straight, to=4)
+
+    first = core(tmp_path, settings=SETTINGS)
+    train(first, to=2)
+    saved = load_checkpoint(save(first, tmp_path / "checkpoints", position=[1, 2]))
+    assert saved.extra == {"position": [1, 2]}
+    resumed = core(tmp_path, settings=SETTINGS, model=load_model(saved.folder))
+    resumed.load_trainer_state(saved.trainer_state)
+    assert saved.trainer_state.success != INITIAL_SUCCESS
+    train(resumed, to=4)
+
+    for (name, a), (_, b) in zip(straight.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    ours, theirs = straight.trainer_state(), resumed.trainer_state()
+    assert (ours.step, ours.num_updates, ours.success) == (theirs.step, theirs.num_updates, theirs.success)
+    assert (ours.step, ours.num_updates) == (4, 4)
+    assert ours.optimizer.keys() == theirs.optimizer.keys()
+    assert all(torch.equal(ours.optimizer[key], theirs.optimizer[key]) for key in ours.optimizer)
+
+
+def test_the_generators_state_is_restored(tmp_path: Path) -> None:
+    learner = core(tmp_path, settings=SETTINGS)
+    torch.manual_seed(5)
+    saved = load_checkpoint(save(learner, tmp_path / "checkpoints"))
+    expected = torch.rand(3)
+    learner.load_trainer_state(saved.trainer_state)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_checkpoint_is_a_model_folder_of_one_file(tmp_path: Path) -> None:
+    folder = save(core(tmp_path, settings=SETTINGS), tmp_path / "checkpoints")
+    assert folder.name == "step-000000"
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "trainer/optimizer.safetensors", COMMIT} <= names
+    assert set(json.loads((folder / COMMIT).read_text())["files"]) == names - {COMMIT}
+    assert "rexrag" not in (folder / "config.json").read_text()
+    ids = torch.arange(8)[None]
+    assert torch.equal(load_model(folder)(ids).logits, tiny_model()(ids).logits)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_found(tmp_path: Path, damage: str) -> None:
+    folder = save(core(tmp_path, settings=SETTINGS), tmp_path)
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data if damage == "flip" else data[:-1])
+    with pytest.raises(RunFolderError, match=r"model\.safetensors is missing or is not the file that was saved"):
+        load_checkpoint(folder)
+
+
+def test_only_committed_folders_count(tmp_path: Path) -> None:
+    learner = core(tmp_path, settings=SETTINGS)
+    assert list_checkpoints(tmp_path / "none") == []
+    folder = save(learner, tmp_path)
+    (folder / COMMIT).unlink()
+    assert list_checkpoints(tmp_path) == []
+    with pytest.raises(RunFolderError, match="no COMMIT file"):
+        load_checkpoint(folder)
+    (tmp_path / "step-000000.tmp").mkdir()
+    again = save(learner, tmp_path, try_=2)
+    assert list_checkpoints(tmp_path) == [again]
+    assert load_checkpoint(again).extra == {"try_": 2}
+    assert not (tmp_path / "step-000000.tmp").exists()
+
+
+def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    learner = core(tmp_path, settings=SETTINGS)
+    saved = []
+    for _ in range(5):
+        saved.append(save(learner, tmp_path))
+        learner.num_steps += 1
+    (tmp_path / "step-000002.tmp").mkdir()
+    half_deleted = tmp_path / "step-000001"
+    assert prune(tmp_path, keep_last=2, best=saved[0]) == [saved[1], saved[2]]
+    assert list_checkpoints(tmp_path) == [saved[0], saved[3], saved[4]]
+    assert not half_deleted.exists()
+    assert not (tmp_path / "step-000002.tmp").exists()
+    assert prune(tmp_path, keep_last=2, best=saved[0]) == []
+    with pytest.raises(ValueError, match="keep_last is 0"):
+        prune(tmp_path, keep_last=0, best=None)
+
+
+def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    learner = core(tmp_path, settings=SETTINGS)
+    train(learner, to=1)
+    state = learner.trainer_state()
+    with pytest.raises(ValueError, match="is no moment of a parameter"):
+        learner._optimizer.load_state({"exp_avg/other": torch.zeros(1)}, num_updates=1)
+    name = next(key for key in state.optimizer if key.startswith("exp_avg/"))
+    with pytest.raises(ValueError, match="has shape"):
+        learner._optimizer.load_state({name: torch.zeros(1)}, num_updates=1)
+
+
+def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
+    save_model(tiny_model(), tokenizer(), tmp_path / "model")
+    spec = LearnerSpec(
+        model=tmp_path / "model",
+        settings=SETTINGS,
+        hints=[POOL.ids(i) for i in range(len(POOL))],
+        threads=1,
+        seed=0,
+        evidence_folder=tmp_path,
+    )
+    actor = LearnerActor(spec)
+    assert actor.step(step_batch(random_groups())).updated
+    folder = actor.save(tmp_path / "checkpoints", {"tokens": 3})
+    other = LearnerActor(replace(spec, checkpoint=folder))
+    assert (other.num_steps(), other.rho()) == (1, actor.rho())
+    ours, theirs = actor.export("float32"), other.export("float32")
+    assert all((ours[name] == theirs[name]).all() for name in ours)
