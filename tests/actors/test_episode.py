@@ -1,0 +1,257 @@
+"""Episodes over a scripted engine: real tokenizer, real index, exact control of what the policy writes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from rexrag.actors.engine import EngineStats, GenerateRequest, Generation
+from rexrag.actors.episode import EpisodeRunner, EpisodeSettings, GroupFailedError
+from rexrag.actors.scoring import Scorer
+from rexrag.actors.seeds import draw_seed
+from rexrag.env.codec import Codec
+from rexrag.env.prompt import render_prompt
+from rexrag.errors import RetrieverError
+from rexrag.hints import HintPool
+from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
+from rexrag.reward import load_reward
+from rexrag.tiny_model import make_word_tokenizer
+from rexrag.types import (
+    EndReason,
+    GroupLease,
+    Kind,
+    Origin,
+    Passage,
+    Question,
+    Trajectory,
+    TrajectoryGroup,
+    WeightVersion,
+)
+
+FIRST = "<think> I need the country of Homs . </think>\n<search>country of Homs</search>"
+WRONG = "<think> Homs is in Syria . </think>\n<answer>Syria</answer>"
+HINT = "<think> That is only one step . Next I need"
+GO_ON = " the currency of Syria . </think>\n<search>currency of Syria</search>"
+RIGHT = "<think> The currency of Syria is the Pound . </think>\n<answer>Pound</answer>"
+CORPUS = ["Homs is a city in Syria .", "The currency of Syria is the Pound ."]
+VERSION = WeightVersion(incarnation="1", step=3)
+
+
+class ScriptedEngine:
+    """Writes, for a prompt, the text whose key ends it (the longest key wins); scores are minus one."""
+
+    def __init__(self, codec: Codec, script: Mapping[str, str]) -> None:
+        self._codec = codec
+        self._script = script
+        self.version = VERSION
+        self.requests: list[GenerateRequest] = []
+        self.released: list[str] = []
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        await asyncio.sleep(0)
+        self.requests.append(request)
+        prompt = self._codec.decode(request.prompt_ids)
+        key = max((key for key in self._script if prompt.endswith(key)), key=len)
+        ids = self._codec.encode(self._script[key])
+        cut = ids[: request.max_tokens]
+        num_scores = 0 if request.score_from is None else len(request.prompt_ids) - request.score_from
+        return Generation(
+            token_ids=cut,
+            logprobs=[-0.5] * len(cut),
+            versions=[VERSION.step] * len(cut),
+            finish="stop" if len(cut) == len(ids) else "length",
+            scores=[-1.0] * num_scores,
+            score_versions=[VERSION.step] * num_scores,
+        )
+
+    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        raise AssertionError("episodes do not change weights")
+
+    def release(self, cache_salt: str) -> None:
+        self.released.append(cache_salt)
+
+    def stats(self) -> EngineStats:
+        raise AssertionError("episodes do not ask for statistics")
+
+    async def close(self) -> None:
+        return None
+
+
+class FailingRetriever:
+    async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
+        raise RetrieverError("no answer")
+
+    async def close(self) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    texts = [FIRST, WRONG, HINT, GO_ON, RIGHT, "What is the currency of the country of Homs ?", *CORPUS]
+    return Codec(make_word_tokenizer(texts, context=512))
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory: pytest.TempPathFactory) -> BM25Retriever:
+    folder = tmp_path_factory.mktemp("index")
+    rows = [{"id": str(i), "contents": f'"{text.split()[0]}"\n{text}'} for i, text in enumerate(CORPUS)]
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build_bm25(corpus, folder / "index")
+    return BM25Retriever(folder / "index")
+
+
+def settings(**changes: object) -> EpisodeSettings:
+    values: dict[str, object] = {
+        "group_size": 2,
+        "max_turns": 4,
+        "max_turn_tokens": 60,
+        "max_observation_tokens": 60,
+        "max_trajectory_tokens": 500,
+        "top_k": 1,
+        "probe_rate": 1.0,
+        "branch": "answer",
+        "seed": 0,
+        **changes,
+    }
+    return EpisodeSettings(**values)  # type: ignore[arg-type]
+
+
+def lease() -> GroupLease:
+    question = Question(
+        id="7",
+        data_source="test",
+        question="What is the currency of the country of Homs ?",
+        golden_answers=("Pound",),
+        hops=2,
+    )
+    return GroupLease(group_id="1-0", question=question, epoch=0, attempt=0, version=VERSION)
+
+
+def run(
+    codec: Codec,
+    retriever: BM25Retriever | FailingRetriever,
+    script: Mapping[str, str],
+    **changes: object,
+) -> tuple[TrajectoryGroup, ScriptedEngine]:
+    engine = ScriptedEngine(codec, script)
+    runner = EpisodeRunner(
+        engine,
+        retriever=retriever,
+        codec=codec,
+        hints=HintPool([codec.encode(HINT)]),
+        scorer=Scorer(load_reward("em"), kind="em"),
+        settings=settings(**changes),
+    )
+    return asyncio.run(runner.run_group(lease())), engine
+
+
+DEAD_END = {"": FIRST, "in Syria . </information>": WRONG, "I need": GO_ON, "Pound . </information>": RIGHT}
+
+
+def policy_text(codec: Codec, row: Trajectory, origin: Origin) -> str:
+    return codec.decode([int(i) for i in row.token_ids[row.origin == origin]])
+
+
+def test_probe_leaves_the_dead_end(codec: Codec, retriever: BM25Retriever) -> None:
+    group, engine = run(codec, retriever, DEAD_END)
+    targets, probes = group.trajectories[:2], group.trajectories[2:]
+    assert [row.em for row in targets] == [0.0, 0.0]
+    assert [(row.kind, row.em, row.parent) for row in probes] == [(Kind.PROBE, 1.0, 0), (Kind.PROBE, 1.0, 1)]
+    assert all(row.end_reason is EndReason.ANSWER for row in group.trajectories)
+    assert [row.num_searches for row in group.trajectories] == [1, 1, 2, 2]
+    assert targets[0].gold_retrieved is False
+    assert probes[0].gold_retrieved is True
+    assert engine.released == ["1/3/1-0"]
+
+
+def test_probe_keeps_its_parents_prefix_and_records_the_hint(codec: Codec, retriever: BM25Retriever) -> None:
+    group, engine = run(codec, retriever, DEAD_END)
+    target, probe = group.trajectories[0], group.trajectories[2]
+    hint = codec.encode(HINT)
+    assert probe.branch_point == target.branch_point
+    assert probe.branch_point is not None
+    at = probe.prompt_length + probe.branch_point
+    assert codec.decode([int(i) for i in target.token_ids[at : at + 3]]).split()[0] == "<answer>"
+    for column in ("token_ids", "origin", "behavior_logprob", "policy_version"):
+        assert (getattr(probe, column)[:at] == getattr(target, column)[:at]).all()
+    assert probe.token_ids[at : at + len(hint)].tolist() == hint
+    assert (probe.origin[at : at + len(hint)] == Origin.HINT).all()
+    assert (probe.behavior_logprob[at : at + len(hint)] == -1.0).all()
+    assert (probe.origin[at + len(hint) :] != Origin.HINT).all()
+    forks = [request for request in engine.requests if request.score_from is not None]
+    assert [len(request.prompt_ids) - int(request.score_from or 0) for request in forks] == [len(hint)] * 2
+
+
+def test_limits_count_kept_tokens_and_hint(codec: Codec, retriever: BM25Retriever) -> None:
+    _, engine = run(codec, retriever, DEAD_END)
+    fork = next(request for request in engine.requests if request.score_from is not None)
+    kept = len(codec.encode("<think> Homs is in Syria . </think>\n"))
+    assert fork.max_tokens == 60 - kept - len(codec.encode(HINT))
+
+
+def test_right_targets_are_not_probed(codec: Codec, retriever: BM25Retriever) -> None:
+    group, _ = run(codec, retriever, {"": RIGHT})
+    assert [row.kind for row in group.trajectories] == [Kind.TARGET, Kind.TARGET]
+    assert [row.reward for row in group.trajectories] == [1.0, 1.0]
+    assert all(row.branch_point is not None for row in group.trajectories)
+
+
+def test_a_probe_is_not_probed_again(codec: Codec, retriever: BM25Retriever) -> None:
+    group, _ = run(codec, retriever, {"": WRONG, "I need": " Syria . </think>\n<answer>Syria</answer>"})
+    assert [row.kind for row in group.trajectories].count(Kind.PROBE) == 2
+
+
+def test_malformed_turns_get_feedback_and_end_at_the_turn_limit(codec: Codec, retriever: BM25Retriever) -> None:
+    group, _ = run(codec, retriever, {"": "<think> Homs </think>\n</search>"}, max_turns=1, probe_rate=0.0)
+    row = group.trajectories[0]
+    assert (row.end_reason, row.num_turns, row.num_malformed) == (EndReason.TURNS, 2, 2)
+    assert (row.origin == Origin.ENV).any()
+    assert row.origin[-1] == Origin.POLICY
+
+
+def test_token_limit_ends_an_episode(codec: Codec, retriever: BM25Retriever) -> None:
+    prompt = len(render_prompt(lease().question.question, codec=codec))
+    group, _ = run(codec, retriever, DEAD_END, max_trajectory_tokens=prompt + 20, probe_rate=0.0)
+    row = group.trajectories[0]
+    assert row.end_reason is EndReason.LENGTH
+    assert len(row.token_ids) <= prompt + 20
+
+
+def test_outage_masks_and_in_the_end_fails_the_group(codec: Codec) -> None:
+    with pytest.raises(GroupFailedError, match="0 of 2 targets"):
+        run(codec, FailingRetriever(), DEAD_END)
+
+
+def test_policy_answer_alone_is_scored(codec: Codec, retriever: BM25Retriever) -> None:
+    """An answer tag inside an observation or a hint is no answer."""
+    group, _ = run(codec, retriever, DEAD_END, probe_rate=0.0)
+    row = group.trajectories[0]
+    assert "Pound" not in policy_text(codec, row, Origin.POLICY)
+    assert row.em == 0.0
+
+
+def test_groups_survive_arrow(codec: Codec, retriever: BM25Retriever) -> None:
+    group, _ = run(codec, retriever, DEAD_END)
+    back = TrajectoryGroup.from_record_batch(group.to_record_batch())
+    for before, after in zip(group.trajectories, back.trajectories, strict=True):
+        assert (before.token_ids == after.token_ids).all()
+        assert (before.reward, before.parent, before.text) == (after.reward, after.parent, after.text)
+
+
+def test_same_seed_same_requests(codec: Codec, retriever: BM25Retriever) -> None:
+    first, second = (run(codec, retriever, DEAD_END, probe_rate=0.5)[1].requests for _ in range(2))
+    assert first == second
+    assert len({request.seed for request in first}) == len(first)
+
+
+def test_seeds_do_not_run_into_each_other(tmp_path: Path) -> None:
+    assert draw_seed(0, "a", "bc") != draw_seed(0, "ab", "c")
+    assert draw_seed(0, 1) != draw_seed(0, "1")
+    assert 0 <= draw_seed(5, "x") < 2**63
