@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from rexrag.errors import ModelError
+
 PACKED_ATTENTION: Final = "rexrag_packed"
 
 
@@ -68,13 +70,22 @@ def packed_attention(
     *,
     packed_layout: PackedLayout,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention of each row over its own tokens: query [1, H, P, D], key and value [1, G, P, D] → [1, P, H, D].
 
     On CPU the attention runs in float32 whatever the linear layers use: its backward pass in bfloat16 is several
     times slower there.
+
+    Raises:
+        ModelError: a row is longer than the layer's sliding window, which packed rows do not have.
     """
+    if sliding_window is not None and max(packed_layout.key_lengths) > sliding_window:
+        raise ModelError(
+            f"a row has {max(packed_layout.key_lengths)} tokens, the model's sliding window is {sliding_window}: "
+            f"lower env.max_trajectory_tokens to at most {sliding_window}, or take a model with full attention"
+        )
     dtype = query.dtype
     if query.device.type == "cpu":
         query, key, value = query.float(), key.float(), value.float()

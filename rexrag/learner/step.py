@@ -21,11 +21,10 @@ from transformers import PreTrainedModel
 import rexrag.metrics as keys
 from rexrag.errors import RunFailure
 from rexrag.hints import HintPool
-from rexrag.learner.attention import use_packed_attention
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.evidence import save_evidence
 from rexrag.learner.filter import INITIAL_SUCCESS, FilterKind, rho_of, updated_success
-from rexrag.learner.logprobs import backward_in_chunks, token_logprobs
+from rexrag.learner.logprobs import backward_in_chunks, prepare_model, token_logprobs
 from rexrag.learner.loss import LossSettings
 from rexrag.learner.objective import Objective
 from rexrag.learner.optimizer import Optimizer, OptimizerSettings
@@ -97,6 +96,9 @@ class LearnerCore:
             model: float32; its attention is replaced by the packed one.
             evidence_folder: where the batch of a run that fails on non-finite values is written.
             reference: π_ref of the KL term, needed where `loss.kl_coef` is above 0.
+
+        Raises:
+            ModelError: an architecture whose log-probs packed passes do not reproduce.
         """
         if (settings.loss.kl_coef > 0.0) != (reference is not None):
             raise ValueError(f"loss.kl_coef is {settings.loss.kl_coef}: above 0 it needs a reference model, at 0 none")
@@ -111,8 +113,7 @@ class LearnerCore:
         self._bad_steps = 0
         for network in (model, reference):
             if network is not None:
-                use_packed_attention(network)
-                network.train(False)
+                prepare_model(network)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
             model.train()

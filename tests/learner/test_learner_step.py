@@ -116,6 +116,16 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     assert_gradient(learner, gradient_by_hand(groups, alpha=3 / 12))
 
 
+def test_bfloat16_autocast_gives_the_gradient_within_its_precision(tmp_path: Path) -> None:
+    groups = random_groups()
+    learner = core(tmp_path, settings=settings(autocast="bfloat16"))
+    learner.step(step_batch(groups))
+    wanted = gradient_by_hand(groups, alpha=3 / 12)
+    for name, gradient in first_gradient(learner).items():
+        assert gradient.dtype is torch.float32
+        assert float((gradient - wanted[name]).norm() / wanted[name].norm()) < 0.05, name
+
+
 def test_on_policy_without_probes_every_weight_is_exactly_one(tmp_path: Path) -> None:
     model = tiny_model()
     only_targets = [replace(one, trajectories=one.trajectories[:3]) for one in random_groups()]

@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from learner_builders import VOCABULARY, tiny_model
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaForCausalLM,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
+from rexrag.errors import ModelError
 from rexrag.learner.attention import use_packed_attention
 from rexrag.learner.logprobs import (
     CHUNK_TOKENS,
@@ -14,6 +26,7 @@ from rexrag.learner.logprobs import (
     backward_in_chunks,
     chunks_of,
     head_logprobs,
+    prepare_model,
     token_logprobs,
 )
 from rexrag.learner.packing import PackRow, pack
@@ -33,7 +46,7 @@ def rows_of(seed: int = 0, *, num_groups: int = 3) -> list[PackRow]:
     return rows
 
 
-def separate_logprobs(model: LlamaForCausalLM, row: PackRow) -> Tensor:
+def separate_logprobs(model: PreTrainedModel, row: PackRow) -> Tensor:
     """An ordinary forward pass of one row, by transformers' own attention."""
     logits = model(torch.from_numpy(row.token_ids.astype(np.int64))[None]).logits[0]
     selected: Tensor = logits.log_softmax(-1)[row.trained - 1, row.token_ids[row.trained]]
@@ -160,3 +173,45 @@ def test_chunks_cover_all_tokens_once() -> None:
         covered = [i for chunk in chunks_of(n) for i in range(n)[chunk]]
         assert covered == list(range(n))
         assert all(chunk.stop - chunk.start <= CHUNK_TOKENS for chunk in chunks_of(n))
+
+
+@pytest.mark.parametrize("architecture", [Qwen2Config, Qwen3Config])
+def test_other_dense_architectures(architecture: type[Qwen2Config | Qwen3Config]) -> None:
+    model = small(architecture)
+    rows = rows_of()
+    expected = torch.cat([separate_logprobs(model, row) for row in rows])
+    prepare_model(model)
+    (batch,) = pack(rows, budget=10_000)
+    assert torch.allclose(token_logprobs(model, batch), expected, atol=2e-6)
+
+
+def test_what_is_more_than_body_and_head_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"Gemma2ForCausalLM in packed rows differ from its own by"):
+        prepare_model(small(Gemma2Config, final_logit_softcapping=1.0))
+
+
+def test_rows_beyond_a_sliding_window_are_refused() -> None:
+    model = small(MistralConfig, sliding_window=10)
+    prepare_model(model)
+    (batch,) = pack(rows_of(num_groups=1), budget=10_000)
+    with pytest.raises(ModelError, match=r"a row has 16 tokens, the model's sliding window is 10"):
+        token_logprobs(model, batch)
+
+
+def small(architecture: Callable[..., PretrainedConfig], **fields: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = architecture(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.2,
+        **fields,
+    )
+    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    assert isinstance(model, PreTrainedModel)
+    model.train(False)
+    return model
