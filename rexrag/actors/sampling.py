@@ -23,11 +23,14 @@ _MASK: Final = (1 << 64) - 1
 
 
 def counter_uniforms(seeds: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.float64]:
-    """[M] Uniforms in [0, 1 - 2^-52], each a function of its (seed, counter) alone (splitmix64 streams)."""
+    """[M] Uniforms in (0, 1), each a function of its (seed, counter) alone: streams of splitmix64.
+
+    Zero would draw the first token however unlikely it is: the 2^52 values are midpoints.
+    """
     seed = np.array([value & _MASK for value in seeds], dtype=np.uint64)
     counter = np.array(counters, dtype=np.uint64)
     bits = _mix(_mix(seed + _GOLDEN) + (counter + np.uint64(1)) * _GOLDEN)
-    return (bits >> np.uint64(12)).astype(np.float64) * 2.0**-52
+    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def _mix(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -60,7 +63,7 @@ class Sampler:
 
         Args:
             hidden: [D, M] after the last norm.
-            uniforms: [M] in [0, 1).
+            uniforms: [M] in (0, 1).
             greedy: [M].
         """
         tokens: list[int] = []

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_engines import EOS_ID, V0, Letters, make_engine, make_model, prompt, reference_logprobs, reference_of
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config
-from transformers import Qwen2ForCausalLM as Qwen2
+from tiny_engines import EOS_ID, V0, Letters, build, make_engine, make_model, prompt, reference_logprobs, reference_of
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from rexrag.actors.engine import GenerateRequest, Generation
 from rexrag.actors.torch_engine import EngineClosedError, TorchEngine, TorchEngineSettings, fastest_dtype
@@ -53,7 +52,8 @@ def test_bfloat16_stays_near_the_bfloat16_model() -> None:
     model = make_model("qwen3")
     request = GenerateRequest(prompt_ids=prompt(20), max_tokens=20)
     (result,) = asyncio.run(generate_all(make_engine(model, dtype="bfloat16"), request))
-    expected = reference_of(model.to(torch.bfloat16), request.prompt_ids, result.token_ids)
+    half: PreTrainedModel = model.bfloat16()
+    expected = reference_of(half, request.prompt_ids, result.token_ids)
     assert np.abs(np.array(result.logprobs) - expected).mean() < 0.15
 
 
@@ -136,27 +136,27 @@ def test_requests_that_cannot_be_served_are_refused(fields: dict[str, Any], mess
         asyncio.run(generate_all(make_engine(make_model("llama")), request))
 
 
-def unsupported_models() -> list[tuple[PreTrainedModel, str]]:
+def unsupported_configs() -> list[tuple[PreTrainedConfig, str]]:
     small: dict[str, Any] = {
         "vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1,
     }  # fmt: skip
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+    windows: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
     return [
-        (GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=1)), "model type 'gpt2'"),
-        (LlamaForCausalLM(LlamaConfig(**small, hidden_act="gelu")), "activation 'gelu'"),
-        (LlamaForCausalLM(LlamaConfig(**small, rope_parameters=dynamic)), "rotary embedding 'dynamic'"),
-        (Qwen2(Qwen2Config(**small, **windows)), "sliding-window"),
-        (LlamaForCausalLM(LlamaConfig(**small, max_position_embeddings=32)), "context of 32"),
+        (GPT2Config(vocab_size=11, n_embd=8, n_layer=1, n_head=1), "model type 'gpt2'"),
+        (LlamaConfig(**small, hidden_act="gelu"), "activation 'gelu'"),
+        (LlamaConfig(**small, rope_parameters=dynamic), "rotary embedding 'dynamic'"),
+        (Qwen2Config(**small, **windows), "sliding-window"),
+        (LlamaConfig(**small, max_position_embeddings=32), "context of 32"),
     ]
 
 
-@pytest.mark.parametrize(("model", "message"), unsupported_models())
-def test_models_it_cannot_run_are_refused(model: PreTrainedModel, message: str) -> None:
+@pytest.mark.parametrize(("config", "message"), unsupported_configs())
+def test_models_it_cannot_run_are_refused(config: PreTrainedConfig, message: str) -> None:
     settings = TorchEngineSettings(max_sequences=2, max_length=64)
     with pytest.raises(ModelError, match=message):
-        TorchEngine(model, settings=settings, codec=Letters(), version=V0)
+        TorchEngine(build(config), settings=settings, codec=Letters(), version=V0)
 
 
 def test_unmerged_adapters_are_refused() -> None:

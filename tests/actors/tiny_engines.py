@@ -8,15 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from rexrag.actors.torch_engine import TorchEngine, TorchEngineSettings
 from rexrag.types import WeightVersion
@@ -46,24 +38,30 @@ _LLAMA3_ROPE = {
 
 
 def make_model(name: str, *, seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
     if name == "llama":
-        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=True))
+        config: PreTrainedConfig = LlamaConfig(**_SIZES, tie_word_embeddings=True)
     elif name == "llama-untied-biased-llama3rope":
         config = LlamaConfig(
             **_SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3_ROPE
         )
-        model = LlamaForCausalLM(config)
     elif name == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**_SIZES, tie_word_embeddings=True))
+        config = Qwen2Config(**_SIZES, tie_word_embeddings=True)
     else:
         assert name == "qwen3"
-        model = Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False))
+        config = Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False)
+    model = build(config, seed=seed)
     with torch.no_grad():  # biases and norms start at constants, which would hide that they are not used
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
+    return model
+
+
+def build(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model.train(False)
+    return model
 
 
 class Letters:
