@@ -6,92 +6,103 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import pytest
 import ray
-from ray.actor import ActorHandle
 from replay_helpers import make_ipc, make_settings
 
 from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
+from rexrag.buffer.settings import ReplaySettings
 from rexrag.errors import UnknownLeaseError
 from rexrag.types import GroupLease, WeightVersion
 
 FIRST = WeightVersion(incarnation="run", step=0)
 
 
+Handle: TypeAlias = Any
+"""A Ray actor handle: its methods are made at run time."""
+
+
+def start(replay: ReplaySettings, *, resume_step: int | None) -> Handle:
+    return start_replay_actor(replay, resume_step=resume_step)
+
+
+def get(ref: object) -> Any:  # noqa: ANN401
+    return ray.get(cast("ray.ObjectRef[Any]", ref), timeout=60.0)
+
+
 @pytest.fixture
-def buffer(ray_session: None, tmp_path: Path) -> Iterator[ActorHandle[ReplayActor]]:
-    handle = start_replay_actor(make_settings(tmp_path), resume_step=None)
-    ray.get(handle.publish.remote(FIRST))
+def buffer(ray_session: None, tmp_path: Path) -> Iterator[Handle]:
+    handle = start(make_settings(tmp_path), resume_step=None)
+    get(handle.publish.remote(FIRST))
     yield handle
     ray.kill(handle)
 
 
-def lease(handle: ActorHandle[ReplayActor], num: int) -> list[GroupLease]:
-    leases: list[GroupLease] = ray.get(handle.lease.remote("a", num=num, held=FIRST, wait_s=0.0))
+def lease(handle: Handle, num: int) -> list[GroupLease]:
+    leases: list[GroupLease] = get(handle.lease.remote("a", num=num, held=FIRST, wait_s=0.0))
     return leases
 
 
-def append(handle: ActorHandle[ReplayActor], item: GroupLease) -> str:
-    answer: str = ray.get(handle.append.remote("a", group_id=item.group_id, ipc=make_ipc(item)))
+def append(handle: Handle, item: GroupLease) -> str:
+    answer: str = get(handle.append.remote("a", group_id=item.group_id, ipc=make_ipc(item)))
     return answer
 
 
 @pytest.mark.system
 def test_a_killed_buffer_is_recovered_by_a_new_one(ray_session: None, tmp_path: Path) -> None:
     replay = make_settings(tmp_path)
-    first = start_replay_actor(replay, resume_step=None)
-    ray.get(first.publish.remote(FIRST))
+    first = start(replay, resume_step=None)
+    get(first.publish.remote(FIRST))
     done, also_done, unfinished = lease(first, 3)
     assert [append(first, item) for item in (done, also_done, done)] == ["accepted", "accepted", "duplicate"]
-    counts = ray.get(first.accounting.remote())
-    os.kill(ray.get(first.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
+    counts = get(first.accounting.remote())
+    os.kill(get(first.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(first.accounting.remote())
+        get(first.accounting.remote())
     assert accounting_from_log(tmp_path) == counts
 
-    second = start_replay_actor(replay, resume_step=0)
-    ray.get(second.publish.remote(FIRST))
-    assert ray.get(second.accounting.remote()) == counts
+    second = start(replay, resume_step=0)
+    get(second.publish.remote(FIRST))
+    assert get(second.accounting.remote()) == counts
     assert append(second, done) == "duplicate"
     assert lease(second, 1)[0].group_id == unfinished.group_id
-    batch = ray.get(second.take.remote(1, rho=0.18, timeout_s=10.0))
+    batch = get(second.take.remote(1, rho=0.18, timeout_s=10.0))
     assert list(batch.groups) == [make_ipc(done), make_ipc(also_done)]
     ray.kill(second)
 
 
 @pytest.mark.system
-def test_polls_wait_and_are_woken(buffer: ActorHandle[ReplayActor]) -> None:
+def test_polls_wait_and_are_woken(buffer: Handle) -> None:
     started = time.monotonic()
     batch = buffer.take.remote(1, rho=None, timeout_s=60.0)
     items = lease(buffer, 6)
     blocked = buffer.lease.remote("b", num=1, held=FIRST, wait_s=60.0)
     for item in items:
         append(buffer, item)
-    assert len(ray.get(batch).groups) == 2
-    ray.get(buffer.outcome.remote(1, applied=True))
+    assert len(get(batch).groups) == 2
+    get(buffer.outcome.remote(1, applied=True))
     assert ray.wait([blocked], timeout=0.3)[0] == []
-    ray.get(buffer.publish.remote(WeightVersion(incarnation="run", step=1)))
-    assert ray.wait([blocked], timeout=0.3)[0] == []  # "b" holds old weights
-    newer = ray.get(
-        buffer.lease.remote("c", num=1, held=WeightVersion(incarnation="run", step=1), wait_s=60.0), timeout=30
-    )
+    get(buffer.publish.remote(WeightVersion(incarnation="run", step=1)))
+    assert get(blocked) == []  # "b" has to fetch the new weights first
+    newer = get(buffer.lease.remote("c", num=1, held=WeightVersion(incarnation="run", step=1), wait_s=60.0))
     assert newer[0].version.step == 1
     assert time.monotonic() - started < 30.0
-    assert ray.get(buffer.take.remote(2, rho=None, timeout_s=0.1)) is not None
-    assert ray.get(buffer.take.remote(3, rho=None, timeout_s=0.1)) is not None
-    assert ray.get(buffer.take.remote(4, rho=None, timeout_s=0.1)) is None
+    assert get(buffer.take.remote(2, rho=None, timeout_s=0.1)) is not None
+    assert get(buffer.take.remote(3, rho=None, timeout_s=0.1)) is not None
+    assert get(buffer.take.remote(4, rho=None, timeout_s=0.1)) is None
 
 
 @pytest.mark.system
-def test_errors_reach_the_caller_as_what_they_are(buffer: ActorHandle[ReplayActor]) -> None:
+def test_errors_reach_the_caller_as_what_they_are(buffer: Handle) -> None:
     (item,) = lease(buffer, 1)
     with pytest.raises(UnknownLeaseError, match="9-9"):
-        ray.get(buffer.append.remote("a", group_id="9-9", ipc=make_ipc(item)))
+        get(buffer.append.remote("a", group_id="9-9", ipc=make_ipc(item)))
     with pytest.raises(ValueError, match="not a valid group"):
-        ray.get(buffer.append.remote("a", group_id=item.group_id, ipc=b"nothing"))
-    assert ray.get(buffer.accounting.remote())["dropped"] == {"invalid": 1}
+        get(buffer.append.remote("a", group_id=item.group_id, ipc=b"nothing"))
+    assert get(buffer.accounting.remote())["dropped"] == {"invalid": 1}
 
 
 def test_the_poll_of_a_dead_actor_gets_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import shutil
 import struct
@@ -148,7 +149,7 @@ def test_acknowledged_records_survive_a_power_cut(tmp_path: Path, monkeypatch: p
 
     def record_sync(fd: int) -> None:
         sync_data(fd)
-        status = log_module.os.fstat(fd)
+        status = os.fstat(fd)
         durable[status.st_ino] = status.st_size
 
     monkeypatch.setattr(log_module, "_sync_data", record_sync)

@@ -58,7 +58,7 @@ def fold(folder: Path) -> Ledger:
     return ledger
 
 
-def make_run(folder: Path, **changes: int | float) -> ReplaySettings:
+def make_run(folder: Path, **changes: float) -> ReplaySettings:
     """Three steps of two groups, two groups finished, one leased."""
     replay = make_settings(folder, num_questions=7, segment_bytes=9000, **changes)
     state = begin(replay)

@@ -20,7 +20,7 @@ from rexrag.types import GroupLease, WeightVersion, batch_from_ipc, batch_to_ipc
 class Rig:
     """A buffer over a journal in memory, with weights of step 0 published."""
 
-    def __init__(self, **changes: int | float) -> None:
+    def __init__(self, **changes: float) -> None:
         self.settings = make_settings(Path("unused"), **changes)
         self.clock, self.journal = Clock(), ListJournal()
         self.state = restart(self.settings, self.journal, clock=self.clock, incarnation="1", resume_step=0)
