@@ -31,17 +31,15 @@ def select_batch(
 
     A group of lease version L has its last chance in the batch taken at version L + S. The oldest groups come first,
     which is the order of admission unless a lease was lost. The step waits while, for some k ≥ 0, more than k · size of
-    the groups left behind would have their last chance within the k batches after it, and a leased one among them
+    the groups left behind would have their last chance within the k batches after it, and one that is not finished
     could still take the place of a group with more time. So slow and long groups are not selected away.
     """
     if len(finished) < size:
         return None
-    ranked = sorted(finished)
-    batch, left = ranked[:size], ranked[size:]
+    batch = sorted(finished)[:size]
     for k in range(max_staleness):
         oldest = version + k - max_staleness
-        num_leased = sum(lease <= oldest for lease in leased_versions)
-        num_left = num_leased + sum(candidate.version <= oldest for candidate in left)
-        if num_left > k * size and num_leased and batch[-1].version > oldest:
+        # Where the batch has a younger group, the older ones left behind are all leased.
+        if batch[-1].version > oldest and sum(lease <= oldest for lease in leased_versions) > k * size:
             return None
     return tuple(candidate.group_id for candidate in sorted(batch, key=lambda candidate: candidate.order))

@@ -236,6 +236,19 @@ def test_a_late_group_that_is_too_old_is_dropped_when_it_would_be_consumed() -> 
     assert rig.append(late) == "duplicate"
 
 
+def test_a_late_group_counts_as_old_as_its_tokens() -> None:
+    rig = Rig(groups_per_step=1, num_questions=3)
+    (late, quick) = rig.lease(2, actor="slow")
+    rig.append(quick, actor="slow")
+    rig.step(1)
+    rig.state.release("slow")
+    (again,) = rig.lease(1)
+    assert (again.group_id, again.version.step) == (late.group_id, 1)
+    rig.append(late, versions=(0, 1))
+    group = fold(rig.journal.records).groups[late.group_id]
+    assert (group.version, group.min_version, group.max_version) == (0, 0, 1)
+
+
 def test_a_step_waits_for_a_slow_group_at_its_last_chance() -> None:
     rig = Rig(groups_per_step=1, max_staleness=1, num_questions=4)
     slow, quick = rig.lease(2)
