@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rexrag.data.demonstrations import Demonstration, load_demonstrations
 from rexrag.dead_end import DeadEndDepth, measure_depth
@@ -204,12 +204,7 @@ def warm_start(
         losses=tuple(run.losses),
         depth=measure_depth(model, shown, codec=codec, render=lambda question: prompt.render(question, codec=codec)),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        made = Path(scratch) / "model"
-        save_model(model, tokenizer, made)
-        write_atomic(made / INFO_FILE, _info(result))
-        made.rename(out)
+    _publish(model, tokenizer, result)
     return result
 
 
@@ -240,6 +235,17 @@ def tokenize_demonstration(demonstration: Demonstration, *, codec: Codec, prompt
 def _rate_share(update: int, num_updates: int) -> float:
     warmup = max(1, round(WARMUP_SHARE * num_updates))
     return min(1.0, (update + 1) / warmup) * (1.0 - (1.0 - FINAL_SHARE) * update / num_updates)
+
+
+def _publish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, result: WarmstartResult) -> None:
+    """Write the model folder beside its place and rename it: it is whole or not there."""
+    out = result.folder
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+        made = Path(scratch) / "model"
+        save_model(model, tokenizer, made)
+        write_atomic(made / INFO_FILE, _info(result))
+        made.rename(out)
 
 
 def _info(result: WarmstartResult) -> str:

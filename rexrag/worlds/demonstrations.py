@@ -26,7 +26,7 @@ SearchFunction = Callable[[str], Awaitable[Sequence[Passage]]]
 KIND_SHARES: Final[dict[DemonstrationKind, float]] = {"right": 0.3, "early": 0.35, "going_on": 0.35}
 """As many early answers as continuations: after the decision both are equally well known."""
 
-MULTI_HOP_SHARES: Final = {2: 0.65, 3: 0.35}
+MULTI_HOP_SHARES: Final = {2: 0.7, 3: 0.3}
 
 FIRST_THOUGHTS: Final = ("I need", "I have to find", "Let me find", "First I look up")
 REMARKS: Final = (

@@ -21,7 +21,7 @@ DIALS: Final[dict[str, Dial]] = {
     "train": Dial(default=2000, low=8, high=5000, meaning="training questions"),
     "dev": Dial(default=64, low=8, high=2000, meaning="questions on the dev countries"),
     "test": Dial(default=240, low=8, high=2000, meaning="questions on the test countries"),
-    "demonstrations": Dial(default=400, low=1, high=20000, meaning="demonstrations for the supervised start"),
+    "demonstrations": Dial(default=320, low=1, high=20000, meaning="demonstrations for the supervised start"),
     "top_k": Dial(default=2, low=1, high=20, meaning="passages per search in the demonstrations"),
     "decision_weight": Dial(
         default=0.0, low=0.0, high=1.0, whole=False, meaning="weight of the token that goes on: depth of the dead end"

@@ -77,13 +77,13 @@ def write_world(kind: WorldKind, out: Path, *, seed: int, size: Mapping[str, flo
     )
 
 
-def world_texts(files: WorldFiles) -> Iterator[str]:
-    """All texts of a world: what a word-level tokenizer for it has to know."""
-    for path in (files.corpus, files.train, files.dev, files.test):
+def world_texts(folder: Path) -> Iterator[str]:
+    """All texts of a world that was written to `folder`: what a word-level tokenizer for it has to know."""
+    for path in (folder / f"{part}.jsonl" for part in ("corpus", "train", "dev", "test")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             yield row["contents"] if "contents" in row else row["question"]
-    for demonstration in load_demonstrations(files.demonstrations):
+    for demonstration in load_demonstrations(folder / "demonstrations.jsonl"):
         yield from (segment.text for segment in demonstration.segments)
 
 
@@ -105,7 +105,8 @@ def _question_rows(world: World, part: str) -> Iterator[Json]:
 
 
 def _gold_passages(facts: FactBase, chain: Chain) -> list[str]:
-    return [facts.passage_id(subject, relation) for subject, relation in zip(chain.path[:-1], chain.relations, strict=True)]
+    steps = zip(chain.path[:-1], chain.relations, strict=True)
+    return [facts.passage_id(subject, relation) for subject, relation in steps]
 
 
 async def _demonstrations(

@@ -67,7 +67,8 @@ def build(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
 class Letters:
     """Token i is the i-th printable character; the last token ends the text."""
 
-    eos_ids = frozenset({EOS_ID})
+    def __init__(self, eos_ids: frozenset[int] = frozenset({EOS_ID})) -> None:
+        self.eos_ids = eos_ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(33 + i) for i in ids)
@@ -80,11 +81,12 @@ def make_engine(
     max_length: int = 128,
     inflight: Literal["keep", "recompute"] = "keep",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    endless: bool = False,
 ) -> TorchEngine:
     settings = TorchEngineSettings(
         max_sequences=max_sequences, max_length=max_length, inflight=inflight, dtype=dtype, num_threads=1
     )
-    return TorchEngine(model, settings=settings, codec=Letters(), version=V0)
+    return TorchEngine(model, settings=settings, codec=Letters(frozenset()) if endless else Letters(), version=V0)
 
 
 def prompt(length: int, *, seed: int = 0) -> list[int]:
