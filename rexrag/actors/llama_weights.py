@@ -191,7 +191,8 @@ def _shape(config: PreTrainedConfig) -> LlamaShape:
 
 
 def _rotary(model: PreTrainedModel, *, dtype: torch.dtype, max_length: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    embedding = model.get_submodule("model.rotary_emb")
+    # Made anew from the config: the model's own was rounded if the model was cast.
+    embedding = type(model.get_submodule("model.rotary_emb"))(model.config)
     frequencies, scaling = embedding.inv_freq, embedding.attention_scaling
     assert isinstance(frequencies, Tensor)
     assert isinstance(scaling, float)

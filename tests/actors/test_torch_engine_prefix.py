@@ -15,7 +15,9 @@ async def episode(
     engine: TorchEngine, *, seed: int, salt: str, turns: int = 3
 ) -> tuple[list[int], list[float], list[int]]:
     """Turns with observations in between; token ids, log-probs of the sampled ones, and their positions."""
-    ids, logprobs, positions = prompt(25), [], []
+    ids = prompt(25)
+    logprobs: list[float] = []
+    positions: list[int] = []
     for turn in range(turns):
         request = GenerateRequest(prompt_ids=ids, max_tokens=6, seed=100 * seed + turn, cache_salt=salt)
         result = await engine.generate(request)

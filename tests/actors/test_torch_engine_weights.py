@@ -42,9 +42,14 @@ async def run_across_a_change(
 
 
 def incremental_logprobs(models: dict[int, PreTrainedModel], prompt_ids: list[int], result: Generation) -> list[float]:
-    """One pass per token over a transformers cache, each under the weights of the token that it gives."""
+    """One pass per token over a transformers cache, each under the weights of the token that it gives.
+
+    The prompt but for its last token was computed, or copied from a sequence that did, before the change.
+    """
     cache = DynamicCache()
-    inputs, logprobs = prompt_ids, []
+    with torch.inference_mode():
+        models[OLD](torch.tensor([prompt_ids[:-1]]), past_key_values=cache)
+    inputs, logprobs = prompt_ids[-1:], []
     for token, version in zip(result.token_ids, result.versions, strict=True):
         with torch.inference_mode():
             logits = models[version](torch.tensor([inputs]), past_key_values=cache).logits[0, -1]
@@ -125,8 +130,12 @@ def test_every_weight_is_replaced(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bfloat16_bits_and_read_only_arrays_are_taken(dtype: Literal["float32", "bfloat16"]) -> None:
-    new = make_model("llama", seed=2).bfloat16()
-    bits = {name: parameter.detach().view(torch.uint16).numpy() for name, parameter in new.named_parameters()}
+    new = make_model("llama", seed=2)
+    bits: dict[str, npt.NDArray[np.generic]] = {}
+    for name, parameter in new.named_parameters():
+        rounded = parameter.detach().bfloat16()
+        bits[name] = rounded.view(torch.uint16).numpy()
+        parameter.data.copy_(rounded)
     for array in bits.values():
         array.setflags(write=False)
 
@@ -138,7 +147,7 @@ def test_bfloat16_bits_and_read_only_arrays_are_taken(dtype: Literal["float32", 
         return result
 
     from_bits = asyncio.run(run(bits))
-    assert from_bits == asyncio.run(run(weights_of(new.float())))
+    assert from_bits == asyncio.run(run(weights_of(new)))
     if dtype == "float32":
         expected = reference_of(new, prompt(10), from_bits.token_ids)
         np.testing.assert_allclose(from_bits.logprobs, expected, atol=1e-4)
