@@ -25,7 +25,7 @@ DIALS: Final[dict[str, Dial]] = {
     "demonstrations": Dial(default=3000, low=1, high=100000, meaning="demonstrations for the supervised start"),
     "top_k": Dial(default=2, low=1, high=20, meaning="passages per search in the demonstrations"),
     "decision_weight": Dial(
-        default=0.005, low=0.0, high=1.0, whole=False, meaning="weight of the token that goes on: depth of the dead end"
+        default=0.002, low=0.0, high=1.0, whole=False, meaning="weight of the token that goes on: depth of the dead end"
     ),
     "entities": Dial(default=400, low=60, high=5000, meaning="entities of train; dev and test have a half each"),
     "distractors": Dial(default=100, low=0, high=5000, meaning="entities with passages that no question asks for"),
