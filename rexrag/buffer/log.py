@@ -76,7 +76,9 @@ class LogWriter:
     """
 
     def __init__(self, folder: Path, *, segment_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            _sync_folder(folder.parent)
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._failure: str | None = None

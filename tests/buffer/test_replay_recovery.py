@@ -160,6 +160,38 @@ def test_a_damaged_group_is_corrupt_and_its_question_asked_again(tmp_path: Path)
     assert begin(replay, resume_step=3).accounting()["dropped"] == {"corrupt": 1}
 
 
+def damage_header(folder: Path, text: bytes) -> None:
+    """Flip a byte in the header of the one record that has `text` in it."""
+    (path,) = [path for path in segments(folder) if text in path.read_bytes()]
+    path.write_bytes(path.read_bytes().replace(text, text[:-1] + b"?"))
+
+
+def test_a_group_whose_drop_is_damaged_gives_way_to_the_one_asked_again(tmp_path: Path) -> None:
+    replay = make_settings(tmp_path, groups_per_step=1)
+    state = begin(replay)
+    (first,) = state.lease("a", num=1, held=version_of(state, 0))
+    state.fail("a", group_id=first.group_id, reason="env_error")
+    (again,) = produce(state, 0, 1)
+    assert again.question == first.question
+    damage_header(tmp_path, b'"reason":"env_error"')
+    state = begin(replay, resume_step=0)
+    assert state.accounting() == {"issued": 2, "consumed": 0, "dropped": {"corrupt": 1}, "pending": 1, "given_up": 0}
+    assert learn(state, 1) == [again.group_id]
+    assert again.question not in [lease.question for lease in state.lease("a", num=2, held=version_of(state, 1))]
+
+
+def test_a_group_whose_issue_is_damaged_is_counted_and_its_question_asked(tmp_path: Path) -> None:
+    replay = make_settings(tmp_path, num_questions=3, groups_per_step=1)
+    state = begin(replay)
+    hidden, _, last = state.lease("a", num=3, held=version_of(state, 0))
+    state.append("a", group_id=last.group_id, ipc=make_ipc(last))
+    damage_header(tmp_path, b'"type":"issue","group_id":"1-0"')
+    state = begin(replay, resume_step=0)
+    assert state.accounting() == {"issued": 3, "consumed": 0, "dropped": {"corrupt": 1}, "pending": 2, "given_up": 0}
+    _, again = state.lease("a", num=2, held=version_of(state, 0))
+    assert (again.question, again.epoch, again.attempt) == (hidden.question, 0, 0)
+
+
 def test_a_segment_of_zeros_costs_no_balance_and_no_group_is_trained_on_twice(tmp_path: Path) -> None:
     for number in range(4):
         folder = tmp_path / str(number)

@@ -146,13 +146,9 @@ def test_broken_groups_are_asked_again_and_given_up_in_the_end() -> None:
         assert (lease.question, lease.attempt) == (question, attempt)
     with pytest.raises(ValueError, match="not a valid group"):
         rig.state.append("a", group_id=lease.group_id, ipc=b"not arrow")
-    assert rig.state.accounting() == {
-        "issued": 3,
-        "consumed": 0,
-        "dropped": {"env_error": 2, "invalid": 1},
-        "pending": 0,
-        "given_up": 1,
-    }
+    counts = rig.state.accounting()
+    assert (counts["issued"], counts["pending"], counts["given_up"]) == (3, 0, 1)
+    assert counts["dropped"] == {"env_error": 2, "invalid": 1}
     assert rig.lease(1)[0].question != question
     with pytest.raises(UnknownLeaseError):
         rig.append(lease)
@@ -399,4 +395,4 @@ def test_status_names_who_holds_what() -> None:
     assert status.actors["a"].idle_s == 6.0
     assert "b" not in status.actors
     position = rig.state.position()
-    assert (position.incarnation, position.last_step, position.epoch, position.damages) == ("1", 0, 0, ())
+    assert (position.incarnation, position.last_step, position.epoch) == ("1", 0, 0)
