@@ -90,7 +90,7 @@ class Fleet:
         """
         self._current = (version, weights if weights is not None else self._current[1])
         for member in self._members:
-            member.updates.append(member.handle.update_weights.remote(version, weights if weights is not None else {}))
+            member.updates.append(member.handle.update_weights.remote(version, weights))
 
     def pending_updates(self) -> list[ObjectRef[Any]]:
         """Weight updates that an actor has not confirmed yet."""
@@ -170,7 +170,7 @@ class Fleet:
         new = self._start()
         version, weights = self._current
         if version != self._initial:
-            new.updates.append(new.handle.update_weights.remote(version, weights if weights is not None else {}))
+            new.updates.append(new.handle.update_weights.remote(version, weights))
         if member.run is not None:
             new.run = new.handle.run.remote()
         return new

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rexrag.types import Kind, StepBatch, Trajectory, TrajectoryGroup, batch_from_ipc
+from rexrag.arrow import batch_from_ipc
+from rexrag.types import Kind, StepBatch, Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True, kw_only=True)

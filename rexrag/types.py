@@ -8,7 +8,7 @@ Values are validated where they are made, so that no reader of these types check
 
 from __future__ import annotations
 
-import io
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -320,21 +320,7 @@ class TrajectoryGroup:
 def _split_lists(column: pa.ListArray) -> list[npt.NDArray[np.generic]]:
     values = column.values.to_numpy(zero_copy_only=True)
     offsets = column.offsets.to_numpy(zero_copy_only=True)
-    return [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-
-
-def batch_to_ipc(batch: pa.RecordBatch) -> bytes:
-    """One record batch as an Arrow IPC stream."""
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return sink.getvalue()
-
-
-def batch_from_ipc(data: bytes | pa.Buffer) -> pa.RecordBatch:
-    """The one record batch of an Arrow IPC stream, without a copy."""
-    with pa.ipc.open_stream(data) as reader:
-        return reader.read_next_batch()
+    return [values[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

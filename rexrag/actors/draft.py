@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rexrag.actors.engine import Generation
+from rexrag.actors.scoring import Scores
 from rexrag.types import EndReason, Kind, Origin, Trajectory, Turn
-
-if TYPE_CHECKING:
-    from rexrag.actors.engine import Generation
-    from rexrag.actors.scoring import Scores
 
 
 @dataclass(kw_only=True)

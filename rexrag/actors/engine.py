@@ -79,8 +79,12 @@ class Engine(Protocol):
             ValueError: the prompt is empty, or does not fit the engine's context with `max_tokens`.
         """
 
-    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    async def update_weights(
+        self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
+    ) -> None:
         """Swap the weights between two forward passes; returns once the new ones are in use.
+
+        None: the version's weights are those that the engine holds, whose step changed nothing.
 
         Running sequences go on (`keep`) or are prefilled again first (`recompute`), see algorithm §3.
         """

@@ -17,7 +17,7 @@ from typing import Literal
 
 from rexrag.actors.draft import Draft
 from rexrag.actors.engine import Engine, GenerateRequest, Generation
-from rexrag.actors.scoring import NO_SCORES, Scorer
+from rexrag.actors.scoring import NO_SCORES, Scorer, Scores
 from rexrag.actors.seeds import draw_seed
 from rexrag.env.actions import STOP_STRINGS, Answer, Malformed, Search, locate_action
 from rexrag.env.branch import branch_point
@@ -212,13 +212,18 @@ class _Episode:
         if draft.parent is None:
             self._mark_branch(draft)
         masked = end_reason is EndReason.ENV_ERROR
-        scores = NO_SCORES if masked else self._runner._scorer.score(draft, question=self.question)
+        scores = NO_SCORES if masked else self._score(draft)
         text = self._runner._codec.decode(draft.token_ids[draft.prompt_length :])
         return draft.finish(end_reason, scores=scores, text=text)
 
     @property
     def _version(self) -> int:
         return self._runner._engine.version.step
+
+    def _score(self, draft: Draft) -> Scores:
+        num_turns = len(draft.turns)
+        valid_share = (num_turns - draft.num_malformed) / num_turns if num_turns else 0.0
+        return self._runner._scorer.score(draft.answer, question=self.question, valid_share=valid_share)
 
     async def _turn(self, draft: Draft) -> EndReason | None:
         """One model turn and what the environment answers; the reason if the episode ends with it."""

@@ -64,7 +64,9 @@ class RolloutActor:
     async def stop(self) -> None:
         self._loop.stop()
 
-    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    async def update_weights(
+        self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
+    ) -> None:
         await self._loop.update_weights(version, weights)
 
     async def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[EpisodeScore]:

@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from rexrag.actors.engine import Engine, EngineStats
 from rexrag.actors.episode import EpisodeRunner, GroupFailedError
+from rexrag.arrow import batch_to_ipc
 from rexrag.errors import RunFailure, UnknownLeaseError
-from rexrag.types import EpisodeScore, GroupLease, Question, WeightVersion, batch_to_ipc
+from rexrag.types import EpisodeScore, GroupLease, Question, WeightVersion
 
 LOG = logging.getLogger(__name__)
 
@@ -85,7 +86,9 @@ class RolloutLoop:
         self._stopping = True
         self._changed.set()
 
-    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    async def update_weights(
+        self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
+    ) -> None:
         """Switch between two decode steps; waits for a running evaluation to end first."""
         async with self._weights_lock:
             await self._engine.update_weights(version, weights)

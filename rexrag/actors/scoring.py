@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from rexrag.reward import RewardFunction, exact_match, f1_score, is_correct, normalize_answer
 from rexrag.types import Passage, Question
-
-if TYPE_CHECKING:
-    from rexrag.actors.draft import Draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +31,12 @@ class Scorer:
         self._reward = reward
         self._kind = kind
 
-    def score(self, draft: Draft, *, question: Question) -> Scores:
+    def score(self, answer: str | None, *, question: Question, valid_share: float) -> Scores:
+        """Scores of an answer, None where there is none; `valid_share` of the turns had a complete action."""
         golds = question.golden_answers
-        em = exact_match(draft.answer, golds) if draft.answer is not None else 0.0
-        f1 = f1_score(draft.answer, golds) if draft.answer is not None else 0.0
-        num_turns = len(draft.turns)
-        valid_share = (num_turns - draft.num_malformed) / num_turns if num_turns else 0.0
-        reward = self._reward(draft.answer, golds=golds, row=question.row, valid_share=valid_share)
+        em = exact_match(answer, golds) if answer is not None else 0.0
+        f1 = f1_score(answer, golds) if answer is not None else 0.0
+        reward = self._reward(answer, golds=golds, row=question.row, valid_share=valid_share)
         return Scores(reward=reward, em=em, f1=f1, correct=is_correct(em, f1, self._kind))
 
     def shows_gold(self, question: Question, *, passages: Sequence[Passage], shown: str) -> bool:

@@ -151,24 +151,28 @@ class TorchEngine:
             self._task = asyncio.create_task(self._run(), name="torch-engine")
         return await future
 
-    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    async def update_weights(
+        self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
+    ) -> None:
         """Swap the weights between two passes.
 
         Args:
             weights: by the names of the model's `named_parameters()` (a tied head is left out), float32, or
-                bfloat16 as the uint16 that hold its bits.
+                bfloat16 as the uint16 that hold its bits. None: the weights stay, only their version changes.
 
         Raises:
             ValueError: a name is missing or unknown, or an array has another shape or type. Nothing has changed then.
             EngineClosedError: the engine is closed.
         """
-        self._pass.weights.check(weights)
+        if weights is not None:
+            self._pass.weights.check(weights)
         if self._closed:
             raise EngineClosedError("the engine is closed")
         async with self._pass_lock:
-            await self._in_thread(self._pass.weights.load, weights)
+            if weights is not None:
+                await self._in_thread(self._pass.weights.load, weights)
             self._version = version
-            if self._settings.inflight == "recompute":
+            if weights is not None and self._settings.inflight == "recompute":
                 self._scheduler.invalidate()
 
     def release(self, cache_salt: str) -> None:

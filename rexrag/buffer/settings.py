@@ -14,6 +14,7 @@ class ReplaySettings:
     """What a buffer is built from. Staleness in learner steps, times in seconds.
 
     Attributes:
+        num_steps: learner steps of the whole run: no group is issued that none of them will consume; None: no end.
         max_attempts: times that a question is asked again after its group was dropped, before it is given up.
         segment_bytes: size at which the log begins a new segment.
     """
@@ -27,6 +28,7 @@ class ReplaySettings:
     lease_deadline_s: float = 3600.0
     max_attempts: int = 3
     segment_bytes: int = 64 << 20
+    num_steps: int | None = None
 
     def __post_init__(self) -> None:
         if not self.questions:

@@ -98,8 +98,7 @@ class ReplayState:
         if version is None or not _is_current(held, version):
             return []
         waiting = self._waiting()[:num]
-        free = self.capacity - len(self._ledger.in_state(GroupState.OPEN)) - self._num_beyond_open()
-        new = self._issue(max(0, min(num - len(waiting), free)), version.step)
+        new = self._issue(max(0, min(num - len(waiting), self._num_admissible())), version.step)
         groups = [*waiting, *new]
         now = self._clock()
         for group in groups:
@@ -277,8 +276,14 @@ class ReplayState:
         """Issued groups that nobody works on, in order of admission."""
         return [group for key, group in self._ledger.in_state(GroupState.OPEN).items() if key not in self._leases]
 
-    def _num_beyond_open(self) -> int:
-        return len(self._ledger.in_state(GroupState.FINISHED)) + sum(self._unpublished.values())
+    def _num_admissible(self) -> int:
+        """New groups that may be issued now: within the capacity, and not more than the steps that are left need."""
+        settings = self._settings
+        unassigned = len(self._ledger.in_state(GroupState.OPEN)) + len(self._ledger.in_state(GroupState.FINISHED))
+        free = self.capacity - unassigned - sum(self._unpublished.values())
+        if settings.num_steps is None:
+            return free
+        return min(free, (settings.num_steps - self._ledger.last_step) * settings.groups_per_step - unassigned)
 
     def _issue(self, num: int, version: int) -> list[Group]:
         """New groups: questions to be asked again first, then the epoch's line. Durable with what follows."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from rexrag.types import TrajectoryGroup, batch_from_ipc
+from rexrag.arrow import batch_from_ipc
+from rexrag.types import TrajectoryGroup
 
 
 def parse_group(ipc: bytes, *, group_id: str, question: str, newest_version: int) -> TrajectoryGroup:

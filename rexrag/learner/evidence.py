@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from rexrag.types import GROUP_SCHEMA, StepBatch, batch_from_ipc
+from rexrag.arrow import batch_from_ipc
+from rexrag.types import GROUP_SCHEMA, StepBatch
 
 
 def save_evidence(folder: Path, *, batch: StepBatch, loss: float, grad_norm: float | None) -> Path:

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 import rexrag.metrics as keys
+from rexrag.arrow import batch_from_ipc
 from rexrag.errors import RunFailure
 from rexrag.hints import HintPool
 from rexrag.learner.correction import CorrectionSettings
@@ -33,7 +34,7 @@ from rexrag.learner.prepare import PreparedRow, PreparedStep, check_ages, prepar
 from rexrag.learner.report import StepReport, step_metrics
 from rexrag.learner.token_metrics import TokenRecord
 from rexrag.learner.trainer_state import TrainerState
-from rexrag.types import StepBatch, StepResult, TrajectoryGroup, batch_from_ipc
+from rexrag.types import StepBatch, StepResult, TrajectoryGroup
 
 
 @dataclass(frozen=True, kw_only=True)

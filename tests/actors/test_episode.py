@@ -70,7 +70,9 @@ class ScriptedEngine:
             score_versions=[VERSION.step] * num_scores,
         )
 
-    async def update_weights(self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
+    async def update_weights(
+        self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
+    ) -> None:
         raise AssertionError("episodes do not change weights")
 
     def release(self, cache_salt: str) -> None:

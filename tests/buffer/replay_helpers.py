@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from rexrag.arrow import batch_to_ipc
 from rexrag.buffer.ledger import Ledger
 from rexrag.buffer.log import LogWriteError
 from rexrag.buffer.records import Record
 from rexrag.buffer.recovery import begin_records
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.state import ReplayState
-from rexrag.types import EndReason, GroupLease, Kind, Origin, Question, Trajectory, TrajectoryGroup, batch_to_ipc
+from rexrag.types import EndReason, GroupLease, Kind, Origin, Question, Trajectory, TrajectoryGroup
 
 
 def make_questions(num: int) -> tuple[Question, ...]:

@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given, settings
 from replay_helpers import Clock, make_ipc, make_settings
 
+from rexrag.arrow import batch_from_ipc
 from rexrag.buffer.ledger import GroupState, Ledger
 from rexrag.buffer.log import Damage, read_log, segments
 from rexrag.buffer.recovery import accounting_from_log, open_buffer
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.state import ReplayState
 from rexrag.errors import RunFolderError
-from rexrag.types import GroupLease, WeightVersion, batch_from_ipc
+from rexrag.types import GroupLease, WeightVersion
 
 DISK_FULL_SCRIPT = Path(__file__).with_name("disk_full.py")
 

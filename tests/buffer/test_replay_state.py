@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from replay_helpers import Clock, ListJournal, fold, make_group, make_ipc, make_questions, make_settings, restart
 
+from rexrag.arrow import batch_from_ipc, batch_to_ipc
 from rexrag.buffer.ledger import GroupState
 from rexrag.buffer.records import Assign, Issue
 from rexrag.buffer.schedule import Candidate, issue_order, select_batch
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.errors import DataError, UnknownLeaseError
-from rexrag.types import GroupLease, WeightVersion, batch_from_ipc, batch_to_ipc
+from rexrag.types import GroupLease, WeightVersion
 
 
 class Rig:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rexrag.arrow import batch_to_ipc
 from rexrag.hints import HintPool
 from rexrag.learner.attention import use_packed_attention
 from rexrag.learner.logprobs import token_logprobs
 from rexrag.learner.packing import PackRow, pack
 from rexrag.learner.step import LearnerCore, LearnerSettings
-from rexrag.types import EndReason, Kind, Origin, StepBatch, Trajectory, TrajectoryGroup, batch_to_ipc
+from rexrag.types import EndReason, Kind, Origin, StepBatch, Trajectory, TrajectoryGroup
 
 VOCABULARY = 64
 POOL = HintPool([[5, 6], [5, 6, 7], [5, 8]])

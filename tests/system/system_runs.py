@@ -1,0 +1,93 @@
+"""Whole runs of the command line on a small world, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+RECIPE = """
+[model]
+path = "{folder}/model"
+[data]
+train = "{folder}/world/train.jsonl"
+dev = "{folder}/world/dev.jsonl"
+eval = "{folder}/world/test.jsonl"
+[retriever]
+path = "{folder}/index"
+[env]
+max_turns = 3
+max_turn_tokens = 40
+max_observation_tokens = 64
+max_trajectory_tokens = 400
+top_k = 2
+[reward]
+kind = "em + format"
+format_weight = 0.5
+[rollout]
+group_size = 3
+episodes_per_actor = 24
+dtype = "float32"
+[replay]
+max_staleness = 1
+[optimizer]
+learning_rate = 1e-3
+[learner]
+autocast = "float32"
+[train]
+steps = 4
+groups_per_step = 8
+checkpoint_every = 2
+[eval]
+every = 2
+max_questions = 8
+"""
+TIMEOUT_S = 200.0
+
+
+def start_rexrag(*words: str | Path) -> subprocess.Popen[str]:
+    """`rexrag WORDS` as a process of its own; its progress goes to a pipe."""
+    command = [sys.executable, "-m", "rexrag", *map(str, words)]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def run_rexrag(*words: str | Path, status: int = 0, timeout_s: float = TIMEOUT_S) -> str:
+    """Run to the end, assert the exit status, return what stood on stderr."""
+    process = start_rexrag(*words)
+    try:
+        _, errors = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+    assert process.returncode == status, f"exit {process.returncode}, not {status}:\n{errors}"
+    return errors
+
+
+def read_lines(path: Path) -> list[dict[str, float | None]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def child_of(process: subprocess.Popen[str], *, title: str) -> list[psutil.Process]:
+    """Processes below a run whose title contains a text: Ray names its workers after their actors."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if title in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def assert_books_balance(run: Path) -> dict[str, object]:
+    accounting: dict[str, object] = json.loads((run / "accounting.json").read_text())
+    dropped = accounting["dropped"]
+    assert isinstance(dropped, dict)
+    numbers: Sequence[int] = [*dropped.values(), int(str(accounting["consumed"])), int(str(accounting["pending"]))]
+    assert accounting["issued"] == sum(numbers)
+    return accounting

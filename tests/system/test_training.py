@@ -1,0 +1,183 @@
+"""The main job on a real Ray: runs, resumes, survives, and leaves what it promises."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+from system_runs import assert_books_balance, child_of, read_lines, run_rexrag, start_rexrag
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import rexrag.metrics as keys
+from rexrag.models import load_model, load_tokenizer
+
+pytestmark = pytest.mark.system
+
+PROMISED = (
+    keys.STEP, keys.VERSION, keys.TARGET_EM, keys.PROBE_EM, keys.TARGET_DEAD_END_RATE, keys.GROUP_RESCUED,
+    keys.MIXTURE_ALPHA, keys.FILTER_RHO, keys.WEIGHT_MEAN, keys.WEIGHT_MAX, keys.WEIGHT_ESS_TARGET,
+    keys.WEIGHT_ESS_PROBE, keys.STALENESS_MEAN, keys.STALENESS_MAX, keys.TIME_STEP, keys.TIME_LEARNER_WAIT,
+    keys.ROLLOUT_TOKENS_PER_S,
+)  # fmt: skip
+TIMES_AND_RATES = {key for key in keys.DESCRIPTIONS if key.startswith("time/") or key.endswith("_per_s")}
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    run_rexrag("train", recipe, "--run-dir", run)
+    return run
+
+
+def wait_for(condition: Callable[[], bool], *, process: subprocess.Popen[str], timeout_s: float = 150.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, f"the run ended early:\n{process.communicate()[1]}"
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.1)
+
+
+def num_steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_metrics_of_every_step(finished: Path) -> None:
+    lines = read_lines(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert set(PROMISED) <= set(line)
+        assert set(line) <= set(keys.DESCRIPTIONS)
+        assert line["staleness/max"] is not None
+        assert line["staleness/max"] <= 1
+
+
+def test_evaluations_before_between_and_after(finished: Path) -> None:
+    lines = [(str(line["split"]), line["step"], line["n"]) for line in read_lines(finished / "eval.jsonl")]
+    assert lines == [("test", 0, 8), ("dev", 0, 8), ("dev", 2, 8), ("dev", 4, 8), ("test", 4, 8)]
+
+
+def test_books_balance_and_all_groups_are_consumed(finished: Path) -> None:
+    assert assert_books_balance(finished)["consumed"] == 4 * 8
+    assert json.loads((finished / "run.json").read_text())["status"] == "finished"
+
+
+def test_checkpoint_is_a_model_folder(finished: Path) -> None:
+    folder = finished / "checkpoints" / "step-000004"
+    load_model(folder, dtype="float32")
+    load_tokenizer(folder)
+    assert (folder / "COMMIT").exists()
+
+
+def test_tensorboard_has_the_same_numbers(finished: Path) -> None:
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    lines = read_lines(finished / "metrics.jsonl")
+    scalars = [event.value for event in events.Scalars("target/em")]
+    assert scalars == pytest.approx([line["target/em"] for line in lines])
+
+
+def test_finished_run_says_so_and_more_steps_continue_it(recipe: Path, finished: Path) -> None:
+    run_rexrag("train", "--run-dir", finished)
+    assert num_steps(finished) == 4
+    run_rexrag("train", "--run-dir", finished, "--set", "train.steps=5")
+    assert [line["step"] for line in read_lines(finished / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert assert_books_balance(finished)["consumed"] == 5 * 8
+
+
+def test_killed_rollout_actor_costs_nothing(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start_rexrag("train", recipe, "--run-dir", run, "--set", "train.steps=6", "--set", "eval.every=0")
+    try:
+        wait_for(lambda: num_steps(run) >= 1, process=process)
+        (actor,) = child_of(process, title="ray::RolloutActor")
+        actor.kill()
+        _, errors = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert num_steps(run) == 6
+    assert assert_books_balance(run)["consumed"] == 6 * 8
+
+
+@pytest.mark.parametrize("title", ["ray::LearnerActor", "ray::ReplayActor"])
+def test_death_of_learner_or_buffer_ends_the_run_and_resume_goes_on(recipe: Path, tmp_path: Path, title: str) -> None:
+    run = tmp_path / "run"
+    process = start_rexrag("train", recipe, "--run-dir", run, "--set", "train.steps=200", "--set", "eval.every=0")
+    try:
+        wait_for(lambda: num_steps(run) >= 3, process=process)
+        (part,) = child_of(process, title=title)
+        part.kill()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1, errors
+    assert "died" in errors
+    saved = max(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
+    if title == "ray::LearnerActor":
+        run_rexrag("train", "--run-dir", run, "--set", f"train.steps={saved + 1}")
+        assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, saved + 2))
+        assert_books_balance(run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stop_signal_checkpoints_and_leaves_nothing_running(
+    recipe: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    process = start_rexrag("train", recipe, "--run-dir", run, "--set", "train.steps=200", "--set", "eval.every=0")
+    try:
+        wait_for(lambda: num_steps(run) >= 1, process=process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert not psutil.wait_procs(children, timeout=20)[1]
+    steps = num_steps(run)
+    assert (run / "checkpoints" / f"step-{steps:06d}" / "COMMIT").exists()
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    assert_books_balance(run)
+
+
+def test_synchronous_runs_are_equal_and_a_resume_is_too(recipe: Path, tmp_path: Path) -> None:
+    """With no staleness and one thread, a run that is cut in two gives the weights of one that is not."""
+    words = [
+        "--set=replay.max_staleness=0",
+        "--set=rollout.threads_per_actor=1",
+        "--set=learner.threads=1",
+        "--set=rollout.num_actors=1",
+        "--set=eval.every=0",
+        "--set=eval.max_questions=2",
+    ]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run_rexrag("train", recipe, "--run-dir", whole, *words)
+    run_rexrag("train", recipe, "--run-dir", halves, *words, "--set=train.steps=2")
+    run_rexrag("train", "--run-dir", halves, "--set=train.steps=4")
+    for one, other in zip(read_lines(whole / "metrics.jsonl"), read_lines(halves / "metrics.jsonl"), strict=True):
+        assert {k: v for k, v in one.items() if k not in TIMES_AND_RATES} == {
+            k: v for k, v in other.items() if k not in TIMES_AND_RATES
+        }
+    first, second = (load_file(run / "checkpoints" / "step-000004" / "model.safetensors") for run in (whole, halves))
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_a_run_folder_in_use_is_refused(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start_rexrag("train", recipe, "--run-dir", run, "--set", "train.steps=200", "--set", "eval.every=0")
+    try:
+        wait_for(lambda: (run / "run.json").exists(), process=process)
+        errors = run_rexrag("train", "--run-dir", run, status=2)
+        assert str(process.pid) in errors
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
