@@ -103,30 +103,15 @@ def train(
         return
     from rexrag.board import log_to
     from rexrag.progress import Progress
+    from rexrag.report import print_report
+    from rexrag.run_folder import RunFolder
     from rexrag.training import train as run_training
 
     with open_run(plan) as request, log_to(request.run.log), Progress() as progress:
         progress.note(f"run folder: {request.run.root}")
         progress.note(f"TensorBoard: tensorboard --logdir {request.run.tensorboard}")
         run_training(request, progress=progress)
-    _print_outcome(plan.root)
-
-
-def _print_outcome(root: Path) -> None:
-    """EM before and after, and where things are."""
-    from rexrag.run_folder import RunFolder, read_jsonl
-
-    run = RunFolder(root)
-    lines = read_jsonl(run.eval)
-    for split in ("test", "dev"):
-        scored = [line for line in lines if line["split"] == split]
-        if len(scored) > 1:
-            first, last = (float(str(line["em"])) for line in (scored[0], scored[-1]))
-            STDOUT.print(f"EM on {scored[-1]['n']} {split} questions: {first:.3f} before, {last:.3f} after training")
-    if run.committed_checkpoints():
-        STDOUT.print(f"best checkpoint: {run.best_checkpoint()}")
-    STDOUT.print(f"run folder:      {run.root}")
-    STDOUT.print(f"curves:          tensorboard --logdir {run.tensorboard}")
+    print_report(RunFolder(plan.root), console=Console(highlight=False))
 
 
 @app.command()

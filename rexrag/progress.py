@@ -85,7 +85,7 @@ class Progress:
         self._last_plain = now
         if total and done > 0:
             left = (now - started) * (total - done) / done
-            self.note(f"  {name}: {done:.0f} of {total:.0f}, {duration(left)} left")
+            self.note(f"  {name}: {done / total:.0%}, {duration(left)} left")
 
     def end_stage(self) -> None:
         """Say how long the stage took."""
@@ -121,8 +121,8 @@ class Progress:
     def evaluation(self, line: Mapping[str, object]) -> None:
         """An evaluation is done: its line of `eval.jsonl`."""
         self.end_stage()
-        em, low, high = (100 * float(str(line[name])) for name in ("em", "em_low", "em_high"))
-        self.note(f"EM on {line['split']} at step {line['step']}: {em:.1f} [{low:.1f}, {high:.1f}], n = {line['n']}")
+        em, low, high = (float(str(line[name])) for name in ("em", "em_low", "em_high"))
+        self.note(f"EM on {line['split']} at step {line['step']}: {em:.2f} [{low:.2f}, {high:.2f}], n = {line['n']}")
 
 
 def step_line(step: int, *, total: int, metrics: Mapping[str, float | None]) -> str:
