@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rexrag.actors.engine import Engine, EngineStats, Finish, GenerateRequest, Generation
 from rexrag.actors.episode import EpisodeRunner, EpisodeSettings
@@ -80,8 +80,7 @@ class TransformersEngine:
     version = VERSION
 
     def __init__(self, model: PreTrainedModel, *, tokenizer: PreTrainedTokenizerFast, codec: Codec) -> None:
-        assert isinstance(model, GenerationMixin)
-        self._model: GenerationMixin = model
+        self._model = model
         self._tokenizer = tokenizer
         self._codec = codec
         self._stops = StopFinder(codec.decode)
@@ -141,7 +140,7 @@ class TransformersEngine:
         for row, request in enumerate(requests):
             ids[row, longest - len(request.prompt_ids) :] = torch.tensor(list(request.prompt_ids))
             mask[row, longest - len(request.prompt_ids) :] = 1
-        output = self._model.generate(
+        output = self._model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max(request.max_tokens for request in requests),

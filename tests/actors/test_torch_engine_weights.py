@@ -178,3 +178,18 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
 
     result = asyncio.run(run())
     np.testing.assert_allclose(result.logprobs, reference_of(model, prompt(10), result.token_ids), atol=1e-4)
+
+
+def test_a_step_that_changed_nothing_gives_a_version_and_costs_nothing(models: dict[int, PreTrainedModel]) -> None:
+    async def run() -> None:
+        engine = make_engine(models[OLD], inflight="recompute")
+        first = await engine.generate(GenerateRequest(prompt_ids=prompt(20), max_tokens=3))
+        await engine.update_weights(V1, None)
+        ids = [*prompt(20), *first.token_ids, 5]
+        second = await engine.generate(GenerateRequest(prompt_ids=ids, max_tokens=3))
+        assert engine.stats().reused_tokens == len(ids) - 2
+        assert set(second.versions) == {V1.step}
+        np.testing.assert_allclose(second.logprobs, reference_of(models[OLD], ids, second.token_ids), atol=1e-4)
+        await engine.close()
+
+    asyncio.run(run())
