@@ -1,0 +1,138 @@
+"""The quick start over seeds, REX-RAG beside plain GRPO with as many rollouts: the table of the README.
+
+    python benchmarks/quickstart_table.py --work DIR [--seeds 0 1 2] [--out FILE.json]
+
+Every seed draws its own world split, demonstrations, warm start and training. A run that is there goes on where it
+stopped, a finished one is only read, so the command may be given again until the table is whole. GRPO's group size
+is that which spends the rollouts of the REX-RAG run of the same seed (targets and probes), rounded to the nearest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "quickstart.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run: EM on the held-out questions before and after, by hops, and what it cost."""
+
+    method: str
+    seed: int
+    group_size: int
+    rollouts: int
+    seconds: float
+    em_before: float
+    em_after: float
+    by_hops_before: dict[str, float]
+    by_hops_after: dict[str, float]
+    worst_one_hop_on_dev: float
+    num_questions: int
+
+
+def main() -> None:
+    """Run what is missing, print the table, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quickstart.json")
+    words = parser.parse_args()
+    rows = []
+    for seed in words.seeds:
+        rex = run("rex", seed=seed, work=words.work)
+        group_size = max(2, round(rex.rollouts / num_groups(words.work / f"rex-{seed}")))
+        rows += [rex, run("grpo", seed=seed, work=words.work, group_size=group_size)]
+        write(words.out, rows)
+        print(table(rows), flush=True)
+
+
+def run(method: str, *, seed: int, work: Path, group_size: int | None = None) -> Row:
+    """Train, or go on, or only read; returns the run's row."""
+    folder = work / f"{method}-{seed}"
+    command = [sys.executable, "-m", "rexrag", "train", "--run-dir", str(folder)]
+    if not (folder / "run.json").exists():
+        command += [str(RECIPE), "--set", f"train.seed={seed}"]
+        command += ["--set", f"method={method}"] if method == "grpo" else []
+        command += ["--set", f"rollout.group_size={group_size}"] if group_size is not None else []
+    subprocess.run(command, check=True, cwd=ROOT)
+    return read(folder, method=method, seed=seed)
+
+
+def read(folder: Path, *, method: str, seed: int) -> Row:
+    evaluations, steps = lines(folder / "eval.jsonl"), lines(folder / "metrics.jsonl")
+    test = [line for line in evaluations if line["split"] == "test"]
+    one_hop = [line["by_hops"]["1"]["em"] for line in evaluations if line["split"] == "dev" and "1" in line["by_hops"]]
+    targets = sum(line["target/count"] for line in steps)
+    before, after = test[0], test[-1]
+    return Row(
+        method=method,
+        seed=seed,
+        group_size=round(targets / num_groups(folder)),
+        rollouts=round(targets + sum(line["probe/count"] for line in steps)),
+        seconds=round(sum(line["time/step_s"] for line in steps)),
+        em_before=before["em"],
+        em_after=after["em"],
+        by_hops_before={hops: row["em"] for hops, row in before["by_hops"].items()},
+        by_hops_after={hops: row["em"] for hops, row in after["by_hops"].items()},
+        worst_one_hop_on_dev=min(one_hop),
+        num_questions=after["n"],
+    )
+
+
+def num_groups(folder: Path) -> int:
+    return sum(round(line["group/count"]) for line in lines(folder / "metrics.jsonl"))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line per run, then mean and spread per method."""
+    titles = ["method", "seed", "rollouts", "training, s", "EM before", "EM after"]
+    titles += ["1/2/3 hops before", "1/2/3 hops after", "worst 1 hop on dev"]
+    out = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for row in sorted(rows, key=lambda row: (row.method != "rex", row.seed)):
+        out.append(
+            f"| {row.method} | {row.seed} | {row.rollouts} | {row.seconds:.0f} "
+            f"| {row.em_before:.2f} | {row.em_after:.2f} "
+            f"| {hops(row.by_hops_before)} | {hops(row.by_hops_after)} | {row.worst_one_hop_on_dev:.2f} |"
+        )
+    for method in ("rex", "grpo"):
+        ends = [row.em_after for row in rows if row.method == method]
+        if len(ends) > 1:
+            out.append(f"| {method} | all | | | | {statistics.mean(ends):.2f} ± {statistics.stdev(ends):.2f} | | | |")
+    return "\n".join(out)
+
+
+def hops(values: dict[str, float]) -> str:
+    return " / ".join(f"{values[key]:.2f}" for key in sorted(values))
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = {
+        "commit": commit.stdout.strip(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "rows": [asdict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
