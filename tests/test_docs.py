@@ -1,0 +1,133 @@
+"""The pages under docs/ against the code: settings, links, sections, examples of data."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+from pydantic.fields import FieldInfo
+
+from rexrag.config import KEYS, METHODS, Config
+from rexrag.data.check import check_file
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def config_rows() -> list[str]:
+    """The rows of docs/configuration.md, one for each key in the order of a recipe."""
+    return [f"| `{key}` | {default(key)} | {bounds(field(key))} | {field(key).description} |" for key in KEYS]
+
+
+def field(key: str) -> FieldInfo:
+    table, _, name = key.rpartition(".")
+    fields = type(getattr(Config(), table)).model_fields if table else Config.model_fields
+    return fields[name]
+
+
+def default(key: str) -> str:
+    value = field(key).default
+    return "" if value is None else f"`{json.dumps(value)}`"
+
+
+def bounds(info: FieldInfo) -> str:
+    """What a key allows: a choice, an interval, or a type."""
+    kind = next((part for part in get_args(info.annotation) if part is not type(None)), info.annotation)
+    choice = info.annotation if get_origin(info.annotation) is Literal else kind
+    if get_origin(choice) is Literal:
+        return ", ".join(f"`{json.dumps(value)}`" for value in get_args(choice))
+    limits = [
+        f"{sign} {getattr(rule, name):g}"
+        for rule in info.metadata
+        for name, sign in SIGNS.items()
+        if hasattr(rule, name)
+    ]
+    if limits:
+        return ", ".join(limits)
+    names: dict[object, str] = {bool: "`true`, `false`", str: "text", list: "paths", dict: "table"}
+    return names.get(get_origin(info.annotation)) or names.get(kind, "path")
+
+
+def slug(heading: str) -> str:
+    """The anchor that renderers give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(page: Path) -> set[str]:
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+def test_every_setting_is_documented_as_the_code_says() -> None:
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `") and line.count(" | ") == 3]
+    assert rows == config_rows()
+
+
+def test_method_sets_are_documented_as_the_code_says() -> None:
+    text = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]*) \| ([^|]*) \|$", text, re.MULTILINE)
+    expected = [(key, set_value("grpo", key), set_value("rex", key)) for key in METHODS["rex"]]
+    assert METHODS["grpo"].keys() <= METHODS["rex"].keys()
+    assert rows == expected
+
+
+def set_value(method: str, key: str) -> str:
+    return f"`{json.dumps(METHODS[method][key])}`" if key in METHODS[method] else ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))
+    broken = []
+    for target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (page.parent / name).resolve() if name else page
+        if not found.exists() or (anchor and anchor not in anchors(found)):
+            broken.append(target)
+    assert not broken
+
+
+def test_settings_named_in_the_pages_exist() -> None:
+    tables = "|".join({key.partition(".")[0] for key in KEYS if "." in key})
+    named = re.compile(rf"`({tables})\.(\w+)")
+    for page in PAGES:
+        names = {".".join(match) for match in named.findall(page.read_text(encoding="utf-8"))}
+        unknown = {name for name in names if name not in KEYS and not (ROOT / name).exists() and not is_file_name(name)}
+        assert not unknown, page.name
+
+
+def is_file_name(name: str) -> bool:
+    return name.rpartition(".")[2] in ("toml", "json", "jsonl", "md", "py")
+
+
+def test_cited_sections_exist() -> None:
+    numbers = set(re.findall(r"^## (\d+b?)\. ", (DOCS / "algorithm.md").read_text(encoding="utf-8"), re.MULTILINE))
+    cited = {
+        number
+        for path in [*(ROOT / "rexrag").rglob("*.py"), *PAGES]
+        for number in re.findall(r"§(\d+b?)", path.read_text(encoding="utf-8"))
+    }
+    assert cited
+    assert cited <= numbers
+
+
+def test_examples_of_data_files_are_valid(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```jsonl\n(.*?)^```", (DOCS / "data.md").read_text(encoding="utf-8"), re.M | re.DOTALL)
+    kinds = []
+    for block in blocks:
+        file = tmp_path / "example.jsonl"
+        file.write_text(block, encoding="utf-8")
+        report = check_file(file)
+        assert not report.problems
+        kinds.append(report.kind)
+    assert kinds == ["questions", "corpus", "demonstrations"]
