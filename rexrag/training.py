@@ -25,7 +25,7 @@ from rexrag.errors import Interrupted
 from rexrag.files import write_atomic
 from rexrag.fleet import Fleet
 from rexrag.hints import HintPool, load_hints
-from rexrag.launch import TrainRequest
+from rexrag.launch import TrainRequest, cluster_address
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec
 from rexrag.models import check_context, load_config, load_tokenizer
 from rexrag.prepare import prepare
@@ -42,7 +42,7 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Inputs:
+class Inputs:
     """What a run reads, checked before anything is started."""
 
     train: tuple[Question, ...]
@@ -63,14 +63,14 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
     config, run = request.config, request.run
     with StopSignal().installed() as stop:
         prepare(config, folder=run.prepared, num_threads=os.cpu_count() or 1, progress=progress)
-        inputs = _read_inputs(request)
+        inputs = read_inputs(request)
         progress.stage("starting Ray")
         with _ray(), Board(run, purge_step=request.start_step + 1 if request.resumed else None) as board:
             stop.be_graceful()
             _train(request, inputs=inputs, stop=stop, board=board, progress=progress)
 
 
-def _train(request: TrainRequest, *, inputs: _Inputs, stop: StopSignal, board: Board, progress: Progress) -> None:
+def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Board, progress: Progress) -> None:
     config, run = request.config, request.run
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     layout = plan_layout(config, num_cores=int(resources["CPU"]))
@@ -120,7 +120,12 @@ def _run(controller: Controller) -> None:
         raise
 
 
-def _read_inputs(request: TrainRequest) -> _Inputs:
+def read_inputs(request: TrainRequest) -> Inputs:
+    """All files that the run reads, and the retriever, looked at before anything is started.
+
+    Raises:
+        UserError: the first one that cannot be used.
+    """
     config = request.config
     skip, limit = config.data.skip_bad_rows, config.eval.max_questions
 
@@ -138,7 +143,7 @@ def _read_inputs(request: TrainRequest) -> _Inputs:
     else:
         assert retriever.path is not None, "the recipe was checked: an index has a path"
         check_index(retriever.path)
-    return _Inputs(
+    return Inputs(
         train=load(config.data.train),
         dev=load(config.data.dev)[:limit],
         test=load(config.data.eval)[:limit],
@@ -149,9 +154,14 @@ def _read_inputs(request: TrainRequest) -> _Inputs:
 
 @contextmanager
 def _ray() -> Iterator[None]:
-    """The cluster that RAY_ADDRESS names, else a local Ray that ends with this process."""
+    """The cluster that RAY_ADDRESS names, else a local Ray that ends with this process.
+
+    The namespace is this process's own, so runs on one cluster do not meet.
+    """
+    joins = cluster_address() is not None
     ray.init(
-        include_dashboard=False if "RAY_ADDRESS" not in os.environ else None,
+        address=None if joins else "local",  # without an address Ray would join any head of this machine
+        include_dashboard=None if joins else False,
         log_to_driver=False,
         logging_level=logging.ERROR,
         configure_logging=False,
@@ -162,7 +172,7 @@ def _ray() -> Iterator[None]:
         ray.shutdown()
 
 
-def _start_learner(request: TrainRequest, *, layout: Layout, inputs: _Inputs) -> Any:  # noqa: ANN401  a handle's methods are made by Ray
+def _start_learner(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> Any:  # noqa: ANN401  a handle's methods are made by Ray
     config = request.config
     assert config.model.path is not None, "the recipe was checked: a run has a model"
     spec = LearnerSpec(

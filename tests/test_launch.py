@@ -24,6 +24,7 @@ steps = 10
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
 @pytest.fixture
@@ -189,3 +190,18 @@ def test_a_run_that_went_on_meanwhile_is_noticed(recipe: Path, tmp_path: Path) -
     train_to(plan(None, run_dir=tmp_path / "run"), 8, interrupt=True)
     with pytest.raises(RunFolderError, match="has gone on meanwhile"), open_run(early):
         pass
+
+
+@pytest.mark.parametrize("run_dir", [None, Path("runs/first")])
+def test_a_job_on_a_cluster_must_name_a_lasting_run_folder(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_dir: Path | None
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ConfigError) as caught:
+        plan(recipe, run_dir=run_dir)
+    assert f"--run-dir = {run_dir or '(not given)'}: " in str(caught.value)
+    assert "must be an absolute path" in str(caught.value)
+    assert "10.0.0.1:6379" in str(caught.value)
+    assert plan(recipe, run_dir=tmp_path / "run").root == tmp_path / "run"
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert plan(recipe, run_dir=run_dir).is_new

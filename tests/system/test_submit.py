@@ -1,0 +1,129 @@
+"""The submit script against a real head with a job server and token authentication."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from system_runs import assert_books_balance, read_lines
+
+pytestmark = pytest.mark.system
+
+SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "submit.sh"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on; all are held at once, so that they differ."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+def end_with_children(process: subprocess.Popen[bytes]) -> None:
+    """End a head and all that it started, and nothing else."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    for one in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(alive, timeout=10)
+    process.wait(timeout=10)
+
+
+def wait_for_job_server(head: subprocess.Popen[bytes], *, address: str, token: str, log: Path) -> None:
+    request = urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    deadline = time.monotonic() + 90
+    while True:
+        assert head.poll() is None, f"the head ended:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"no job server at {address}:\n{log.read_text()}"
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=10):
+            return
+        time.sleep(0.3)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A head of its own on free ports; gives the environment of its users."""
+    folder = tempfile.mkdtemp(prefix="rexrag-", dir="/tmp")  # paths of sockets are limited to 107 characters
+    token = secrets.token_hex(32)
+    (tmp_path / "token").write_text(token)
+    dashboard, agent, agent_grpc, client = free_ports(4)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    words = [
+        *("ray", "start", "--head", "--block", "--num-cpus=2", "--port=0", f"--temp-dir={folder}"),
+        *("--include-dashboard=true", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+        *(f"--dashboard-agent-grpc-port={agent_grpc}", f"--ray-client-server-port={client}"),
+        *("--node-ip-address=127.0.0.1", "--object-store-memory=200000000"),
+    ]
+    log = tmp_path / "head.log"
+    address = f"http://127.0.0.1:{dashboard}"
+    with log.open("wb") as out:
+        head = subprocess.Popen(words, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        wait_for_job_server(head, address=address, token=token, log=log)
+        yield {**environment, "RAY_ADDRESS": address}
+    finally:
+        end_with_children(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(*words: str | Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`submit.sh WORDS`, from a folder that is not the checkout."""
+    return subprocess.run(
+        [SCRIPT, *map(str, words)], env=environment, cwd="/", capture_output=True, text=True, timeout=150
+    )
+
+
+def test_a_job_trains_into_its_run_folder_and_is_found_again(
+    recipe: Path, tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    run = tmp_path / "runs" / "first"
+    words = ("--run-dir", run, "--set", "train.steps=2", "--set", "eval.every=0", "--set", "eval.max_questions=2")
+    done = submit(recipe, *words, environment=cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2]
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert_books_balance(run)
+    again = submit(recipe, *words, environment=cluster)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "is finished: 2 steps" in again.stdout
+    mistake = submit(recipe, *words, "--set", "train.seed=7", environment=cluster)
+    assert mistake.returncode == 1
+    assert "train.seed = 7" in mistake.stdout
+
+
+@pytest.mark.parametrize("words", [[], ["--run-dir"], ["--run-dir", "runs/first"], ["--run-dir=first"]])
+def test_a_run_folder_that_would_not_last_is_refused(words: list[str]) -> None:
+    done = submit("/recipe.toml", *words, environment=dict(os.environ))
+    assert done.returncode == 2
+    assert "--run-dir = " in done.stderr
+    assert "must be an absolute path" in done.stderr
+
+
+def test_a_recipe_that_is_not_here_is_refused() -> None:
+    done = submit("absent.toml", "--run-dir", "/runs/first", environment=dict(os.environ))
+    assert done.returncode == 2
+    assert "RECIPE = absent.toml: no such file" in done.stderr

@@ -1,0 +1,150 @@
+"""What cannot be used is refused before anything starts: the message names it, and nothing is written half."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from rexrag.errors import UserError
+from rexrag.launch import open_run, plan_run
+from rexrag.retrieval.bm25 import build_bm25
+from rexrag.tiny_model import make_tiny_model
+from rexrag.training import read_inputs
+
+RECIPE = """
+[model]
+path = "model"
+[data]
+train = "train.jsonl"
+[retriever]
+path = "index"
+[env]
+max_turn_tokens = 64
+max_observation_tokens = 64
+max_trajectory_tokens = 512
+"""
+QUESTION = {"id": "1", "question": "Where is Homs?", "golden_answers": ["Syria"]}
+PASSAGES = [{"id": "0", "contents": '"Homs"\nHoms is in Syria.'}, {"id": "1", "contents": '"Oman"\nOman is a country.'}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A recipe with all that it names, in order."""
+    write_rows(tmp_path / "train.jsonl", QUESTION)
+    write_rows(tmp_path / "corpus.jsonl", *PASSAGES)
+    build_bm25(tmp_path / "corpus.jsonl", tmp_path / "index")
+    make_tiny_model(["Where is Homs ? Syria"], tmp_path / "model", seed=0, width=16, num_layers=1, num_heads=2)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def write_rows(path: Path, *rows: Mapping[str, object]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def start(folder: Path, *overrides: str) -> None:
+    """Go as far as a run goes before it starts Ray."""
+    plan = plan_run(folder / "recipe.toml", overrides=overrides, run_dir=folder / "run", resume="auto")
+    with open_run(plan) as request:
+        read_inputs(request)
+
+
+def test_the_recipe_itself_is_fine(folder: Path) -> None:
+    start(folder)
+
+
+def no_question_file(folder: Path) -> None:
+    (folder / "train.jsonl").unlink()
+
+
+def empty_data_set(folder: Path) -> None:
+    (folder / "train.jsonl").write_text("")
+
+
+def no_answer(folder: Path) -> None:
+    write_rows(folder / "train.jsonl", QUESTION, {**QUESTION, "id": "2", "golden_answers": []})
+
+
+def undecodable_line(folder: Path) -> None:
+    (folder / "train.jsonl").write_bytes(b'{"id": "1", "question": "\xff"}\n')
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "model" / "tokenizer.json").unlink()
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model" / "config.json").unlink()
+
+
+def damaged_index(folder: Path) -> None:
+    name = max((path for path in (folder / "index").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(name.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    name.write_bytes(bytes(data))
+
+
+def other_corpus(folder: Path) -> None:
+    write_rows(folder / "corpus.jsonl", *PASSAGES, {"id": "2", "contents": '"Peru"\nPeru is a country.'})
+
+
+BROKEN: list[tuple[Callable[[Path], None], str]] = [
+    (no_question_file, r"data\.train.*train\.jsonl"),
+    (empty_data_set, r"train\.jsonl"),
+    (no_answer, r"train\.jsonl.*line 2.*answer"),
+    (undecodable_line, r"train\.jsonl.*line 1"),
+    (no_tokenizer, r"tokenizer"),
+    (no_weights, r"model"),
+    (damaged_index, r"index"),
+    (other_corpus, r"corpus"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[damage.__name__ for damage, _ in BROKEN])
+def test_broken_files(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(folder)
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        start(folder)
+
+
+def test_broken_parquet(folder: Path) -> None:
+    (folder / "train.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(UserError, match=r"train\.parquet"):
+        start(folder, f"data.train={folder}/train.parquet")
+
+
+def test_context_too_small(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"context is 1024.*2048.*env\.max_trajectory_tokens"):
+        start(folder, "env.max_trajectory_tokens=2048")
+
+
+def test_hint_with_an_action_tag(folder: Path) -> None:
+    (folder / "hints.txt").write_text("<think> Next I need\n<search>\n")
+    with pytest.raises(UserError, match=r"hints\.txt:2.*<search>"):
+        start(folder, f"probe.hints={folder}/hints.txt")
+
+
+def test_unreachable_retriever(folder: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    words = ("retriever.kind=http", f"retriever.url={url}", "retriever.timeout_s=1", "retriever.max_retries=0")
+    (folder / "recipe.toml").write_text(RECIPE.replace('path = "index"', ""))
+    with pytest.raises(UserError, match=url):
+        start(folder, *words)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[{"contents": '"Homs"\nHoms is in Syria.'}], [PASSAGES[0], PASSAGES[0]]],
+    ids=["without ids", "with double ids"],
+)
+def test_corpus_that_cannot_be_indexed_leaves_no_index(folder: Path, rows: list[Mapping[str, object]]) -> None:
+    write_rows(folder / "bad.jsonl", *rows)
+    with pytest.raises(UserError, match=r"bad\.jsonl"):
+        build_bm25(folder / "bad.jsonl", folder / "new")
+    assert not (folder / "new").exists()
