@@ -141,7 +141,7 @@ class Controller:
         last = step == self._settings.num_steps
         if step % self._settings.checkpoint_every == 0 or last:
             self._checkpoint()
-        if self._settings.eval_every and (step % self._settings.eval_every == 0 or last):
+        if last or (self._settings.eval_every and step % self._settings.eval_every == 0):
             self._evaluate("dev")
         self._publish()
 
