@@ -3,10 +3,14 @@
 no run folder yet               -> new folder, step 0
 --run-dir of a run              -> the same run, after its newest checkpoint
 --resume CHECKPOINT, the newest -> the same run; an older one, or with a new --run-dir -> a new run after it
+
+A job on a cluster names its run folder: its working directory is a copy that ends with the job, and a job that is
+submitted again must find its run.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -71,9 +75,11 @@ def plan_run(recipe: Path | None, *, overrides: Sequence[str], run_dir: Path | N
         resume: `auto`, `never`, or the path of a checkpoint.
 
     Raises:
-        ConfigError: settings that cannot be used, or that a resume may not change.
+        ConfigError: settings that cannot be used, or that a resume may not change; on a cluster a run folder that
+            is not named by an absolute path.
         RunFolderError: a run folder or checkpoint that does not fit the request.
     """
+    _require_lasting(run_dir)
     if resume not in ("auto", "never"):
         return _plan_from_checkpoint(Path(resume), recipe=recipe, overrides=overrides, run_dir=run_dir)
     if run_dir is not None and RunFolder.is_run(run_dir):
@@ -85,6 +91,21 @@ def plan_run(recipe: Path | None, *, overrides: Sequence[str], run_dir: Path | N
     root = (run_dir or new_run_path(loaded.name)).resolve()
     filled = with_prepared(loaded, prepared=root / "prepared")
     return Plan(recipe=filled, root=root, is_new=True, start_step=0, checkpoint=None)
+
+
+def cluster_address() -> str | None:
+    """Where the Ray cluster is that this process belongs to, as a job of it does; None: a Ray of its own."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def _require_lasting(run_dir: Path | None) -> None:
+    address = cluster_address()
+    if address is not None and (run_dir is None or not run_dir.is_absolute()):
+        raise ConfigError(
+            f"--run-dir = {run_dir or '(not given)'}: on a Ray cluster (RAY_ADDRESS = {address}) it must be an "
+            "absolute path on storage that all nodes share and that outlives the job; name one, such as "
+            "--run-dir /shared/runs/first, or unset RAY_ADDRESS to train on this machine alone."
+        )
 
 
 @contextmanager
