@@ -110,6 +110,7 @@ def test_a_job_trains_into_its_run_folder_and_is_found_again(
     again = submit(recipe, *words, "--set", "train.seed=7", environment=cluster)
     assert again.returncode == 1, again.stdout + again.stderr
     assert "train.seed = 7" in again.stdout
+    assert "exit code 2" in again.stdout + again.stderr
 
 
 @pytest.mark.parametrize("words", [[], ["--run-dir"], ["--run-dir", "runs/first"], ["--run-dir=first"]])
