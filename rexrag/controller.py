@@ -114,7 +114,7 @@ class Controller:
         self._publish()
         while self._version.step < self._settings.num_steps:
             self._step(self._version.step + 1)
-        if self._version.step > first:
+        if self._version.step > 0:  # a resume at the last step is here because this was still to be done
             self._evaluate("test")
 
     def save(self) -> None:
