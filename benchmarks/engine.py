@@ -5,7 +5,8 @@
 Both run the program's own episodes over the geography world and its BM25 index; only the engine differs. The peer
 calls `model.generate` for all unfinished episodes at once, turn by turn, with prompts computed anew and the same
 stop strings, in float32 or bfloat16, whichever generates faster here. Greedy, so that both write the same episodes:
-the result counts how many are equal to the token. Without --model SmolLM2-135M-Instruct is fetched and learns the
+the result counts how many are equal. Wall time means something on an idle machine
+only (`load_before`, `load_after`); on a busy one compare CPU time, with --threads 1. Without --model SmolLM2-135M-Instruct is fetched and learns the
 format of episodes from a few demonstrations first, once per work folder.
 """
 
@@ -34,11 +35,11 @@ from rexrag.actors.engine import Engine, EngineStats, Finish, GenerateRequest, G
 from rexrag.actors.episode import EpisodeRunner, EpisodeSettings
 from rexrag.actors.scoring import Scorer
 from rexrag.actors.stops import StopFinder
-from rexrag.actors.torch_engine import TorchEngine, TorchEngineSettings, fastest_dtype
+from rexrag.actors.torch_engine import TorchEngine, TorchEngineSettings
 from rexrag.data.questions import load_questions
 from rexrag.env.codec import Codec
 from rexrag.hints import load_hints
-from rexrag.models import fetch_smollm2, load_model, load_tokenizer
+from rexrag.models import fastest_dtype, fetch_smollm2, load_model, load_tokenizer
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
 from rexrag.reward import load_reward
 from rexrag.types import EpisodeScore, Question, WeightVersion
@@ -175,6 +176,7 @@ class Run:
 
     dtype: str
     seconds: float
+    cpu_seconds: float
     stats: EngineStats
     scores: list[EpisodeScore] = field(repr=False)
 
@@ -183,8 +185,10 @@ class Run:
         return {
             "dtype": self.dtype,
             "seconds": round(self.seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds, 2),
             "sampled_tokens": tokens,
             "tokens_per_s": round(tokens / self.seconds, 1),
+            "tokens_per_cpu_s": round(tokens / self.cpu_seconds, 1),
             "prefilled_tokens": self.stats.prefilled_tokens,
             "reused_tokens": self.stats.reused_tokens,
             "episodes_per_minute": round(60 * len(self.scores) / self.seconds, 2),
@@ -229,13 +233,13 @@ async def run_episodes(engine: Engine, *, prepared: Prepared, codec: Codec, dtyp
         scorer=Scorer(load_reward("em", format_weight=0.0), kind="em"),
         settings=SETTINGS,
     )
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     scores = await asyncio.gather(*(runner.evaluate(question) for question in prepared.questions))
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
     stats = engine.stats()
     await engine.close()
     await retriever.close()
-    return Run(dtype=dtype, seconds=seconds, stats=stats, scores=list(scores))
+    return Run(dtype=dtype, seconds=seconds, cpu_seconds=cpu_seconds, stats=stats, scores=list(scores))
 
 
 def fastest_peer_dtype(
@@ -316,13 +320,20 @@ def main() -> None:
         "equal_episodes": equal,
         "torch_engine": own.summary(),
         "transformers_generate": {**peer.summary(), "seconds_of_16_rows_by_dtype": tried},
-        "speedup_tokens_per_s": round(
-            own.stats.sampled_tokens / own.seconds / (peer.stats.sampled_tokens / peer.seconds), 2
+        "speedup_tokens_per_s": _ratio(
+            own.stats.sampled_tokens / own.seconds, peer.stats.sampled_tokens / peer.seconds
+        ),
+        "speedup_tokens_per_cpu_s": _ratio(
+            own.stats.sampled_tokens / own.cpu_seconds, peer.stats.sampled_tokens / peer.cpu_seconds
         ),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
+
+
+def _ratio(own: float, peer: float) -> float:
+    return round(own / peer, 2)
 
 
 async def _run_own(prepared: Prepared, *, codec: Codec, num_threads: int) -> Run:
