@@ -198,9 +198,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
     tokenizer.save_pretrained(out)
 
 
-def has_fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware; without it bfloat16 is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def fastest_dtype() -> Literal["float32", "bfloat16"]:
+    """bfloat16 where the processor multiplies it in hardware (AVX512-BF16, AMX, SVE), else float32."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return "float32"
+    return "bfloat16" if words & {"avx512_bf16", "amx_bf16", "svebf16"} else "float32"
 
 
 def _converted(gguf: Path) -> Path:

@@ -13,7 +13,6 @@ from typing import Any
 
 import ray
 
-from rexrag.actors.torch_engine import fastest_dtype
 from rexrag.board import Board
 from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import start_replay_actor
@@ -27,7 +26,7 @@ from rexrag.fleet import Fleet
 from rexrag.hints import HintPool, load_hints
 from rexrag.launch import TrainRequest, cluster_address
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec
-from rexrag.models import check_context, load_config, load_tokenizer
+from rexrag.models import check_context, fastest_dtype, load_config, load_tokenizer
 from rexrag.prepare import prepare
 from rexrag.progress import Progress
 from rexrag.retrieval.manifest import check_index

@@ -30,7 +30,7 @@ from rexrag.files import write_atomic
 from rexrag.learner.attention import use_packed_attention
 from rexrag.learner.logprobs import backward_in_chunks
 from rexrag.learner.packing import PackedBatch, PackRow, pack
-from rexrag.models import check_context, has_fast_bfloat16, load_model, load_tokenizer, save_model
+from rexrag.models import check_context, fastest_dtype, load_model, load_tokenizer, save_model
 
 MICRO_BATCH_TOKENS: Final = 2048
 WARMUP_SHARE: Final = 0.05
@@ -144,7 +144,7 @@ class _Run:
     def _backward(self, batch: PackedBatch, weights: Tensor) -> float:
         device = self.model.device.type
         # Without bfloat16 in hardware float32 is the faster of the two; a GPU always has it.
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu" or has_fast_bfloat16()):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu" or fastest_dtype() == "bfloat16"):
             return backward_in_chunks(
                 self.model, batch, chunk_loss=lambda logprob, _, chunk: -(logprob * weights[chunk]).sum()
             )

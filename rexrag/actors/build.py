@@ -8,10 +8,10 @@ from typing import Literal
 
 from rexrag.actors.episode import EpisodeRunner, EpisodeSettings
 from rexrag.actors.scoring import Scorer
-from rexrag.actors.torch_engine import TorchEngine, TorchEngineSettings, fastest_dtype
+from rexrag.actors.torch_engine import TorchEngine, TorchEngineSettings
 from rexrag.env.codec import Codec
 from rexrag.hints import load_hints
-from rexrag.models import load_model, load_tokenizer
+from rexrag.models import fastest_dtype, load_model, load_tokenizer
 from rexrag.retrieval.open import open_retriever
 from rexrag.reward import load_reward
 from rexrag.types import WeightVersion

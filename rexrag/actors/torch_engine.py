@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -77,15 +76,6 @@ class TorchEngineSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     inflight: Literal["keep", "recompute"] = "keep"
     num_threads: int | None = None
-
-
-def fastest_dtype() -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the processor multiplies it in hardware (AVX512-BF16, AMX, SVE), else float32."""
-    try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return "float32"
-    return "bfloat16" if words & {"avx512_bf16", "amx_bf16", "svebf16"} else "float32"
 
 
 class TorchEngine:

@@ -12,8 +12,9 @@ from tiny_engines import EOS_ID, V0, Letters, build, make_engine, make_model, pr
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from rexrag.actors.engine import GenerateRequest, Generation
-from rexrag.actors.torch_engine import EngineClosedError, TorchEngine, TorchEngineSettings, fastest_dtype
+from rexrag.actors.torch_engine import EngineClosedError, TorchEngine, TorchEngineSettings
 from rexrag.errors import ModelError
+from rexrag.models import fastest_dtype
 
 ARCHITECTURES = ["llama", "llama-untied-biased-llama3rope", "qwen2", "qwen3"]
 
