@@ -5,9 +5,11 @@
 Both run the program's own episodes over the geography world and its BM25 index; only the engine differs. The peer
 calls `model.generate` for all unfinished episodes at once, turn by turn, with prompts computed anew and the same
 stop strings, in float32 or bfloat16, whichever generates faster here. Greedy, so that both write the same episodes:
-the result counts how many are equal. Wall time means something on an idle machine
-only (`load_before`, `load_after`); on a busy one compare CPU time, with --threads 1. Without --model SmolLM2-135M-Instruct is fetched and learns the
-format of episodes from a few demonstrations first, once per work folder.
+the result counts how many are equal. Wall time means something on an idle machine only (`load_before`,
+`load_after`); on a busy one compare CPU time, with --threads 1.
+
+Without --model SmolLM2-135M-Instruct is fetched and learns the format of episodes from a few demonstrations first,
+once per work folder.
 """
 
 from __future__ import annotations
