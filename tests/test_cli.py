@@ -111,13 +111,17 @@ def test_a_finished_run_says_so(
         request.run.set_steps(request.config.train.steps)
         for name, step in (("test", 0), ("test", 100)):
             with request.run.eval.open("a") as file:
-                file.write(json.dumps({"split": name, "step": step, "em": step / 200, "n": 8}) + "\n")
+                em = {"em": step / 200, "em_low": 0.0, "em_high": 1.0}
+                file.write(json.dumps({"split": name, "step": step, "n": 8, "by_hops": {}, **em}) + "\n")
         request.run.checkpoint(100).mkdir()
         (request.run.checkpoint(100) / "COMMIT").touch()
 
     monkeypatch.setattr(rexrag.training, "train", do_all_steps)
     assert call(monkeypatch, "train", str(recipe), "--run-dir", "run") == 0
-    assert "EM on 8 test questions: 0.000 before, 0.500 after" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "EM on 8 test questions" in printed
+    assert "0.00 [0.00, 1.00]" in printed
+    assert "0.50 [0.00, 1.00]" in printed
     assert call(monkeypatch, "train", "--run-dir", "run") == 0
     assert "is finished: 100 steps; raise train.steps" in capsys.readouterr().out
     assert call(monkeypatch, "train", str(recipe), "--run-dir", "run", "--resume", "never") == 2

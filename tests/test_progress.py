@@ -27,7 +27,7 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     assert lines[1].startswith("building [the] index: 0.0 s")
     assert lines[2].startswith("step 2/3  EM target 0.25 probe -  dead ends 50%  rescued -%")
     assert lines[2].endswith("left")
-    assert lines[3] == "EM on dev at step 2: 50.0 [25.0, 75.0], n = 8"
+    assert lines[3] == "EM on dev at step 2: 0.50 [0.25, 0.75], n = 8"
     assert "\x1b" not in out.getvalue()
 
 
@@ -42,8 +42,8 @@ def test_a_long_stage_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> No
     progress.end_stage()
     assert out.getvalue().splitlines() == [
         "warm start ...",
-        "  warm start: 4 of 10, 30 s left",
-        "  warm start: 8 of 10, 10 s left",
+        "  warm start: 40%, 30 s left",
+        "  warm start: 80%, 10 s left",
         "warm start: 50 s",
     ]
 
