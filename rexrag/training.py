@@ -61,7 +61,8 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
     """
     config, run = request.config, request.run
     with StopSignal().installed() as stop:
-        prepare(config, folder=run.prepared, num_threads=os.cpu_count() or 1, progress=progress)
+        num_threads = config.learner.threads or os.cpu_count() or 1
+        prepare(config, folder=run.prepared, num_threads=num_threads, progress=progress)
         inputs = read_inputs(request)
         progress.stage("starting Ray")
         with _ray(), Board(run, purge_step=request.start_step + 1 if request.resumed else None) as board:
