@@ -248,7 +248,7 @@ def _toml(value: object) -> str:
         case list():
             return f"[{', '.join(_toml(item) for item in value)}]"
         case dict():
-            pairs = [f"{json.dumps(key, ensure_ascii=False)} = {_toml(item)}" for key, item in value.items()]
+            pairs = [f"{_toml(str(key))} = {_toml(item)}" for key, item in value.items()]
             return f"{{{', '.join(pairs)}}}"
         case _:
             # JSON's escapes are TOML's, but for DEL, which TOML wants escaped.
