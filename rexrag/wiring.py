@@ -48,9 +48,20 @@ def plan_layout(config: Config, *, num_cores: int) -> Layout:
     )
 
 
-def thread_environment(num_threads: int) -> dict[str, str]:
-    """Environment of a process that computes. Threads that wait give their core to the other processes."""
-    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
+def compute_environment(num_threads: int) -> dict[str, str]:
+    """Environment of a process that computes.
+
+    Threads that wait give their core to the other processes. Freed memory is kept for the next layer, in large
+    pages: given back to the system at once it costs a fifth of a forward pass in page faults (glibc, x86).
+    """
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        "MALLOC_TOP_PAD_": str(64 << 20),
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }
 
 
 def episode_settings(config: Config) -> EpisodeSettings:

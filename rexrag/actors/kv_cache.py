@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +40,13 @@ class KvCache:
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    size = torch.empty(0, dtype=dtype).element_size()
-    # torch.zeros writes to all of it; numpy takes zero pages from the system.
-    return torch.from_numpy(np.zeros(shape, dtype=np.uint32 if size == 4 else np.uint16)).view(dtype)
+    # torch.zeros writes to all of it, and numpy asks for pages so large that the end of each slot is in one, too.
+    size = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def attention_runs(slots: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int, int]]:

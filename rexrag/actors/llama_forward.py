@@ -1,8 +1,7 @@
 """Forward pass of a Llama-like model over packed tokens of many sequences, with a static key-value cache.
 
 Legend: N tokens of all sequences of the pass; D width; H query heads, K key-value heads, G = H / K; E head_dim;
-S slots. Activations are feature-major, [D, N]: on CPUs weight x activation is faster that way round for few tokens,
-and head, rotary half and gate are row slices, hence views.
+S slots.
 
 Linear layers see all tokens at once, padded by nothing. Attention goes sequence by sequence where several tokens
 are new, and over runs of neighbouring slots where one is: then keys and values are read where they lie.
@@ -39,7 +38,7 @@ class LlamaForward:
     """Runs spans through the model and the cache.
 
     Example:
-        >>> hidden = forward([Span(slot=0, start=0, token_ids=[5, 3, 8])])   # [D, 3]
+        >>> hidden = forward([Span(slot=0, start=0, token_ids=[5, 3, 8])])   # [3, D]
     """
 
     def __init__(self, weights: LlamaWeights, *, cache: KvCache) -> None:
@@ -54,65 +53,59 @@ class LlamaForward:
 
     @torch.inference_mode()
     def __call__(self, spans: Sequence[Span]) -> Tensor:
-        """[D, N] hidden states before the last norm, of the spans' tokens one after the other.
+        """[N, D] hidden states before the last norm, of the spans' tokens one after the other.
 
         Spans of one token must come first, by ascending slot.
         """
         batch = _Batch(spans, weights=self._weights)
-        hidden = self._weights.embedding[batch.token_ids].t().contiguous()
+        hidden = self._weights.embedding[batch.token_ids]
         for index, layer in enumerate(self._weights.layers):
             hidden = self._layer(index, layer, hidden, batch)
         return hidden
 
     @torch.inference_mode()
     def last_norm(self, hidden: Tensor) -> Tensor:
-        """[D, M] What the output matrix is applied to."""
+        """[M, D] What the output matrix is applied to."""
         return _rms_norm(hidden, self._weights.final_norm, self._weights.shape.norm_eps)
 
     def _layer(self, index: int, layer: LayerWeights, hidden: Tensor, batch: _Batch) -> Tensor:
         eps = self._weights.shape.norm_eps
         queries = self._project(index, layer, _rms_norm(hidden, layer.attention_norm, eps), batch)
-        attended = self._attend(index, queries, batch)
-        hidden = _add_linear(hidden, layer.output, layer.output_bias, attended.t())
-        gate_up = _linear(layer.gate_up, layer.gate_up_bias, _rms_norm(hidden, layer.mlp_norm, eps))
-        gate, up = gate_up.chunk(2)
-        return _add_linear(hidden, layer.down, layer.down_bias, F.silu(gate, inplace=True).mul_(up))
+        hidden = hidden + layer.output(self._attend(index, queries, batch))
+        gate, up = layer.gate_up(_rms_norm(hidden, layer.mlp_norm, eps)).chunk(2, dim=-1)
+        return hidden.add_(layer.down(F.silu(gate).mul_(up)))
 
     def _project(self, index: int, layer: LayerWeights, normed: Tensor, batch: _Batch) -> Tensor:
-        """[H, E, N] queries; keys and values go into the cache."""
+        """[N, H, E] queries; keys and values go into the cache."""
         shape = self._weights.shape
-        projected = _linear(layer.qkv, layer.qkv_bias, normed).view(-1, shape.head_dim, normed.shape[1])
+        projected = layer.qkv(normed).view(len(normed), -1, shape.head_dim)
         num_rotated = shape.num_heads + shape.num_kv_heads
-        rotated, values = projected[:num_rotated], projected[num_rotated:]
+        rotated, values = projected[:, :num_rotated], projected[:, num_rotated:]
         if layer.q_norm is not None and layer.k_norm is not None:
-            queries = _rms_norm(rotated[: shape.num_heads], layer.q_norm, shape.norm_eps)
-            keys = _rms_norm(rotated[shape.num_heads :], layer.k_norm, shape.norm_eps)
-            rotated = torch.cat([queries, keys])
+            queries = _rms_norm(rotated[:, : shape.num_heads], layer.q_norm, shape.norm_eps)
+            keys = _rms_norm(rotated[:, shape.num_heads :], layer.k_norm, shape.norm_eps)
+            rotated = torch.cat([queries, keys], dim=1)
         rotated = _rotate(rotated, batch.cos, batch.sin)
         self._cache.write(
-            index,
-            slots=batch.slots,
-            positions=batch.positions,
-            keys=rotated[shape.num_heads :].permute(2, 0, 1),
-            values=values.permute(2, 0, 1),
+            index, slots=batch.slots, positions=batch.positions, keys=rotated[:, shape.num_heads :], values=values
         )
-        return rotated[: shape.num_heads]
+        return rotated[:, : shape.num_heads]
 
     def _attend(self, index: int, queries: Tensor, batch: _Batch) -> Tensor:
         """[N, H E] attention over the cache, each token over the positions up to its own."""
         shape = self._weights.shape
-        attended = queries.new_empty(queries.shape[2], shape.num_heads * shape.head_dim)
+        attended = queries.new_empty(len(queries), shape.num_heads * shape.head_dim)
         if batch.runs:
-            attended[: batch.num_single] = self._attend_single(index, queries[..., : batch.num_single], batch)
-        for span, mask, columns in batch.chunks:
-            attended[columns] = self._attend_chunk(index, queries[..., columns], span, mask)
+            attended[: batch.num_single] = self._attend_single(index, queries[: batch.num_single], batch)
+        for span, mask, rows in batch.chunks:
+            attended[rows] = self._attend_chunk(index, queries[rows], span, mask)
         return attended
 
     def _attend_single(self, index: int, queries: Tensor, batch: _Batch) -> Tensor:
         """[n, H E] for sequences with one new token each, run by run of neighbouring slots."""
         shape = self._weights.shape
         slots = batch.slots[: batch.num_single]
-        scaled = queries.permute(2, 0, 1) * shape.head_dim**-0.5
+        scaled = queries * shape.head_dim**-0.5
         self._queries[slots] = scaled.reshape(-1, *self._queries.shape[1:])
         for (first, end, length), mask in zip(batch.runs, batch.run_masks, strict=True):
             keys = self._cache.keys[index][first:end, :, :length]
@@ -124,8 +117,8 @@ class LlamaForward:
     def _attend_chunk(self, index: int, queries: Tensor, span: Span, mask: Tensor) -> Tensor:
         """[n, H E] for the n new tokens of one sequence; query heads of a key-value head are rows of one product."""
         shape = self._weights.shape
-        num_tokens = queries.shape[2]
-        rows = queries.permute(0, 2, 1).reshape(1, shape.num_kv_heads, -1, shape.head_dim)
+        num_tokens = len(queries)
+        rows = queries.transpose(0, 1).reshape(1, shape.num_kv_heads, -1, shape.head_dim)
         keys = self._cache.keys[index][span.slot : span.slot + 1, :, : span.end]
         values = self._cache.values[index][span.slot : span.slot + 1, :, : span.end]
         attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
@@ -141,7 +134,7 @@ class _Batch:
         self.slots = torch.repeat_interleave(
             torch.tensor([span.slot for span in spans]), torch.tensor([len(span.token_ids) for span in spans])
         )
-        self.cos, self.sin = weights.cos[:, self.positions], weights.sin[:, self.positions]
+        self.cos, self.sin = weights.cos[self.positions, None], weights.sin[self.positions, None]
         single = [span for span in spans if len(span.token_ids) == 1]
         assert all(len(span.token_ids) == 1 for span in spans[: len(single)]), "single tokens come first"
         self.num_single = len(single)
@@ -150,11 +143,11 @@ class _Batch:
         self.run_masks = [_length_mask(ends, first=first, end=end, length=length) for first, end, length in self.runs]
         group = weights.shape.num_heads // weights.shape.num_kv_heads
         self.chunks: list[tuple[Span, Tensor, slice]] = []
-        column = self.num_single
+        first = self.num_single
         for span in spans[self.num_single :]:
-            columns = slice(column, column + len(span.token_ids))
-            self.chunks.append((span, _causal_mask(span, group=group, dtype=weights.dtype), columns))
-            column = columns.stop
+            rows = slice(first, first + len(span.token_ids))
+            self.chunks.append((span, _causal_mask(span, group=group, dtype=weights.dtype), rows))
+            first = rows.stop
 
 
 def _length_mask(ends: dict[int, int], *, first: int, end: int, length: int) -> Tensor:
@@ -169,23 +162,14 @@ def _causal_mask(span: Span, *, group: int, dtype: torch.dtype) -> Tensor:
     return torch.where(visible, 0.0, -math.inf).to(dtype).repeat(group, 1)
 
 
-def _linear(weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    return weight @ inputs if bias is None else torch.addmm(bias[:, None], weight, inputs)
-
-
-def _add_linear(residual: Tensor, weight: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    total = torch.addmm(residual, weight, inputs)
-    return total if bias is None else total.add_(bias[:, None])
-
-
 def _rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise over the last but one dimension, in float32."""
+    """Normalise over the last dimension, in float32."""
     wide = inputs.float()
-    scale = torch.rsqrt(wide.square().mean(-2, keepdim=True).add_(eps))
-    return (wide * scale).to(inputs.dtype).mul_(weight[:, None])
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
+    return (wide * scale).to(inputs.dtype).mul_(weight)
 
 
 def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [heads, E, N] by angles [E / 2, N]."""
-    first, second = heads.chunk(2, dim=1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=1)
+    """Rotary embedding of [N, heads, E] by angles [N, 1, E / 2]."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,12 +1,12 @@
 """Weights of a Llama-like model, fused for inference, and filled by the names of the transformers model.
 
-Query, key and value projections are one matrix, gate and up projections another. `load` copies straight into their
-slices, so that a weight update is one copy and needs no second model.
+Query, key and value projections are one matrix, gate and up projections another. `load` fills and packs one of them
+after the other, so that a weight update needs no second model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rexrag.actors.packed_linear import PackedLinear
 from rexrag.errors import ModelError
 
 if TYPE_CHECKING:
@@ -42,27 +43,23 @@ class LlamaShape:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """One layer, linear weights as [out, in]; biases and the norms of query and key where the model has them."""
+    """One layer; the norms of query and key where the model has them."""
 
     attention_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: PackedLinear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    output: Tensor
-    output_bias: Tensor | None
+    output: PackedLinear
     mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: PackedLinear
+    down: PackedLinear
 
 
 class LlamaWeights:
     """All weights of a Llama, Qwen2 or Qwen3 causal language model, in one precision.
 
     Attributes:
-        cos, sin: [head_dim / 2, max_length] rotary embedding.
+        cos, sin: [max_length, head_dim / 2] rotary embedding.
 
     Example:
         >>> weights = LlamaWeights(model, dtype=torch.float32, max_length=512)
@@ -80,16 +77,18 @@ class LlamaWeights:
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._sizes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._targets: dict[str, Tensor] = {}
-        self.embedding = self._new("model.embed_tokens.weight")
+        self._fused: dict[tuple[str, ...], PackedLinear] = {}
+        self._parameters: Mapping[str, npt.NDArray[np.generic] | Tensor] = parameters
+        self.embedding = self._plain("model.embed_tokens.weight")
         self.layers = [self._new_layer(f"model.layers.{i}.") for i in range(self.shape.num_layers)]
-        self.final_norm = self._new("model.norm.weight")
-        self.head = self.embedding if self.shape.tied_head else self._new("lm_head.weight")
-        if unknown := self._sizes.keys() - self._targets.keys():
+        self.final_norm = self._plain("model.norm.weight")
+        self.head = self._linear("model.embed_tokens." if self.shape.tied_head else "lm_head.")
+        known = self._targets.keys() | {name for names in self._fused for name in names}
+        if unknown := self._sizes.keys() - known:
             raise ModelError(
                 f"parameter {min(unknown)} is none of a {model.config.model_type} model's; merge adapters first"
             )
-        for name, parameter in parameters.items():
-            self._targets[name].copy_(parameter)
+        del self._parameters
         self.cos, self.sin = _rotary(model, dtype=dtype, max_length=max_length, head_dim=self.shape.head_dim)
 
     def check(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
@@ -113,43 +112,60 @@ class LlamaWeights:
     @torch.inference_mode()
     def load(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Overwrite all weights with arrays that `check` accepts; they may be read-only."""
-        for name, array in weights.items():
-            target = self._targets[name]
-            if array.dtype == np.float32 and self.dtype is torch.float32:
-                np.copyto(target.numpy(), array)
-                continue
-            staged = torch.empty(array.shape, dtype=torch.float32 if array.dtype == np.float32 else torch.uint16)
-            np.copyto(staged.numpy(), array)
-            target.copy_(staged if array.dtype == np.float32 else staged.view(torch.bfloat16))
+        for name, target in self._targets.items():
+            _copy(target, weights[name])
+        for names, linear in self._fused.items():
+            linear.load(self._stack(names, weights))
 
     def _new_layer(self, prefix: str) -> LayerWeights:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        heads = [f"{attention}{name}_proj." for name in "qkv"]
-        gate_up = [f"{mlp}gate_proj.", f"{mlp}up_proj."]
+        norms = {name: f"{attention}{name}.weight" for name in ("q_norm", "k_norm")}
         return LayerWeights(
-            attention_norm=self._new(f"{prefix}input_layernorm.weight"),
-            qkv=self._new(*(f"{name}weight" for name in heads)),
-            qkv_bias=self._maybe(*(f"{name}bias" for name in heads)),
-            q_norm=self._maybe(f"{attention}q_norm.weight"),
-            k_norm=self._maybe(f"{attention}k_norm.weight"),
-            output=self._new(f"{attention}o_proj.weight"),
-            output_bias=self._maybe(f"{attention}o_proj.bias"),
-            mlp_norm=self._new(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=self._new(*(f"{name}weight" for name in gate_up)),
-            gate_up_bias=self._maybe(*(f"{name}bias" for name in gate_up)),
-            down=self._new(f"{mlp}down_proj.weight"),
-            down_bias=self._maybe(f"{mlp}down_proj.bias"),
+            attention_norm=self._plain(f"{prefix}input_layernorm.weight"),
+            qkv=self._linear(*(f"{attention}{name}_proj." for name in "qkv")),
+            q_norm=self._plain(norms["q_norm"]) if norms["q_norm"] in self._sizes else None,
+            k_norm=self._plain(norms["k_norm"]) if norms["k_norm"] in self._sizes else None,
+            output=self._linear(f"{attention}o_proj."),
+            mlp_norm=self._plain(f"{prefix}post_attention_layernorm.weight"),
+            gate_up=self._linear(f"{mlp}gate_proj.", f"{mlp}up_proj."),
+            down=self._linear(f"{mlp}down_proj."),
         )
 
-    def _new(self, *names: str) -> Tensor:
-        """One tensor that holds the named parameters one below the other, and the target of each within it."""
+    def _plain(self, *names: str) -> Tensor:
+        """One tensor that holds the named parameters one below the other; `load` writes into it."""
         rows = [self._sizes[name][0] for name in names]
-        fused = torch.empty(sum(rows), *self._sizes[names[0]][1:], dtype=self.dtype)
-        self._targets.update(zip(names, torch.split(fused, rows), strict=True))
-        return fused
+        whole = torch.empty(sum(rows), *self._sizes[names[0]][1:], dtype=self.dtype)
+        for name, target in zip(names, torch.split(whole, rows), strict=True):
+            self._targets[name] = target
+            _copy(target, self._parameters[name])
+        return whole
 
-    def _maybe(self, *names: str) -> Tensor | None:
-        return self._new(*names) if names[0] in self._sizes else None
+    def _linear(self, *prefixes: str) -> PackedLinear:
+        """The named layers as one."""
+        names = tuple(f"{prefix}weight" for prefix in prefixes)
+        biases = [f"{prefix}bias" for prefix in prefixes]
+        bias = self._plain(*biases) if biases[0] in self._sizes else None
+        linear = self._fused[names] = PackedLinear(self._stack(names, self._parameters), bias)
+        return linear
+
+    def _stack(self, names: Sequence[str], weights: Mapping[str, npt.NDArray[np.generic] | Tensor]) -> Tensor:
+        rows = [self._sizes[name][0] for name in names]
+        stacked = torch.empty(sum(rows), self._sizes[names[0]][1], dtype=self.dtype)
+        for name, target in zip(names, torch.split(stacked, rows), strict=True):
+            _copy(target, weights[name])
+        return stacked
+
+
+def _copy(target: Tensor, source: npt.NDArray[np.generic] | Tensor) -> None:
+    """Copy a parameter, a float32 array, or one of uint16 that hold the bits of bfloat16."""
+    if isinstance(source, Tensor):
+        target.copy_(source)
+    elif source.dtype == np.float32 and target.dtype is torch.float32:
+        np.copyto(target.numpy(), source)
+    else:
+        staged = torch.empty(source.shape, dtype=torch.float32 if source.dtype == np.float32 else torch.uint16)
+        np.copyto(staged.numpy(), source)
+        target.copy_(staged if source.dtype == np.float32 else staged.view(torch.bfloat16))
 
 
 def _check_supported(config: PreTrainedConfig, *, max_length: int) -> None:
@@ -198,5 +214,5 @@ def _rotary(model: PreTrainedModel, *, dtype: torch.dtype, max_length: int, head
     assert isinstance(scaling, float)
     if len(frequencies) * 2 != head_dim:
         raise ModelError(f"rotary embedding of {len(frequencies) * 2} of {head_dim} dimensions is not supported")
-    angles = torch.outer(frequencies.float(), torch.arange(max_length).float())
+    angles = torch.outer(torch.arange(max_length).float(), frequencies.float())
     return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)

@@ -53,7 +53,7 @@ class ModelPass:
             dtype=dtype,
         )
         self._forward = LlamaForward(self.weights, cache=self._cache)
-        self._sampler = Sampler(self.weights.head)
+        self._sampler = Sampler(self.weights.head, vocab_size=shape.vocab_size)
         self.prefilled_tokens = 0
         self.forward_s = 0.0
 
@@ -71,7 +71,7 @@ class ModelPass:
         self._sample(spans, ends, hidden, outcomes)
         for span, end in zip(spans, ends, strict=True):
             if span.completes and span.sequence.wants_scores:
-                outcomes[span.sequence].scores = self._score(span, hidden[:, end - (span.end - span.start) : end])
+                outcomes[span.sequence].scores = self._score(span, hidden[end - (span.end - span.start) : end])
         self.prefilled_tokens += sum(span.end - span.start for span in spans if span.end - span.start > 1)
         self.forward_s += time.perf_counter() - began
         return [outcomes[span.sequence] for span in plan.spans]
@@ -85,7 +85,7 @@ class ModelPass:
             return
         sequences = [sequence for sequence, _ in complete]
         tokens, logprobs = self._sampler.sample(
-            self._forward.last_norm(hidden[:, [column for _, column in complete]]),
+            self._forward.last_norm(hidden[[row for _, row in complete]]),
             uniforms=counter_uniforms([s.request.seed for s in sequences], [len(s.logprobs) for s in sequences]),
             greedy=np.array([s.request.greedy for s in sequences]),
         )
@@ -95,13 +95,13 @@ class ModelPass:
             outcomes[sequence].token_id, outcomes[sequence].logprob = token_id, logprob
 
     def _score(self, span: PlannedSpan, hidden: Tensor) -> list[float]:
-        """Log-probs of the prompt from `score_from` on; `hidden` [D, n] is the span's."""
+        """Log-probs of the prompt from `score_from` on; `hidden` [n, D] is the span's."""
         first = span.sequence.request.score_from
         assert first is not None
         assert span.start < first, "the positions that give scores are in one pass"
         targets = span.sequence.token_ids[first : span.end]
-        columns = hidden[:, first - 1 - span.start : span.end - 1 - span.start]
-        return self._sampler.score(self._forward.last_norm(columns), targets)
+        rows = hidden[first - 1 - span.start : span.end - 1 - span.start]
+        return self._sampler.score(self._forward.last_norm(rows), targets)
 
 
 def _model_span(span: PlannedSpan) -> Span:

@@ -1,13 +1,12 @@
 """Draws at temperature 1 and log-probs, from logits that are made and spent block by block.
 
-Legend: M columns (sequences or positions), V vocabulary, D width. Hidden states are feature-major, [D, M]: on
-CPUs the product of the large output matrix with few columns is twice as fast that way round.
+Legend: M rows (sequences or positions), V vocabulary, D width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -15,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_MAX_COLUMNS: Final = 128
-"""Columns whose logits are held at once: bounds the memory of a large vocabulary."""
+_MAX_ROWS: Final = 128
+"""Rows whose logits are held at once: bounds the memory of a large vocabulary."""
 
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 _MASK: Final = (1 << 64) - 1
@@ -46,88 +45,83 @@ class Sampler:
     the token within it, so that no cumulative sum over the vocabulary is needed. Sums over blocks are float64.
 
     Args:
-        head: [V, D] output matrix, read at every call.
+        head: from hidden states [M, D] to logits [M, V].
     """
 
-    def __init__(self, head: Tensor) -> None:
+    def __init__(self, head: Callable[[Tensor], Tensor], *, vocab_size: int) -> None:
         self._head = head
-        self._vocab_size = head.shape[0]
-        self._block_size = math.isqrt(self._vocab_size - 1) + 1
-        self._num_blocks = -(-self._vocab_size // self._block_size)
-        self._buffer = torch.empty(self._num_blocks * self._block_size * _MAX_COLUMNS)
+        self._vocab_size = vocab_size
+        self._block_size = math.isqrt(vocab_size - 1) + 1
+        self._num_blocks = -(-vocab_size // self._block_size)
+        self._buffer = torch.empty(_MAX_ROWS, self._num_blocks * self._block_size)
 
     def sample(
         self, hidden: Tensor, *, uniforms: npt.NDArray[np.float64], greedy: npt.NDArray[np.bool_]
     ) -> tuple[list[int], list[float]]:
-        """One token per column and its log-prob (float32 precision), the argmax where `greedy`.
+        """One token per row and its log-prob (float32 precision), the argmax where `greedy`.
 
         Args:
-            hidden: [D, M] after the last norm.
+            hidden: [M, D] after the last norm.
             uniforms: [M] in (0, 1).
             greedy: [M].
         """
         tokens: list[int] = []
         logprobs: list[float] = []
-        for start in range(0, hidden.shape[1], _MAX_COLUMNS):
-            block = slice(start, start + _MAX_COLUMNS)
+        for start in range(0, len(hidden), _MAX_ROWS):
+            block = slice(start, start + _MAX_ROWS)
             drawn = self._sample_block(
-                hidden[:, block], torch.from_numpy(uniforms[block]), torch.from_numpy(greedy[block])
+                hidden[block], torch.from_numpy(uniforms[block]), torch.from_numpy(greedy[block])
             )
             tokens += drawn[0].tolist()
             logprobs += drawn[1].tolist()
         return tokens, logprobs
 
     def score(self, hidden: Tensor, token_ids: Sequence[int]) -> list[float]:
-        """Log-probs of given tokens, one per column of `hidden` [D, M] after the last norm."""
+        """Log-probs of given tokens, one per row of `hidden` [M, D] after the last norm."""
         scores: list[float] = []
-        for start in range(0, hidden.shape[1], _MAX_COLUMNS):
-            logits = self._logits(hidden[:, start : start + _MAX_COLUMNS])[: self._vocab_size]
-            target = torch.tensor(token_ids[start : start + _MAX_COLUMNS])
-            chosen = logits.gather(0, target[None])[0]
-            scores += (chosen - logits.logsumexp(0)).tolist()
+        for start in range(0, len(hidden), _MAX_ROWS):
+            logits = self._head(hidden[start : start + _MAX_ROWS]).float()
+            target = torch.tensor(token_ids[start : start + _MAX_ROWS])
+            chosen = logits.gather(1, target[:, None])[:, 0]
+            scores += (chosen - logits.logsumexp(1)).tolist()
         return scores
 
     def _sample_block(self, hidden: Tensor, uniforms: Tensor, greedy: Tensor) -> tuple[Tensor, Tensor]:
         logits = self._logits(hidden)
         if greedy.any():
-            maximum, best = logits.max(0)
+            maximum, best = logits.max(1)
         else:
-            maximum, best = logits.amax(0), None
-        weights = logits.sub_(maximum).exp_()  # unnormalised probabilities, the largest is 1
+            maximum, best = logits.amax(1), None
+        weights = logits.sub_(maximum[:, None]).exp_()  # unnormalised probabilities, the largest is 1
         tokens, total = self._invert_cdf(weights, uniforms)
         if best is not None:
             tokens = torch.where(greedy, best, tokens)
-        chosen = weights.gather(0, tokens[None])[0].double()
+        chosen = weights.gather(1, tokens[:, None])[:, 0].double()
         return tokens, (chosen.log() - total.log()).float()
 
     def _invert_cdf(self, weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """[M] tokens of positive weight, and [M] sums of the weights."""
-        columns = torch.arange(weights.shape[1])
-        blocks = weights.view(self._num_blocks, self._block_size, -1)
-        block_sums = blocks.sum(1).double()
-        block_cdf = block_sums.cumsum(0)
-        total = block_cdf[-1]
+        rows = torch.arange(len(weights))
+        blocks = weights.view(-1, self._num_blocks, self._block_size)
+        block_sums = blocks.sum(2).double()
+        block_cdf = block_sums.cumsum(1)
+        total = block_cdf[:, -1]
         target = uniforms * total
         block = _first_above(block_cdf, target)
-        before = block_cdf[block, columns] - block_sums[block, columns]
-        cdf = blocks[block, :, columns].t().double().cumsum(0)
+        before = block_cdf[rows, block] - block_sums[rows, block]
+        cdf = blocks[rows, block].double().cumsum(1)
         # The two sums differ in rounding: on the block's own scale the target stays inside it.
-        inside = (target - before) * (cdf[-1] / block_sums[block, columns])
+        inside = (target - before) * (cdf[:, -1] / block_sums[rows, block])
         return block * self._block_size + _first_above(cdf, inside.clamp_(min=0)), total
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """[V padded to whole blocks with -inf, M] float32 logits, in the buffer that the next call overwrites."""
-        num_columns = hidden.shape[1]
-        rows = self._num_blocks * self._block_size
-        logits = self._buffer[: rows * num_columns].view(rows, num_columns)
-        logits[self._vocab_size :] = -math.inf
-        if self._head.dtype is torch.float32:
-            torch.mm(self._head, hidden, out=logits[: self._vocab_size])
-        else:
-            logits[: self._vocab_size] = self._head @ hidden
+        """[M, V padded to whole blocks with -inf] float32 logits, in the buffer that the next call overwrites."""
+        logits = self._buffer[: len(hidden)]
+        logits[:, : self._vocab_size] = self._head(hidden)
+        logits[:, self._vocab_size :] = -math.inf
         return logits
 
 
 def _first_above(cdf: Tensor, target: Tensor) -> Tensor:
-    """[M] First row whose cumulative sum exceeds the target, at most the last row of positive weight."""
-    return torch.minimum((cdf <= target).sum(0), (cdf < cdf[-1]).sum(0))
+    """[M] First column of [M, n] whose cumulative sum exceeds the target, at most the last one of positive weight."""
+    return torch.minimum((cdf <= target[:, None]).sum(1), (cdf < cdf[:, -1:]).sum(1))

@@ -9,12 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rexrag.actors.packed_linear import PackedLinear
 from rexrag.actors.sampling import Sampler, counter_uniforms
 
 
 def sampler_of(logits: torch.Tensor) -> tuple[Sampler, torch.Tensor]:
-    """A sampler and hidden states [D, M] that give the logits [M, V] exactly."""
-    return Sampler(logits.t().contiguous()), torch.eye(logits.shape[0])
+    """A sampler and hidden states [M, D] that give the logits [M, V] exactly."""
+    return sampler_with(logits.t().contiguous()), torch.eye(len(logits))
+
+
+def sampler_with(head: torch.Tensor) -> Sampler:
+    """A sampler with the output matrix [V, D]."""
+    return Sampler(PackedLinear(head), vocab_size=len(head))
 
 
 def sample(logits: torch.Tensor, uniforms: list[float], *, greedy: bool = False) -> tuple[list[int], list[float]]:
@@ -59,18 +65,18 @@ def test_impossible_tokens_are_never_drawn(vocab_size: int, seed: int) -> None:
     possible = torch.rand(vocab_size, generator=generator) < 0.2
     possible[seed % vocab_size] = True
     logits = torch.where(possible, torch.randn(vocab_size, generator=generator), -math.inf)
-    sampler = Sampler(logits[:, None].clone())
+    sampler = sampler_with(logits[:, None].clone())
     uniforms = np.array([2**-53, 2**-52, 0.5, 1 - 2**-53])
-    tokens, logprobs = sampler.sample(torch.ones(1, 4), uniforms=uniforms, greedy=np.zeros(4, bool))
+    tokens, logprobs = sampler.sample(torch.ones(4, 1), uniforms=uniforms, greedy=np.zeros(4, bool))
     assert possible[tokens].all()
     assert np.isfinite(logprobs).all()
 
 
 def test_frequencies_match_a_large_vocabulary() -> None:
     logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(1)) * 2
-    sampler = Sampler(logits.t().contiguous())
+    sampler = sampler_with(logits.t().contiguous())
     uniforms = counter_uniforms([11] * 20000, list(range(20000)))
-    tokens, logprobs = sampler.sample(torch.ones(1, 20000), uniforms=uniforms, greedy=np.zeros(20000, bool))
+    tokens, logprobs = sampler.sample(torch.ones(20000, 1), uniforms=uniforms, greedy=np.zeros(20000, bool))
     probabilities = logits[0].double().softmax(0).numpy()
     order = probabilities.argsort()[::-1]
     rank = np.empty_like(order)
@@ -99,7 +105,7 @@ def test_scores_are_log_softmax_in_blocks_too() -> None:
 
 def test_bfloat16_heads_give_float32_logprobs_of_their_own_logits() -> None:
     head = torch.randn(37, 8).to(torch.bfloat16)
-    hidden = torch.randn(8, 5).to(torch.bfloat16)
-    tokens, logprobs = Sampler(head).sample(hidden, uniforms=np.full(5, 0.4), greedy=np.zeros(5, bool))
-    expected = (head @ hidden).float().log_softmax(0)[tokens, range(5)]
+    hidden = torch.randn(5, 8).to(torch.bfloat16)
+    tokens, logprobs = sampler_with(head).sample(hidden, uniforms=np.full(5, 0.4), greedy=np.zeros(5, bool))
+    expected = (hidden @ head.t()).float().log_softmax(1)[range(5), tokens]
     np.testing.assert_allclose(logprobs, expected, atol=1e-5)
