@@ -230,11 +230,14 @@ class Controller:
             keys.ROLLOUT_TOKENS_PER_S: self._tokens_per_s(),
         }
         self._board.step(result.step, metrics=metrics, histograms=result.histograms)
-        for sample in pick_samples(batch):
+        samples = pick_samples(batch)
+        for sample in samples:
             self._board.sample(result.step, tag=sample.tag, text=sample.text, fields=sample.fields)
-            if sample.rescued and not self._showed_rescue:
-                self._showed_rescue = True
-                self._progress.note(f"the first rescued question:\n{sample.text}")
+        if samples[-1].rescued and not self._showed_rescue:
+            self._showed_rescue = True
+            failed, probe = samples
+            traces = f"--- a rollout of it:\n{failed.text}\n--- the probe:\n{probe.text}"
+            self._progress.note(f"the first dead end that a probe leads out of\n{traces}")
         self._progress.step(result.step, metrics=metrics)
 
     def _tokens_per_s(self) -> float | None:

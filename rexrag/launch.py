@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rexrag.config import KEYS, Config
-from rexrag.errors import ConfigError, RunFolderError
+from rexrag.errors import ConfigError, RunFolderError, UserError
 from rexrag.files import write_atomic
 from rexrag.recipe import (
     Recipe,
@@ -112,6 +112,8 @@ def _require_lasting(run_dir: Path | None) -> None:
 def open_run(plan: Plan) -> Iterator[TrainRequest]:
     """Make the run folder, or bring it back to its resume point, and hold its lock for the time of the training.
 
+    A new folder goes again where the user's mistake ends the run before anything has been made in it.
+
     Raises:
         RunFolderError: another process uses the folder, or did since the plan was made.
     """
@@ -123,17 +125,22 @@ def open_run(plan: Plan) -> Iterator[TrainRequest]:
             link_latest(run.root)
     else:
         run = RunFolder(plan.root)
-    with run:
-        if not plan.is_new:
-            _go_back(plan, run=run)
-        run.set_steps(plan.start_step)
-        yield TrainRequest(
-            config=recipe.config,
-            run=run,
-            start_step=plan.start_step,
-            checkpoint=plan.checkpoint,
-            resumed=not plan.is_new,
-        )
+    try:
+        with run:
+            if not plan.is_new:
+                _go_back(plan, run=run)
+            run.set_steps(plan.start_step)
+            yield TrainRequest(
+                config=recipe.config,
+                run=run,
+                start_step=plan.start_step,
+                checkpoint=plan.checkpoint,
+                resumed=not plan.is_new,
+            )
+    except UserError:
+        if plan.is_new:
+            run.remove_unused()
+        raise
 
 
 def _go_back(plan: Plan, *, run: RunFolder) -> None:

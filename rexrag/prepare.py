@@ -14,7 +14,8 @@ from rexrag.models import fetch_smollm2
 from rexrag.progress import Progress
 from rexrag.retrieval.bm25 import build_bm25
 from rexrag.tiny_model import make_tiny_model
-from rexrag.warmstart import PromptSettings, WarmstartProgress, warm_start
+from rexrag.warmstart import PromptSettings, WarmstartProgress
+from rexrag.warmstart_child import WarmstartRequest, warm_start_in_child
 from rexrag.worlds.write import world_texts, write_world
 
 
@@ -65,19 +66,21 @@ def _warm_start(
         progress.advance_to(state.update / state.num_updates)
 
     env, wanted = config.env, config.prepare
-    result = warm_start(
-        model,
-        demonstrations=world / "demonstrations.jsonl",
-        out=out,
-        seed=seed,
-        learning_rate=wanted.warmstart_learning_rate,
-        batch_size=wanted.warmstart_batch_size,
-        epochs=wanted.warmstart_epochs,
-        prompt=PromptSettings(
-            template=None if env.prompt_file is None else read_template(env.prompt_file),
-            system_prompt=env.system_prompt,
+    result = warm_start_in_child(
+        WarmstartRequest(
+            model=model,
+            demonstrations=world / "demonstrations.jsonl",
+            out=out,
+            seed=seed,
+            learning_rate=wanted.warmstart_learning_rate,
+            batch_size=wanted.warmstart_batch_size,
+            epochs=wanted.warmstart_epochs,
+            prompt=PromptSettings(
+                template=None if env.prompt_file is None else read_template(env.prompt_file),
+                system_prompt=env.system_prompt,
+            ),
+            threads=num_threads,
         ),
-        threads=num_threads,
         progress=show,
     )
     if result.depth is not None:

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -184,8 +185,8 @@ class RunFolder:
         return f"{self.record().incarnation:04d}"
 
     def cut_after(self, step: int) -> None:
-        """Move the lines of later steps out of `metrics.jsonl` and `eval.jsonl` into `*.lost.jsonl`."""
-        for path in (self.metrics, self.eval):
+        """Move the lines of later steps out of metrics, evaluations and samples into `*.lost.jsonl`."""
+        for path in (self.metrics, self.eval, self.samples):
             if not path.exists():
                 continue
             kept: list[str] = []
@@ -196,6 +197,16 @@ class RunFolder:
                 with path.with_name(f"{path.stem}.lost.jsonl").open("a", encoding="utf-8") as lost_file:
                     lost_file.writelines(lost)
                 write_atomic(path, "".join(kept))
+
+    def remove_unused(self) -> None:
+        """Remove a run that has come to nothing: no step, no checkpoint, nothing prepared, measured or logged."""
+        used = (self.prepared, self.checkpoints, self.buffer, self.tensorboard)
+        if any(folder.is_dir() and any(folder.iterdir()) for folder in used) or self.metrics.exists():
+            return
+        shutil.rmtree(self.root)
+        link = self.root.parent / "latest"
+        if link.is_symlink() and not link.exists():
+            link.unlink()
 
     def __enter__(self) -> Self:
         """Take the lock and begin a new incarnation.

@@ -72,8 +72,8 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
 
 def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Board, progress: Progress) -> None:
     config, run = request.config, request.run
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    layout = plan_layout(config, num_cores=int(resources["CPU"]))
+    nodes = [max(1, int(node["Resources"].get("CPU", 0))) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    layout = plan_layout(config, num_cores=sum(nodes), node_cores=max(nodes))
     progress.stage("starting the learner and the rollout actors")
     buffer: Any = start_replay_actor(
         replay_settings(config, folder=run.buffer, questions=inputs.train),

@@ -32,7 +32,7 @@ from rexrag.learner.logprobs import backward_in_chunks
 from rexrag.learner.packing import PackedBatch, PackRow, pack
 from rexrag.models import check_context, fastest_dtype, load_model, load_tokenizer, save_model
 
-MICRO_BATCH_TOKENS: Final = 2048
+MICRO_BATCH_TOKENS: Final = 1024
 WARMUP_SHARE: Final = 0.05
 FINAL_SHARE: Final = 0.1
 """The learning rate falls linearly to this share of its peak."""

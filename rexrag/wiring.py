@@ -20,7 +20,7 @@ from rexrag.types import Question
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the cores of one machine are shared. `num_groups`: groups that one actor runs at once."""
+    """How the cores are shared. `num_groups`: groups that one actor runs at once."""
 
     num_actors: int
     num_groups: int
@@ -29,21 +29,20 @@ class Layout:
     cpus_per_process: float
 
 
-def plan_layout(config: Config, *, num_cores: int) -> Layout:
-    """Actors and threads for `num_cores`; a synchronous run gives each side all cores, since they take turns.
+def plan_layout(config: Config, *, num_cores: int, node_cores: int) -> Layout:
+    """Actors and threads for `num_cores` of a cluster: half as many actors as cores, at least one.
 
-    Otherwise learner and actors compute at once and share the cores; half as many actors as cores, at least one.
+    Learner and actors each get threads for all cores of a node (`node_cores`, those of the largest). When both
+    compute they share them, and whenever one waits, in evaluations, at the end of a batch or in a synchronous run,
+    the other has the machine.
     """
     num_actors = config.rollout.num_actors or max(1, num_cores // 2)
-    takes_turns = config.replay.max_staleness == 0
-    sharing = num_actors if takes_turns else num_actors + 1
-    actor_threads = config.rollout.threads_per_actor or max(1, num_cores // sharing)
-    left = num_cores if takes_turns else num_cores - num_actors * actor_threads
+    actor_threads = config.rollout.threads_per_actor or max(1, min(num_cores // num_actors, node_cores))
     return Layout(
         num_actors=num_actors,
         num_groups=max(1, config.rollout.episodes_per_actor // config.rollout.group_size),
         actor_threads=actor_threads,
-        learner_threads=config.learner.threads or max(1, left),
+        learner_threads=config.learner.threads or node_cores,
         cpus_per_process=min(1.0, num_cores / (num_actors + 1)),
     )
 

@@ -109,6 +109,7 @@ def test_broken_files(folder: Path, damage: Callable[[Path], None], message: str
     damage(folder)
     with pytest.raises(UserError, match=f"(?s){message}"):
         start(folder)
+    assert not (folder / "run").exists()
 
 
 def test_broken_parquet(folder: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rexrag.arrow import batch_to_ipc
 from rexrag.hints import HintPool
@@ -93,20 +93,28 @@ def step_batch(groups: Sequence[TrajectoryGroup], *, step: int = 1) -> StepBatch
 
 
 def tiny_model(seed: int = 0) -> LlamaForCausalLM:
-    """Two layers with grouped heads and a tied output head; a head of some scale, so that densities differ."""
+    """A Llama with a tied output head."""
+    model = small_model(LlamaConfig, seed=seed, max_position_embeddings=256, tie_word_embeddings=True)
+    assert isinstance(model, LlamaForCausalLM)
+    return model
+
+
+def small_model(architecture: Callable[..., PretrainedConfig], *, seed: int = 0, **fields: object) -> PreTrainedModel:
+    """Two layers with grouped heads; weights of some scale, so that densities differ."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = architecture(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
+        head_dim=8,
         initializer_range=0.2,
+        **fields,
     )
-    model = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    assert isinstance(model, PreTrainedModel)
     model.train(False)
     return model
 

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
-from learner_builders import VOCABULARY, tiny_model
+from learner_builders import VOCABULARY, small_model, tiny_model
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     LlamaForCausalLM,
     MistralConfig,
-    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -177,7 +173,7 @@ def test_chunks_cover_all_tokens_once() -> None:
 
 @pytest.mark.parametrize("architecture", [Qwen2Config, Qwen3Config])
 def test_other_dense_architectures(architecture: type[Qwen2Config | Qwen3Config]) -> None:
-    model = small(architecture)
+    model = small_model(architecture)
     rows = rows_of()
     expected = torch.cat([separate_logprobs(model, row) for row in rows])
     prepare_model(model)
@@ -187,31 +183,12 @@ def test_other_dense_architectures(architecture: type[Qwen2Config | Qwen3Config]
 
 def test_what_is_more_than_body_and_head_is_refused() -> None:
     with pytest.raises(ModelError, match=r"Gemma2ForCausalLM in packed rows differ from its own by"):
-        prepare_model(small(Gemma2Config, final_logit_softcapping=1.0))
+        prepare_model(small_model(Gemma2Config, final_logit_softcapping=1.0))
 
 
 def test_rows_beyond_a_sliding_window_are_refused() -> None:
-    model = small(MistralConfig, sliding_window=10)
+    model = small_model(MistralConfig, sliding_window=10)
     prepare_model(model)
     (batch,) = pack(rows_of(num_groups=1), budget=10_000)
     with pytest.raises(ModelError, match=r"a row has 16 tokens, the model's sliding window is 10"):
         token_logprobs(model, batch)
-
-
-def small(architecture: Callable[..., PretrainedConfig], **fields: object) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = architecture(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.2,
-        **fields,
-    )
-    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    assert isinstance(model, PreTrainedModel)
-    model.train(False)
-    return model

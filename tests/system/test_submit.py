@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -14,6 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -57,9 +59,10 @@ def wait_for_job_server(head: subprocess.Popen[bytes], *, address: str, token: s
         time.sleep(0.3)
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A head of its own on free ports; gives the environment of its users."""
+    tmp_path = tmp_path_factory.mktemp("cluster")
     folder = tempfile.mkdtemp(prefix="rexrag-", dir="/tmp")  # paths of sockets are limited to 107 characters
     token = secrets.token_hex(32)
     (tmp_path / "token").write_text(token)
@@ -111,6 +114,29 @@ def test_a_job_trains_into_its_run_folder_and_is_found_again(
     assert again.returncode == 1, again.stdout + again.stderr
     assert "train.seed = 7" in again.stdout
     assert "exit code 2" in again.stdout + again.stderr
+
+
+def test_a_stopped_job_leaves_a_checkpoint_of_its_last_step(
+    recipe: Path, tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    run = tmp_path / "stopped"
+    words = ("--run-dir", run, "--set", "train.steps=500", "--set", "train.checkpoint_every=500")
+    words = (*words, "--set", "eval.every=0", "--set", "eval.max_questions=2")
+    with ThreadPoolExecutor(1) as background:
+        job = background.submit(submit, recipe, *words, environment=cluster)
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists():
+            assert not job.done(), job.result()
+            assert time.monotonic() < deadline, "no step in 120 s"
+            time.sleep(0.2)
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", f"rexrag{run}")
+        subprocess.run(["ray", "job", "stop", name], env=cluster, check=True, capture_output=True, timeout=90)
+        assert "stopped" in job.result(timeout=90).stdout.lower()
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "interrupted"
+    assert record["steps"] == len(read_lines(run / "metrics.jsonl"))
+    assert (run / "checkpoints" / f"step-{record['steps']:06d}" / "COMMIT").exists()
+    assert_books_balance(run)
 
 
 @pytest.mark.parametrize("words", [[], ["--run-dir"], ["--run-dir", "runs/first"], ["--run-dir=first"]])
