@@ -236,12 +236,12 @@ async def run_episodes(engine: Engine, *, prepared: Prepared, codec: Codec, dtyp
         settings=SETTINGS,
     )
     began, began_cpu = time.perf_counter(), time.process_time()
-    scores = await asyncio.gather(*(runner.evaluate(question) for question in prepared.questions))
+    scores = await runner.evaluate(prepared.questions)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
     stats = engine.stats()
     await engine.close()
     await retriever.close()
-    return Run(dtype=dtype, seconds=seconds, cpu_seconds=cpu_seconds, stats=stats, scores=list(scores))
+    return Run(dtype=dtype, seconds=seconds, cpu_seconds=cpu_seconds, stats=stats, scores=scores)
 
 
 def fastest_peer_dtype(

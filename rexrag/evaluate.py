@@ -132,16 +132,7 @@ async def _evaluate(
     on_score: Callable[[EpisodeScore], None] | None,
 ) -> list[EpisodeScore]:
     runner, engine = build_runner(settings, version=version)
-
-    async def one(question: Question) -> EpisodeScore:
-        score = await runner.evaluate(question)
-        if on_score is not None:
-            on_score(score)
-        return score
-
     try:
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(one(question)) for question in questions]
+        return await runner.evaluate(questions, on_score=on_score)
     finally:
         await engine.close()
-    return [task.result() for task in running]

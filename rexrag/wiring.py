@@ -48,19 +48,8 @@ def plan_layout(config: Config, *, num_cores: int, node_cores: int) -> Layout:
 
 
 def compute_environment(num_threads: int) -> dict[str, str]:
-    """Environment of a process that computes.
-
-    Threads that wait give their core to the other processes. Freed memory is kept for the next layer, in large
-    pages: given back to the system at once it costs a fifth of a forward pass in page faults (glibc, x86).
-    """
-    return {
-        "OMP_NUM_THREADS": str(num_threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-        "MALLOC_TOP_PAD_": str(64 << 20),
-        "THP_MEM_ALLOC_ENABLE": "1",
-    }
+    """Environment of a process that computes. Threads that wait give their core to the other processes."""
+    return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def episode_settings(config: Config) -> EpisodeSettings:
@@ -75,6 +64,7 @@ def episode_settings(config: Config) -> EpisodeSettings:
         probe_rate=config.probe.rate,
         branch=config.probe.branch,
         seed=config.train.seed,
+        eval_episodes=config.rollout.episodes_per_actor,
         prompt_template=None if env.prompt_file is None else read_template(env.prompt_file),
         system_prompt=env.system_prompt,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,12 +27,17 @@ from rexrag.env.prompt import render_prompt
 from rexrag.errors import RetrieverError
 from rexrag.hints import HintPool
 from rexrag.retrieval.protocol import Retriever
-from rexrag.types import EndReason, EpisodeScore, GroupLease, Question, Trajectory, TrajectoryGroup, Turn
+from rexrag.types import EndReason, EpisodeScore, GroupLease, Question, Trajectory, TrajectoryGroup, Turn, WeightVersion
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeSettings:
-    """Limits of `environment` and switches of §2; token counts include prompt, hint and observations."""
+    """Limits of `environment` and switches of §2; token counts include prompt, hint and observations.
+
+    Attributes:
+        eval_episodes: greedy episodes of an evaluation that run at once; more than the engine has room for push
+            each other's prefixes out of its cache.
+    """
 
     group_size: int
     max_turns: int
@@ -43,6 +48,7 @@ class EpisodeSettings:
     probe_rate: float
     branch: Literal["answer", "turn"]
     seed: int
+    eval_episodes: int = 64
     prompt_template: str | None = None
     system_prompt: str | None = None
 
@@ -113,20 +119,38 @@ class EpisodeRunner:
             trajectories=(*targets, *(probe for _, probe in pairs if probe is not None)),
         )
 
-    async def evaluate(self, question: Question) -> EpisodeScore:
-        """One greedy episode, without probes.
+    async def evaluate(
+        self, questions: Sequence[Question], *, on_score: Callable[[EpisodeScore], None] | None = None
+    ) -> list[EpisodeScore]:
+        """One greedy episode of each question, without probes.
+
+        All share one prefix cache: what their prompts have in common is computed once.
 
         Raises:
-            RetrieverError: the retriever failed in the end: an evaluation has no masked rows.
-            RuntimeError: the weights changed on the way: the result would belong to no version.
+            ExceptionGroup: of RetrieverError, the retriever failed in the end: an evaluation has no masked rows; of
+                RuntimeError, the weights changed on the way: the result would belong to no version.
         """
         version = self._engine.version
-        salt = f"eval/{version.incarnation}/{version.step}/{question.key}"
-        episode = _Episode(self, question, salt=salt, names=("eval", question.key), greedy=True)
+        salt = f"eval/{version.incarnation}/{version.step}"
+        room = asyncio.Semaphore(self._settings.eval_episodes)
+
+        async def one(question: Question) -> EpisodeScore:
+            async with room:
+                score = await self._evaluate_one(question, salt=salt, version=version)
+            if on_score is not None:
+                on_score(score)
+            return score
+
         try:
-            trajectory = await episode.run(episode.new_draft())
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(one(question)) for question in questions]
         finally:
             self._engine.release(salt)
+        return [task.result() for task in running]
+
+    async def _evaluate_one(self, question: Question, *, salt: str, version: WeightVersion) -> EpisodeScore:
+        episode = _Episode(self, question, salt=salt, names=("eval", question.key), greedy=True)
+        trajectory = await episode.run(episode.new_draft())
         if trajectory.is_masked:
             raise RetrieverError(f"the retriever failed while {question.key} was evaluated")
         if self._engine.version != version:

@@ -103,7 +103,7 @@ class RolloutLoop:
         async with self._weights_lock:
             if self._engine.version != version:
                 raise RunFailure(f"evaluation of {version} asked of an engine that holds {self._engine.version}")
-            return list(await asyncio.gather(*(self._runner.evaluate(question) for question in questions)))
+            return await self._runner.evaluate(questions)
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
