@@ -88,7 +88,7 @@ class RolloutConfig(Section):
         None, ge=1, description="Rollout actors; None: one per two cores beyond the learner's, at least one."
     )
     threads_per_actor: int | None = Field(
-        None, ge=1, description="Torch threads of each actor; None: cores divided by processes that compute."
+        None, ge=1, description="Torch threads of each actor; None: cores divided by actors."
     )
     group_size: int = Field(5, ge=1, le=256, description="Target rollouts per question.")
     episodes_per_actor: int = Field(64, ge=1, le=4096, description="Episodes that one engine runs at once.")
@@ -167,9 +167,7 @@ class ReplayConfig(Section):
 
 class LearnerConfig(Section):
     micro_batch_tokens: int = Field(4096, ge=16, description="Most tokens of one forward and backward pass.")
-    threads: int | None = Field(
-        None, ge=1, description="Torch threads of the learner; None: cores divided by processes that compute."
-    )
+    threads: int | None = Field(None, ge=1, description="Torch threads of the learner; None: all cores of a node.")
     autocast: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of the linear layers; master weights are float32."
     )

@@ -63,10 +63,8 @@ def evaluate(
     version = WeightVersion(incarnation="standalone", step=step)
     try:
         return evaluate_model(settings, questions=questions, version=version, on_score=on_score)
-    except ExceptionGroup as group:
-        if (failed := group.subgroup(RetrieverError)) is None:
-            raise
-        raise RunFailure(str(failed.exceptions[0])) from None
+    except RetrieverError as error:
+        raise RunFailure(str(error)) from None
 
 
 def ask(model: str, *, question: str, index: str) -> str:

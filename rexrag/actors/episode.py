@@ -127,8 +127,8 @@ class EpisodeRunner:
         All share one prefix cache: what their prompts have in common is computed once.
 
         Raises:
-            ExceptionGroup: of RetrieverError, the retriever failed in the end: an evaluation has no masked rows; of
-                RuntimeError, the weights changed on the way: the result would belong to no version.
+            RetrieverError: the retriever failed in the end: an evaluation has no masked rows.
+            RuntimeError: the weights changed on the way: the result would belong to no version.
         """
         version = self._engine.version
         salt = f"eval/{version.incarnation}/{version.step}"
@@ -144,6 +144,8 @@ class EpisodeRunner:
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(one(question)) for question in questions]
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None  # the others have the same cause
         finally:
             self._engine.release(salt)
         return [task.result() for task in running]
