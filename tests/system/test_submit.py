@@ -120,8 +120,8 @@ def test_a_stopped_job_leaves_a_checkpoint_of_its_last_step(
     recipe: Path, tmp_path: Path, cluster: dict[str, str]
 ) -> None:
     run = tmp_path / "stopped"
-    words = ("--run-dir", run, "--set", "train.steps=500", "--set", "train.checkpoint_every=500")
-    words = (*words, "--set", "eval.every=0", "--set", "eval.max_questions=2")
+    settings = ("train.steps=500", "train.checkpoint_every=500", "eval.every=0", "eval.max_questions=2")
+    words = ["--run-dir", str(run), *(word for setting in settings for word in ("--set", setting))]
     with ThreadPoolExecutor(1) as background:
         job = background.submit(submit, recipe, *words, environment=cluster)
         deadline = time.monotonic() + 120
