@@ -6,6 +6,7 @@ Each part is built beside its place and renamed when it is complete, so that wha
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 from rexrag.config import Config
@@ -14,8 +15,8 @@ from rexrag.models import fetch_smollm2
 from rexrag.progress import Progress
 from rexrag.retrieval.bm25 import build_bm25
 from rexrag.tiny_model import make_tiny_model
-from rexrag.warmstart import PromptSettings, WarmstartProgress
-from rexrag.warmstart_child import WarmstartRequest, warm_start_in_child
+from rexrag.warmstart import PromptSettings, WarmstartProgress, warm_start
+from rexrag.warmstart_child import warm_start_in_child
 from rexrag.worlds.write import world_texts, write_world
 
 
@@ -67,8 +68,9 @@ def _warm_start(
 
     env, wanted = config.env, config.prepare
     result = warm_start_in_child(
-        WarmstartRequest(
-            model=model,
+        partial(
+            warm_start,
+            model,
             demonstrations=world / "demonstrations.jsonl",
             out=out,
             seed=seed,

@@ -5,33 +5,26 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
+from typing import Protocol
 
 from rexrag.errors import RunFailure, UserError
-from rexrag.warmstart import PromptSettings, WarmstartProgress, WarmstartResult, warm_start
+from rexrag.warmstart import WarmstartProgress, WarmstartResult
 
 END_TIMEOUT_S = 60.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class WarmstartRequest:
-    """Arguments of `warm_start`."""
+class Start(Protocol):
+    """`warm_start` but for its progress."""
 
-    model: Path
-    demonstrations: Path
-    out: Path
-    seed: int
-    learning_rate: float
-    batch_size: int
-    epochs: int
-    prompt: PromptSettings
-    threads: int
+    def __call__(self, *, progress: Callable[[WarmstartProgress], None]) -> WarmstartResult: ...
 
 
-def warm_start_in_child(request: WarmstartRequest, *, progress: Callable[[WarmstartProgress], None]) -> WarmstartResult:
-    """`warm_start`, elsewhere. The child ends with this call, whatever ends it.
+def warm_start_in_child(start: Start, *, progress: Callable[[WarmstartProgress], None]) -> WarmstartResult:
+    """`start(progress=...)`, elsewhere. The child ends with this call, whatever ends it.
+
+    Args:
+        start: `warm_start` with all its arguments but `progress` (`functools.partial`).
 
     Raises:
         UserError: as `warm_start`.
@@ -39,7 +32,7 @@ def warm_start_in_child(request: WarmstartRequest, *, progress: Callable[[Warmst
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_work, args=(request, sender), name="warm start", daemon=True)
+    child = context.Process(target=_work, args=(start, sender), name="warm start", daemon=True)
     child.start()
     sender.close()
     try:
@@ -62,22 +55,11 @@ def warm_start_in_child(request: WarmstartRequest, *, progress: Callable[[Warmst
         receiver.close()
 
 
-def _work(request: WarmstartRequest, sender: Connection) -> None:
+def _work(start: Start, sender: Connection) -> None:
     # A stop from the terminal reaches both processes: the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        result = warm_start(
-            request.model,
-            demonstrations=request.demonstrations,
-            out=request.out,
-            seed=request.seed,
-            learning_rate=request.learning_rate,
-            batch_size=request.batch_size,
-            epochs=request.epochs,
-            prompt=request.prompt,
-            threads=request.threads,
-            progress=sender.send,
-        )
+        result = start(progress=sender.send)
     except UserError as error:
         sender.send(error)
     except Exception as error:  # noqa: BLE001  # fault boundary of the process: the parent raises it

@@ -47,7 +47,7 @@ def plan_layout(config: Config, *, num_cores: int, node_cores: int) -> Layout:
     )
 
 
-def compute_environment(num_threads: int) -> dict[str, str]:
+def thread_environment(num_threads: int) -> dict[str, str]:
     """Environment of a process that computes. Threads that wait give their core to the other processes."""
     return {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
 

@@ -78,7 +78,6 @@ class LlamaWeights:
         self._sizes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._targets: dict[str, Tensor] = {}
         self._fused: dict[tuple[str, ...], PackedLinear] = {}
-        self._parameters: Mapping[str, npt.NDArray[np.generic] | Tensor] = parameters
         self.embedding = self._plain("model.embed_tokens.weight")
         self.layers = [self._new_layer(f"model.layers.{i}.") for i in range(self.shape.num_layers)]
         self.final_norm = self._plain("model.norm.weight")
@@ -88,7 +87,7 @@ class LlamaWeights:
             raise ModelError(
                 f"parameter {min(unknown)} is none of a {model.config.model_type} model's; merge adapters first"
             )
-        del self._parameters
+        self._fill(parameters)
         self.cos, self.sin = _rotary(model, dtype=dtype, max_length=max_length, head_dim=self.shape.head_dim)
 
     def check(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
@@ -109,9 +108,12 @@ class LlamaWeights:
                     f"weight {name} is {array.dtype}, expected float32, or uint16 with the bits of bfloat16"
                 )
 
-    @torch.inference_mode()
     def load(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Overwrite all weights with arrays that `check` accepts; they may be read-only."""
+        self._fill(weights)
+
+    @torch.inference_mode()
+    def _fill(self, weights: Mapping[str, npt.NDArray[np.generic]] | Mapping[str, Tensor]) -> None:
         for name, target in self._targets.items():
             _copy(target, weights[name])
         for names, linear in self._fused.items():
@@ -132,12 +134,10 @@ class LlamaWeights:
         )
 
     def _plain(self, *names: str) -> Tensor:
-        """One tensor that holds the named parameters one below the other; `load` writes into it."""
+        """One tensor that holds the named parameters one below the other; `_fill` writes into it."""
         rows = [self._sizes[name][0] for name in names]
         whole = torch.empty(sum(rows), *self._sizes[names[0]][1:], dtype=self.dtype)
-        for name, target in zip(names, torch.split(whole, rows), strict=True):
-            self._targets[name] = target
-            _copy(target, self._parameters[name])
+        self._targets.update(zip(names, torch.split(whole, rows), strict=True))
         return whole
 
     def _linear(self, *prefixes: str) -> PackedLinear:
@@ -145,10 +145,12 @@ class LlamaWeights:
         names = tuple(f"{prefix}weight" for prefix in prefixes)
         biases = [f"{prefix}bias" for prefix in prefixes]
         bias = self._plain(*biases) if biases[0] in self._sizes else None
-        linear = self._fused[names] = PackedLinear(self._stack(names, self._parameters), bias)
+        linear = self._fused[names] = PackedLinear(self.dtype, bias=bias)
         return linear
 
-    def _stack(self, names: Sequence[str], weights: Mapping[str, npt.NDArray[np.generic] | Tensor]) -> Tensor:
+    def _stack(
+        self, names: Sequence[str], weights: Mapping[str, npt.NDArray[np.generic]] | Mapping[str, Tensor]
+    ) -> Tensor:
         rows = [self._sizes[name][0] for name in names]
         stacked = torch.empty(sum(rows), self._sizes[names[0]][1], dtype=self.dtype)
         for name, target in zip(names, torch.split(stacked, rows), strict=True):

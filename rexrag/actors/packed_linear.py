@@ -14,16 +14,16 @@ class PackedLinear:
     times at 4 rows of float32 (two AVX2 cores). Where oneDNN cannot take the precision, the weight stays as it is.
 
     Args:
-        weight: [out, in]; not kept where it is packed. bias: [out], kept.
+        bias: [out], kept. The weight comes with `load`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._packs = _can_pack(weight.dtype)
+    def __init__(self, dtype: torch.dtype, *, bias: Tensor | None = None) -> None:
+        self._packs = _can_pack(dtype)
         self._bias = bias
-        self.load(weight)
+        self._weight = torch.empty(0)
 
     def load(self, weight: Tensor) -> None:
-        """Replace the weight."""
+        """Set the weight [out, in]; it is not kept where it is packed."""
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packs else weight
 
     def __call__(self, inputs: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ def sampler_of(logits: torch.Tensor) -> tuple[Sampler, torch.Tensor]:
 
 def sampler_with(head: torch.Tensor) -> Sampler:
     """A sampler with the output matrix [V, D]."""
-    return Sampler(PackedLinear(head), vocab_size=len(head))
+    linear = PackedLinear(head.dtype)
+    linear.load(head)
+    return Sampler(linear, vocab_size=len(head))
 
 
 def sample(logits: torch.Tensor, uniforms: list[float], *, greedy: bool = False) -> tuple[list[int], list[float]]:
