@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Protocol
 
@@ -20,11 +22,14 @@ class Start(Protocol):
     def __call__(self, *, progress: Callable[[WarmstartProgress], None]) -> WarmstartResult: ...
 
 
-def warm_start_in_child(start: Start, *, progress: Callable[[WarmstartProgress], None]) -> WarmstartResult:
+def warm_start_in_child(
+    start: Start, *, environment: Mapping[str, str], progress: Callable[[WarmstartProgress], None]
+) -> WarmstartResult:
     """`start(progress=...)`, elsewhere. The child ends with this call, whatever ends it.
 
     Args:
         start: `warm_start` with all its arguments but `progress` (`functools.partial`).
+        environment: variables that the child has beside, or in place of, this process's.
 
     Raises:
         UserError: as `warm_start`.
@@ -33,7 +38,8 @@ def warm_start_in_child(start: Start, *, progress: Callable[[WarmstartProgress],
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_work, args=(start, sender), name="warm start", daemon=True)
-    child.start()
+    with _environment(environment):
+        child.start()
     sender.close()
     try:
         while True:
@@ -53,6 +59,18 @@ def warm_start_in_child(start: Start, *, progress: Callable[[WarmstartProgress],
         child.terminate()
         child.join(END_TIMEOUT_S)
         receiver.close()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """A process that is spawned inside begins with the variables."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _work(start: Start, sender: Connection) -> None:

@@ -24,9 +24,20 @@ class KvCache:
     def __init__(
         self, *, num_layers: int, num_slots: int, num_kv_heads: int, max_length: int, head_dim: int, dtype: torch.dtype
     ) -> None:
+        self._max_length = max_length
+        self._dtype = dtype
         shape = (num_slots, num_kv_heads, max_length, head_dim)
         self.keys = [_lazy_zeros(shape, dtype) for _ in range(num_layers)]
         self.values = [_lazy_zeros(shape, dtype) for _ in range(num_layers)]
+
+    def reading_length(self, length: int) -> int:
+        """How many positions to read where `length` of them count.
+
+        A batched product of bfloat16 copies operands that are not in one piece, as slots cut short are: from half a
+        slot on, reading all of it is faster (two x86 cores with AVX512-BF16; float32 products need no copy).
+        """
+        is_sooner_whole = self._dtype is torch.bfloat16 and 2 * length >= self._max_length
+        return self._max_length if is_sooner_whole else length
 
     def write(self, layer: int, *, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store N tokens: slots and positions [N], keys and values [N, kv heads, head_dim]."""

@@ -57,7 +57,7 @@ class LlamaForward:
 
         Spans of one token must come first, by ascending slot.
         """
-        batch = _Batch(spans, weights=self._weights)
+        batch = _Batch(spans, weights=self._weights, cache=self._cache)
         hidden = self._weights.embedding[batch.token_ids]
         for index, layer in enumerate(self._weights.layers):
             hidden = self._layer(index, layer, hidden, batch)
@@ -128,7 +128,7 @@ class LlamaForward:
 class _Batch:
     """What all layers of one pass share."""
 
-    def __init__(self, spans: Sequence[Span], *, weights: LlamaWeights) -> None:
+    def __init__(self, spans: Sequence[Span], *, weights: LlamaWeights, cache: KvCache) -> None:
         self.token_ids = torch.tensor([token for span in spans for token in span.token_ids])
         self.positions = torch.cat([torch.arange(span.start, span.end) for span in spans])
         self.slots = torch.repeat_interleave(
@@ -138,7 +138,8 @@ class _Batch:
         single = [span for span in spans if len(span.token_ids) == 1]
         assert all(len(span.token_ids) == 1 for span in spans[: len(single)]), "single tokens come first"
         self.num_single = len(single)
-        self.runs = attention_runs([s.slot for s in single], [s.end for s in single]) if single else []
+        runs = attention_runs([s.slot for s in single], [s.end for s in single]) if single else []
+        self.runs = [(first, end, cache.reading_length(length)) for first, end, length in runs]
         ends = {span.slot: span.end for span in single}
         self.run_masks = [_length_mask(ends, first=first, end=end, length=length) for first, end, length in self.runs]
         group = weights.shape.num_heads // weights.shape.num_kv_heads

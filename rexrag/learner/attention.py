@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from rexrag.errors import ModelError
+from rexrag.learner.block_attention import block_attention
 
 PACKED_ATTENTION: Final = "rexrag_packed"
 
@@ -75,9 +76,6 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of each row over its own tokens: query [1, H, P, D], key and value [1, G, P, D] → [1, P, H, D].
 
-    On CPU the attention runs in float32 whatever the linear layers use: its backward pass in bfloat16 is several
-    times slower there.
-
     Raises:
         ModelError: a row is longer than the layer's sliding window, which packed rows do not have.
     """
@@ -86,15 +84,13 @@ def packed_attention(
             f"a row has {max(packed_layout.key_lengths)} tokens, the model's sliding window is {sliding_window}: "
             f"lower env.max_trajectory_tokens to at most {sliding_window}, or take a model with full attention"
         )
-    dtype = query.dtype
-    if query.device.type == "cpu":
-        query, key, value = query.float(), key.float(), value.float()
     if packed_layout.key_index is not None:
         key = key.index_select(2, packed_layout.key_index)
         value = value.index_select(2, packed_layout.key_index)
-    grouped = query.shape[1] != key.shape[1]
+    attend = _blockwise if query.device.type == "cpu" and torch.is_autocast_enabled("cpu") else _fused
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts = [
-        scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+        attend(q, k, v, mask, scale)
         for q, k, v, mask in zip(
             torch.split(query, packed_layout.query_lengths, dim=2),
             torch.split(key, packed_layout.key_lengths, dim=2),
@@ -104,7 +100,20 @@ def packed_attention(
         )
         if q.shape[2]
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2).to(dtype), None
+    return torch.cat(parts, dim=2).transpose(1, 2).to(query.dtype), None
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+
+
+def _blockwise(query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, scale: float) -> Tensor:
+    """Causal, of the last positions, as all masks of a layout are."""
+    narrow = torch.get_autocast_dtype("cpu")
+    return block_attention(query[0].to(narrow), key[0].to(narrow), value[0].to(narrow), scale=scale)[None]
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

@@ -19,7 +19,7 @@ from rexrag.errors import ModelError
 from rexrag.learner.attention import use_packed_attention
 from rexrag.learner.packing import PackedBatch, PackRow, pack
 
-CHUNK_TOKENS: Final = 512
+CHUNK_TOKENS: Final = 256
 _NUM_PROBE_TOKENS: Final = 8
 _TOLERANCE: Final = 0.01
 
