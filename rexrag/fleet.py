@@ -19,7 +19,7 @@ from rexrag.actors.engine import EngineStats
 from rexrag.actors.rollout_actor import RolloutActor
 from rexrag.errors import RunFailure
 from rexrag.types import Question, WeightVersion
-from rexrag.wiring import thread_environment
+from rexrag.wiring import process_environment
 
 Handle: TypeAlias = Any
 """A Ray actor handle: its methods are made at run time."""
@@ -67,7 +67,7 @@ class Fleet:
         self._current: tuple[WeightVersion, ObjectRef[Any] | None] = (version, None)
         self._buffer = buffer
         self._on_death = on_death
-        environment = {"env_vars": thread_environment(settings.num_threads)}
+        environment = {"env_vars": process_environment(settings.num_threads)}
         options: dict[str, Any] = {"num_cpus": num_cpus, "max_concurrency": MAX_CALLS, "runtime_env": environment}
         self._remote: Handle = ray.remote(**options)(RolloutActor)
         self._num_started = 0

@@ -17,7 +17,7 @@ from rexrag.retrieval.bm25 import build_bm25
 from rexrag.tiny_model import make_tiny_model
 from rexrag.warmstart import PromptSettings, WarmstartProgress, warm_start
 from rexrag.warmstart_child import warm_start_in_child
-from rexrag.wiring import thread_environment
+from rexrag.wiring import process_environment
 from rexrag.worlds.write import world_texts, write_world
 
 
@@ -84,7 +84,7 @@ def _warm_start(
             ),
             threads=num_threads,
         ),
-        environment=thread_environment(num_threads),
+        environment=process_environment(num_threads),
         progress=show,
     )
     if result.depth is not None:

@@ -35,7 +35,7 @@ from rexrag.run_folder import RunFolder
 from rexrag.signals import StopSignal
 from rexrag.supervisor import Supervisor
 from rexrag.types import Question, WeightVersion
-from rexrag.wiring import Layout, learner_settings, plan_layout, replay_settings, rollout_settings, thread_environment
+from rexrag.wiring import Layout, learner_settings, plan_layout, process_environment, replay_settings, rollout_settings
 
 LOG = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def _start_learner(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> 
         checkpoint=request.checkpoint,
         reference=Path(config.model.path) if config.loss.kl_coef > 0 else None,
     )
-    environment = {"env_vars": thread_environment(layout.learner_threads)}
+    environment = {"env_vars": process_environment(layout.learner_threads)}
     actor: Any = ray.remote(num_cpus=layout.cpus_per_process, runtime_env=environment)(LearnerActor)
     return actor.remote(spec)
 

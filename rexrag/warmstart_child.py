@@ -64,13 +64,16 @@ def warm_start_in_child(
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """A process that is spawned inside begins with the variables."""
-    before = dict(os.environ)
+    before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _work(start: Start, sender: Connection) -> None:

@@ -47,7 +47,7 @@ def plan_layout(config: Config, *, num_cores: int, node_cores: int) -> Layout:
     )
 
 
-def thread_environment(num_threads: int) -> dict[str, str]:
+def process_environment(num_threads: int) -> dict[str, str]:
     """Environment of a process that computes.
 
     Threads that wait give their core to the other processes. glibc keeps freed memory of up to 32 MB a piece

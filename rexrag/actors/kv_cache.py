@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _LENGTH_STEP: Final = 32
+"""Lengths of bfloat16 products are multiples of it: each further size keeps memory in the matrix library."""
 
 _RUN_COST: Final = 128
 """What one more attention call costs, in cache positions that could be read meanwhile (measured on x86 CPUs)."""
