@@ -40,12 +40,13 @@ class RolloutSettings:
 def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[EpisodeRunner, TorchEngine]:
     """The runner and its engine, whose weights are those of the model folder, called `version`."""
     codec = Codec(load_tokenizer(settings.model_path))
+    dtype = fastest_dtype() if settings.dtype == "auto" else settings.dtype
     engine = TorchEngine(
-        load_model(settings.model_path, dtype="float32"),
+        load_model(settings.model_path, dtype=dtype),
         settings=TorchEngineSettings(
             max_sequences=settings.num_sequences,
             max_length=settings.episodes.max_trajectory_tokens,
-            dtype=fastest_dtype() if settings.dtype == "auto" else settings.dtype,
+            dtype=dtype,
             inflight=settings.inflight,
             num_threads=settings.num_threads,
         ),
