@@ -43,6 +43,13 @@ class DeadEndDepth:
     search_median: float
     search_mean: float
 
+    def __str__(self) -> str:
+        return (
+            f"after the first search it answers with probability {self.answer_mean:.3f}, goes on with "
+            f"{self.think_median:.1e} by a thought and {self.search_median:.1e} by a search (medians of "
+            f"{self.num_contexts} questions)"
+        )
+
 
 def measure_depth(
     model: PreTrainedModel,

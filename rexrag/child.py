@@ -1,4 +1,4 @@
-"""The supervised start in a process of its own: what it needs of memory is free again when the run begins."""
+"""One piece of preparation in a process of its own: what it needs of memory is free again when the run begins."""
 
 from __future__ import annotations
 
@@ -8,52 +8,58 @@ import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rexrag.errors import RunFailure, UserError
-from rexrag.warmstart import WarmstartProgress, WarmstartResult
 
 END_TIMEOUT_S = 60.0
 
 
-class Start(Protocol):
-    """`warm_start` but for its progress."""
+StateT = TypeVar("StateT")
+StateT_co = TypeVar("StateT_co", covariant=True)
+ResultT = TypeVar("ResultT")
+ResultT_co = TypeVar("ResultT_co", covariant=True)
 
-    def __call__(self, *, progress: Callable[[WarmstartProgress], None]) -> WarmstartResult: ...
+
+class Work(Protocol[StateT_co, ResultT_co]):
+    """A function that reports its state while it works; it, states and result can be pickled."""
+
+    def __call__(self, *, progress: Callable[[StateT_co], None]) -> ResultT_co: ...
 
 
-def warm_start_in_child(
-    start: Start, *, environment: Mapping[str, str], progress: Callable[[WarmstartProgress], None]
-) -> WarmstartResult:
-    """`start(progress=...)`, elsewhere. The child ends with this call, whatever ends it.
+def run_in_child(
+    work: Work[StateT, ResultT], *, name: str, environment: Mapping[str, str], progress: Callable[[StateT], None]
+) -> ResultT:
+    """`work(progress=progress)`, elsewhere. The child ends with this call, whatever ends it.
 
     Args:
-        start: `warm_start` with all its arguments but `progress` (`functools.partial`).
+        name: what it is, for error messages.
         environment: variables that the child has beside, or in place of, this process's.
 
     Raises:
-        UserError: as `warm_start`.
+        UserError: as `work`.
         RunFailure: the child died or broke.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_work, args=(start, sender), name="warm start", daemon=True)
+    child = context.Process(target=_work, args=(work, name, sender), name=name, daemon=True)
     with _environment(environment):
         child.start()
     sender.close()
     try:
         while True:
-            message = receiver.recv()
-            if isinstance(message, WarmstartProgress):
-                progress(message)
-            elif isinstance(message, WarmstartResult):
-                return message
+            kind, content = receiver.recv()
+            if kind == "state":
+                progress(content)
+            elif kind == "error":
+                raise content
             else:
-                raise message
+                result: ResultT = content
+                return result
     except EOFError:
         child.join(END_TIMEOUT_S)
         raise RunFailure(
-            f"the warm start died with exit code {child.exitcode} (-9: killed, mostly for memory); start again"
+            f"{name} died with exit code {child.exitcode} (-9: killed, mostly for memory); start again"
         ) from None
     finally:
         child.terminate()
@@ -76,14 +82,14 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _work(start: Start, sender: Connection) -> None:
+def _work(work: Work[StateT, ResultT], name: str, sender: Connection) -> None:
     # A stop from the terminal reaches both processes: the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        result = start(progress=sender.send)
+        result = work(progress=lambda state: sender.send(("state", state)))
     except UserError as error:
-        sender.send(error)
+        sender.send(("error", error))
     except Exception as error:  # noqa: BLE001  # fault boundary of the process: the parent raises it
-        sender.send(RunFailure(f"the warm start broke: {error!r}"))
+        sender.send(("error", RunFailure(f"{name} broke: {error!r}")))
     else:
-        sender.send(result)
+        sender.send(("result", result))
