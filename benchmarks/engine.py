@@ -5,8 +5,8 @@
 Both run the program's own episodes over the geography world and its BM25 index; only the engine differs. The peer
 calls `model.generate` for all unfinished episodes at once, turn by turn, with prompts computed anew and the same
 stop strings, in float32 or bfloat16, whichever generates faster here. Greedy, so that both write the same episodes:
-the result counts how many are equal. Wall time means something on an idle machine only (`load_before`,
-`load_after`); on a busy one compare CPU time, with --threads 1.
+the result counts how many are equal. Wall time means something on an idle machine only (`load`,
+`load_at_end`); on a busy one compare CPU time, with --threads 1.
 
 Without --model SmolLM2-135M-Instruct is fetched and learns the format of episodes from a few demonstrations first,
 once per work folder.
@@ -18,8 +18,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +28,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import transformers
+from machine import commit, machine
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from rexrag.actors.engine import Engine, EngineStats, Finish, GenerateRequest, Generation
@@ -261,36 +259,6 @@ def fastest_peer_dtype(
     return min(dtypes, key=lambda dtype: seconds[dtype]), seconds
 
 
-def machine(num_threads: int) -> dict[str, object]:
-    cpu = next((line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
-    flags = next((line for line in _cpuinfo() if line.startswith("flags")), "")
-    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": num_threads,
-        "instructions": [name for name in known if name in flags.split()],
-        "load_before": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def commit() -> str:
-    """Commit of the checkout, with a mark where tracked files differ from it."""
-    folder = Path(__file__).parent
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False)
-    tracked = ["git", "status", "--porcelain", "--untracked-files=no"]
-    changed = subprocess.run(tracked, cwd=folder, capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path)
@@ -302,7 +270,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     prepared = prepare(args.work, model=args.model, num_episodes=args.episodes)
-    where = machine(args.threads)
+    where = {**machine(), "threads": args.threads}
     tokenizer = load_tokenizer(prepared.model)
     codec = Codec(tokenizer)
     own = asyncio.run(_run_own(prepared, codec=codec, num_threads=args.threads))
@@ -317,7 +285,7 @@ def main() -> None:
         "benchmark": "greedy episodes with searches, torch engine against transformers generate",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "machine": {**where, "load_after": round(os.getloadavg()[0], 2)},
+        "machine": {**where, "load_at_end": round(os.getloadavg()[0], 2)},
         "episodes": len(prepared.questions),
         "equal_episodes": equal,
         "torch_engine": own.summary(),
