@@ -55,14 +55,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "quickstart.json")
     words = parser.parse_args()
     rows: list[Row] = []
+    head = commit()
     for seed in words.seeds:
         rows.append(run("rex", seed=seed, work=words.work))
-        write(words.out, rows)
+        write(words.out, rows, head=head)
     for seed in words.grpo_seeds:
         rex = next(row for row in rows if row.seed == seed)
         group_size = max(2, round(rex.rollouts / num_groups(words.work / f"rex-{seed}")))
         rows.append(run("grpo", seed=seed, work=words.work, group_size=group_size))
-        write(words.out, rows)
+        write(words.out, rows, head=head)
     print(table(rows))
 
 
@@ -172,9 +173,9 @@ def hops(values: dict[str, float]) -> str:
     return " / ".join(f"{values[key]:.2f}" for key in sorted(values))
 
 
-def write(path: Path, rows: list[Row]) -> None:
+def write(path: Path, rows: list[Row], *, head: str) -> None:
     result = {
-        "commit": commit(),
+        "commit": head,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine(),
         "rows": [asdict(row) for row in rows],
