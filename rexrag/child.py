@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -83,8 +84,10 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _work(work: Work[StateT, ResultT], name: str, sender: Connection) -> None:
-    # A stop from the terminal reaches both processes: the parent decides.
+    # A stop from the terminal reaches both processes: the parent decides. Its word ends the work as an exception
+    # would, so that scratch files and processes of the work's own go with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         result = work(progress=lambda state: sender.send(("state", state)))
     except UserError as error:
