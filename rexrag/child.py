@@ -55,6 +55,7 @@ def run_in_child(
             elif kind == "error":
                 raise content
             else:
+                child.join(END_TIMEOUT_S)
                 result: ResultT = content
                 return result
     except EOFError:
