@@ -31,7 +31,7 @@ from rexrag.recipe import Recipe, flatten, load_recipe, make_config, prepared_va
 ROOT: Final = Path(__file__).resolve().parent.parent
 RECIPE: Final = ROOT / "recipes" / "synthetic.toml"
 
-DECISION_WEIGHTS: Final = {"1e-1": 0.3, "1e-2": 0.03, "1e-3": 0.002, "1e-4": 0.0002, "1e-6": 0.0}
+DECISION_WEIGHTS: Final = {"1e-1": 0.3, "1e-2": 0.03, "1e-3": 0.002, "1e-4": 0.0002, "1e-5": 0.0}
 """Depth, the probability of going on after the warm start in round numbers -> the dial that makes it."""
 MIDDLE: Final = "1e-4"
 WORLD: Final = {"one_hop": 0.25, "train_one_hop": 0.2, "dev": 160, "test": 400}
@@ -41,6 +41,7 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "grpo": ("method=grpo",),
     "paper": ("method=rex",),
     "none": ("method=rex", "correction.mixture=none"),
+    "none, all": ("method=rex", "correction.mixture=none", "probe.filter=none"),
 }
 """Name -> settings over the recipe."""
 OURS: Final = "none"
