@@ -41,7 +41,16 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "grpo": ("method=grpo",),
     "paper": ("method=rex",),
     "none": ("method=rex", "correction.mixture=none"),
-    "none, all": ("method=rex", "correction.mixture=none", "probe.filter=none"),
+    "none-keep.1": ("method=rex", "correction.mixture=none", "loss.preserve=0.1"),
+    "none-keep.3": ("method=rex", "correction.mixture=none", "loss.preserve=0.3"),
+    "none-keep1": ("method=rex", "correction.mixture=none", "loss.preserve=1"),
+    "free": ("method=rex", "correction.mixture=none", "probe.filter=none", "probe.transfer=hint_free"),
+    "free-keep.3": (
+        "method=rex", "correction.mixture=none", "probe.filter=none", "probe.transfer=hint_free", "loss.preserve=0.3",
+    ),
+    "free-keep1": (
+        "method=rex", "correction.mixture=none", "probe.filter=none", "probe.transfer=hint_free", "loss.preserve=1",
+    ),
 }
 """Name -> settings over the recipe."""
 OURS: Final = "none"

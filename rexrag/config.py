@@ -106,9 +106,13 @@ class WeightsConfig(Section):
 
 class ProbeConfig(Section):
     rate: Share = Field(0.5, description="Probability that a dead end is probed.")
-    transfer: Literal["hinted"] = Field("hinted", description="Probes are trained with their hint in the context.")
-    dead_end: Literal["rollout"] = Field(
-        "rollout", description="A probe forks from each failed rollout, the moment it fails."
+    transfer: Literal["hinted", "hint_free"] = Field(
+        "hinted", description="Probes are trained with their hint in the context, or as if it had not been there."
+    )
+    dead_end: Literal["rollout", "group"] = Field(
+        "rollout",
+        description="Probes fork from each failed rollout the moment it fails, or from those of a question whose "
+        "targets all failed.",
     )
     branch: Literal["answer", "turn"] = Field(
         "answer", description="Fork before the failed action's tag, or at the start of its turn."
@@ -120,8 +124,9 @@ class ProbeConfig(Section):
 
 
 class CorrectionConfig(Section):
-    mixture: Literal["token", "none"] = Field(
-        "token", description="Weights for probe mixing: the paper's per-token mixture, or none."
+    mixture: Literal["token", "sequence", "none"] = Field(
+        "token",
+        description="Weights for probe mixing: the paper's per token, the exact ones per trajectory, or none.",
     )
     bound: Literal["truncate", "mask", "none"] = Field(
         "truncate", description="What is done with large staleness weights."
@@ -143,7 +148,10 @@ class LossConfig(Section):
     dual_clip: float = Field(3.0, gt=1, description="Bound of the loss for negative advantages.")
     kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference model; 0 loads none.")
     train_hints: bool = Field(True, description="Hint tokens carry loss.")
-    train_prefix: Literal[False] = Field(False, description="A probe's prefix carries no loss: its parent trains it.")
+    train_prefix: bool = Field(False, description="A probe's prefix carries loss too, beside its parent's.")
+    preserve: float = Field(
+        0.0, ge=0, le=10, description="Advantage of the rows of a group that are all right; 0: they have none."
+    )
 
 
 class ReplayConfig(Section):
@@ -245,7 +253,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Config:
-        problems = [*_env_problems(self.env), *_training_problems(self), *_prepare_problems(self.prepare)]
+        problems = [
+            *_env_problems(self.env),
+            *_training_problems(self),
+            *_estimator_problems(self),
+            *_prepare_problems(self.prepare),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -287,6 +300,31 @@ def _training_problems(config: Config) -> list[str]:
             f"({config.replay.lease_deadline_s}); lower the one or raise the other."
         )
     return problems
+
+
+def _estimator_problems(config: Config) -> list[str]:
+    """Switches that only together are an estimator."""
+    probe, loss = config.probe, config.loss
+    problems = []
+    if probe.transfer == "hint_free" and probe.rate > 0 and probe.filter != "none":
+        problems.append(
+            f'probe.filter = "{probe.filter}": must be "none" with probe.transfer = "hint_free", where a hint\'s own '
+            "probability says nothing; set it, and lower probe.rate where that is too many probes."
+        )
+    if config.correction.mixture != "sequence":
+        return problems
+    needed: dict[str, tuple[object, object]] = {
+        "probe.dead_end": (probe.dead_end, "rollout"),
+        "probe.filter": (probe.filter, "none"),
+        "loss.train_hints": (loss.train_hints, True),
+        "loss.train_prefix": (loss.train_prefix, True),
+    }
+    return problems + [
+        f'{key} = {value!r}: must be {wanted!r} with correction.mixture = "sequence", whose weights are those of whole '
+        "trajectories; set it, or another mixture."
+        for key, (value, wanted) in needed.items()
+        if value != wanted
+    ]
 
 
 def _prepare_problems(prepare: PrepareConfig) -> list[str]:

@@ -17,19 +17,24 @@ from rexrag.errors import DataError
 from rexrag.types import FloatArray, IntArray
 
 DEFAULT_HINTS: Final = (
-    "<think> That is only one step. The next step is to find",
-    "<think> This is just part of what is asked. I still need",
-    "<think> The question wants more than this. I have to look up",
-    "<think> I may have stopped too early. Now I should find",
-    "<think> Let me read the question again. What is still missing is",
-    "<think> This does not settle the question yet. Next I need",
-    "<think> It is too soon to answer. First I must know",
-    "<think> These passages may have left something out. I should look for",
-    "<think> I should not guess here. Let me search for",
-    "<think> My last query may have been poor. Instead I could ask for",
+    "<think> | That is only one step. The next step is to find",
+    "<think> | This is just part of what is asked. I still need",
+    "<think> | The question wants more than this. I have to look up",
+    "<think> | I may have stopped too early. Now I should find",
+    "<think> | Let me read the question again. What is still missing is",
+    "<think> | This does not settle the question yet. Next I need",
+    "<think> | It is too soon to answer. First I must know",
+    "<think> | These passages may have left something out. I should look for",
+    "<think> | I should not guess here. Let me search for",
+    "<think> | My last query may have been poor. Instead I could ask for",
 )
-"""Half sentences that the policy completes: what the next step is has to come from the policy itself."""
+"""Half sentences that the policy completes: what the next step is has to come from the policy itself.
 
+As in a file of hints: what stands before "|" stays where a hint is taken out of a rollout again (§5b).
+"""
+
+_SEPARATOR: Final = "|"
+_THINK_TAG: Final = re.compile(r"<(/?)think>")
 _FORBIDDEN_TAG: Final = re.compile(r"<[\s/]*(?:search|answer|information|action)[\s/]*>", re.IGNORECASE)
 
 
@@ -46,10 +51,13 @@ class HintPool:
         hash: SHA-256 of the hints' token ids, in order: runs with the same hash may share densities.
     """
 
-    def __init__(self, hints: Sequence[Sequence[int]]) -> None:
+    def __init__(self, hints: Sequence[Sequence[int]], *, kept: Sequence[int] | None = None) -> None:
         """
+        Args:
+            kept: of each hint how many of its first tokens stay when it is taken out of a rollout (§5b); None: 0.
+
         Raises:
-            DataError: no hint, or a hint without tokens.
+            DataError: no hint, a hint without tokens, or one that would keep more than it has.
         """
         if not hints:
             raise DataError("the hint pool is empty, it needs at least one hint")
@@ -57,6 +65,12 @@ class HintPool:
         for index, hint in enumerate(self._hints):
             if not hint:
                 raise DataError(f"hint {index} has no tokens")
+        self._kept = (0,) * len(hints) if kept is None else tuple(kept)
+        if len(self._kept) != len(hints):
+            raise DataError(f"kept has {len(self._kept)} entries, the pool has {len(hints)} hints")
+        for index, (hint, count) in enumerate(zip(self._hints, self._kept, strict=True)):
+            if not 0 <= count <= len(hint):
+                raise DataError(f"hint {index} has {len(hint)} tokens, it cannot keep {count} of them")
         self.longest: int = max(map(len, self._hints))
         self.hash: str = hashlib.sha256(json.dumps(self._hints).encode()).hexdigest()
         self._trie = _Trie(self._hints)
@@ -68,6 +82,10 @@ class HintPool:
     def ids(self, index: int) -> tuple[int, ...]:
         """Token ids of a hint."""
         return self._hints[index]
+
+    def kept(self, index: int) -> int:
+        """How many of a hint's first tokens stay when it is taken out of a rollout (§5b)."""
+        return self._kept[index]
 
     def logpmf(self, index: int) -> FloatArray:
         """[len(hint)] log PMF(c_t | c_<t) of a hint's tokens, the last one with its end factor; read-only.
@@ -99,26 +117,49 @@ def find_hints(token_ids: Sequence[int] | IntArray, pool: HintPool) -> list[tupl
     return pool.find(token_ids)
 
 
-def load_hints(path: Path | None, *, codec: Codec) -> HintPool:
+def load_hints(path: Path | None, *, codec: Codec, removable: bool = False) -> HintPool:
     """The pool of a file, one hint a line, or the built-in one for None.
 
-    Blank lines and lines that begin with "#" are skipped, white space around a hint is dropped.
+    Blank lines and lines that begin with "#" are skipped, white space around a hint is dropped. Of a hint with a "|"
+    the text before it stays, as if the policy had written it, when the hint is taken out of a rollout again; without
+    one all of it goes.
+
+    Args:
+        removable: hints will be taken out: refuse those that would leave broken text behind.
 
     Raises:
-        DataError: no readable UTF-8 file, no hint in it, or a hint with an action tag or a special token.
+        DataError: no readable UTF-8 file, no hint in it, a hint with an action tag or a special token, or one whose
+            "|" parts a thought's tags.
     """
     if path is None:
-        return HintPool([codec.encode(hint) for hint in DEFAULT_HINTS])
+        return _pool([(f"built-in hint {i}", hint) for i, hint in enumerate(DEFAULT_HINTS)], codec, removable)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"probe.hints = {path} cannot be read: {error}") from error
-    hints = [(number, hint) for number, line in enumerate(lines, start=1) if (hint := line.strip()) and hint[0] != "#"]
+    numbered = [(f"{path}:{number}", line.strip()) for number, line in enumerate(lines, start=1)]
+    hints = [(where, hint) for where, hint in numbered if hint and hint[0] != "#"]
     if not hints:
         raise DataError(f"{path} has no hint, it needs at least one; write one a line, or unset probe.hints")
-    for number, hint in hints:
-        _check_hint(hint, where=f"{path}:{number}", codec=codec)
-    return HintPool([codec.encode(hint) for _, hint in hints])
+    for where, hint in hints:
+        _check_hint(hint, where=where, codec=codec)
+    return _pool(hints, codec, removable)
+
+
+def _pool(hints: Sequence[tuple[str, str]], codec: Codec, removable: bool) -> HintPool:
+    ids, kept = [], []
+    for where, hint in hints:
+        opening, _, rest = hint.rpartition(_SEPARATOR)
+        opening, rest = opening.strip(), rest.strip()
+        if removable:
+            _check_removable(rest, where=where)
+        stays = codec.encode(opening) if opening else []
+        goes = codec.encode(f" {rest}" if opening and rest else rest) if rest else []
+        if not stays + goes:
+            raise DataError(f'{where}: hint {hint!r} has no text beside "{_SEPARATOR}"; write some, or take it out')
+        ids.append([*stays, *goes])
+        kept.append(len(stays))
+    return HintPool(ids, kept=kept)
 
 
 def _check_hint(hint: str, *, where: str, codec: Codec) -> None:
@@ -127,6 +168,22 @@ def _check_hint(hint: str, *, where: str, codec: Codec) -> None:
     if forbidden is not None:
         raise DataError(
             f"{where}: hint {hint!r} contains {forbidden!r}; a hint is a thought, the policy acts by itself"
+        )
+    if hint.count(_SEPARATOR) > 1:
+        raise DataError(f'{where}: hint {hint!r} has more than one "{_SEPARATOR}"; one parts what stays from what goes')
+
+
+def _check_removable(goes: str, *, where: str) -> None:
+    """A thought that only opens or only closes in what is taken out would leave its other tag behind."""
+    depth = 0
+    for tag in _THINK_TAG.finditer(goes):
+        depth += -1 if tag[1] else 1
+        if depth < 0:
+            break
+    if depth:
+        raise DataError(
+            f'{where}: with probe.transfer = "hint_free" {goes!r} is taken out, and a <think> or </think> without '
+            f'its other half with it; put "{_SEPARATOR}" after the tag that has to stay'
         )
 
 

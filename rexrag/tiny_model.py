@@ -26,7 +26,8 @@ PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 _TAGS: Final = tuple(f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/"))
 _TOKEN: Final = r"</?(?:think|search|information|answer)>|\w+(?:[-'’]\w+)*|[^\w\s]"
 _OWN_TEXTS: Final = (
-    *_TAGS, *DEFAULT_HINTS, BUILT_IN_TEMPLATE, " ".join(map(str, range(1, 21))), "Doc 1(Title: x) x",
+    *_TAGS, *(hint.replace("|", "") for hint in DEFAULT_HINTS), BUILT_IN_TEMPLATE,
+    " ".join(map(str, range(1, 21))), "Doc 1(Title: x) x",
     "That was no valid action: the turn has no complete action. Write <search>query</search> or <answer>text</answer>.",
 )  # fmt: skip
 """What the program itself writes into a trajectory."""

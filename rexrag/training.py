@@ -147,7 +147,7 @@ def read_inputs(request: TrainRequest) -> Inputs:
         train=load(config.data.train),
         dev=load(config.data.dev)[:limit],
         test=load(config.data.eval)[:limit],
-        hints=load_hints(config.probe.hints, codec=codec),
+        hints=load_hints(config.probe.hints, codec=codec, removable=config.probe.transfer == "hint_free"),
         model_path=model_path,
     )
 
@@ -179,6 +179,7 @@ def _start_learner(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> 
         model=Path(config.model.path) if request.checkpoint is None else request.checkpoint,
         settings=learner_settings(config, fastest_dtype=fastest_dtype()),
         hints=[inputs.hints.ids(index) for index in range(len(inputs.hints))],
+        kept=[inputs.hints.kept(index) for index in range(len(inputs.hints))],
         threads=layout.learner_threads,
         seed=config.train.seed,
         evidence_folder=request.run.root,

@@ -23,7 +23,7 @@ ByteArray: TypeAlias = npt.NDArray[np.uint8]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
-SCHEMA_VERSION: Final = "1"
+SCHEMA_VERSION: Final = "2"
 
 
 class Origin(IntEnum):
@@ -109,6 +109,14 @@ class Trajectory:
         gold_retrieved: a gold passage (or a gold answer in a shown passage) was retrieved; None if unknown.
         token_ids, origin, behavior_logprob, policy_version: [T], recorded at production time (§3).
             `behavior_logprob` is 0 and `policy_version` the version held on prompt and env tokens.
+        action_starts: [num_turns] of each model turn the position of its action's first token, the turn's end where
+            it has no action: the last position of the turn at which a probe can fork (§4).
+        alternative_logprob: [T] recorded for hint-free transfer, 0 where there is none (§5b). Of a probe: log-probs
+            after its hint as if the part of the hint that goes were not there. Of a target: log-probs from
+            `alternative_branch` on as if hint `alternative_hint_id` stood there. None: not recorded, or the target
+            could not have come from such a probe.
+        alternative_branch: tokens after the prompt that precede the branch drawn for a target.
+        score_version: version under which `alternative_logprob` was scored.
         timings: seconds by name (`queue_s`, `generate_s`, `search_s`), None where not measured.
     """
 
@@ -130,6 +138,11 @@ class Trajectory:
     origin: ByteArray
     behavior_logprob: FloatArray
     policy_version: IntArray
+    action_starts: IntArray
+    alternative_logprob: FloatArray | None = None
+    alternative_branch: int | None = None
+    alternative_hint_id: int | None = None
+    score_version: int | None = None
     text: str | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
 
@@ -157,8 +170,40 @@ class Trajectory:
             raise ValueError("a probe needs parent, branch_point and hint_id")
         if not is_probe and (self.parent is not None or self.hint_id is not None):
             raise ValueError("a target has neither parent nor hint_id")
-        if self.branch_point is not None and not 0 <= self.branch_point <= length - self.prompt_length:
-            raise ValueError(f"branch_point {self.branch_point} is outside [0, {length - self.prompt_length}]")
+        for name in ("branch_point", "alternative_branch"):
+            at = getattr(self, name)
+            if at is not None and not 0 <= at <= length - self.prompt_length:
+                raise ValueError(f"{name} {at} is outside [0, {length - self.prompt_length}]")
+        self._check_turns()
+        self._check_alternative()
+
+    def _check_turns(self) -> None:
+        starts = self.turn_starts
+        if len(self.action_starts) != len(starts):
+            raise ValueError(
+                f"action_starts has {len(self.action_starts)} entries, the tokens have {len(starts)} turns"
+            )
+        ends = np.append(starts[1:], len(self.token_ids))
+        if ((self.action_starts < starts) | (self.action_starts > ends)).any():
+            raise ValueError("action_starts must lie within their turns")
+
+    def _check_alternative(self) -> None:
+        scores = self.alternative_logprob
+        if (self.alternative_branch is None) != (self.alternative_hint_id is None):
+            raise ValueError("alternative_branch and alternative_hint_id belong together")
+        if self.kind is Kind.PROBE and self.alternative_branch is not None:
+            raise ValueError("a probe draws no alternative branch: it has its own")
+        if (scores is None) != (self.score_version is None):
+            raise ValueError("alternative_logprob and score_version belong together")
+        if scores is not None and (len(scores) != len(self.token_ids) or not np.isfinite(scores).all()):
+            raise ValueError(f"alternative_logprob must be finite, one entry for each of {len(self.token_ids)} tokens")
+
+    @property
+    def turn_starts(self) -> IntArray:
+        """[num_turns] first token of each model turn: one with a density after one without."""
+        density = self.has_density.astype(np.int8)
+        starts: IntArray = (np.flatnonzero(np.diff(density) == 1) + 1).astype(np.int32)
+        return starts
 
     @property
     def has_density(self) -> BoolArray:
@@ -205,6 +250,11 @@ GROUP_SCHEMA: Final = pa.schema(
         pa.field("origin", pa.list_(pa.uint8()), nullable=False),
         pa.field("behavior_logprob", pa.list_(pa.float32()), nullable=False),
         pa.field("policy_version", pa.list_(pa.int32()), nullable=False),
+        pa.field("action_starts", pa.list_(pa.int32()), nullable=False),
+        pa.field("alternative_logprob", pa.list_(pa.float32())),
+        pa.field("alternative_branch", pa.int32()),
+        pa.field("alternative_hint_id", pa.int32()),
+        pa.field("score_version", pa.int32()),
         pa.field("min_version", pa.int32()),
         pa.field("max_version", pa.int32()),
         pa.field("text", pa.string()),
@@ -215,15 +265,17 @@ GROUP_SCHEMA: Final = pa.schema(
 """One row per trajectory, one record batch per group. The list columns' values and offsets are the packed
 layout (`cu_seqlens`) that the learner reads."""
 
-_PER_TOKEN: Final = {
+_LISTS: Final = {
     "token_ids": np.int32,
     "origin": np.uint8,
     "behavior_logprob": np.float32,
     "policy_version": np.int32,
+    "action_starts": np.int32,
+    "alternative_logprob": np.float32,
 }
 _PER_ROW: Final = (
     "parent", "branch_point", "hint_id", "reward", "em", "f1", "correct", "num_searches", "num_turns", "num_malformed",
-    "gold_retrieved", "prompt_length", "text",
+    "gold_retrieved", "prompt_length", "text", "alternative_branch", "alternative_hint_id", "score_version",
 )  # fmt: skip
 
 
@@ -280,10 +332,8 @@ class TrajectoryGroup:
         }
         for name in _PER_ROW:
             columns[name] = pa.array([getattr(row, name) for row in rows], GROUP_SCHEMA.field(name).type)
-        offsets = pa.array(np.cumsum([0, *(len(row.token_ids) for row in rows)]), pa.int32())
-        for name, dtype in _PER_TOKEN.items():
-            values = pa.array(np.concatenate([getattr(row, name) for row in rows]).astype(dtype, copy=False))
-            columns[name] = pa.ListArray.from_arrays(offsets, values)
+        for name in _LISTS:
+            columns[name] = _join_lists([getattr(row, name) for row in rows], name)
         return pa.record_batch([columns[name] for name in GROUP_SCHEMA.names], schema=GROUP_SCHEMA)
 
     @classmethod
@@ -300,11 +350,11 @@ class TrajectoryGroup:
             raise ValueError("the record batch does not have GROUP_SCHEMA")
         names = (*_PER_ROW, "kind", "end_reason", "timings")
         scalars = {name: batch.column(name).to_pylist() for name in names}
-        tokens = {name: _split_lists(batch.column(name)) for name in _PER_TOKEN}
+        lists = {name: _split_lists(batch.column(name)) for name in _LISTS}
         rows = []
         for i in range(batch.num_rows):
             values: dict[str, Any] = {name: scalars[name][i] for name in _PER_ROW}
-            values |= {name: arrays[i] for name, arrays in tokens.items()}
+            values |= {name: arrays[i] for name, arrays in lists.items()}
             rows.append(
                 Trajectory(
                     kind=Kind(scalars["kind"][i]),
@@ -317,10 +367,22 @@ class TrajectoryGroup:
         return cls(trajectories=tuple(rows), **first)
 
 
-def _split_lists(column: pa.ListArray) -> list[npt.NDArray[np.generic]]:
+def _join_lists(arrays: Sequence[npt.NDArray[np.generic] | None], name: str) -> pa.ListArray:
+    dtype = _LISTS[name]
+    present = [np.empty(0, dtype) if array is None else array.astype(dtype, copy=False) for array in arrays]
+    offsets = pa.array(np.cumsum([0, *map(len, present)]), pa.int32())
+    missing = pa.array([array is None for array in arrays])
+    mask = missing if GROUP_SCHEMA.field(name).nullable else None
+    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(present)), mask=mask)
+
+
+def _split_lists(column: pa.ListArray) -> list[npt.NDArray[np.generic] | None]:
     values = column.values.to_numpy(zero_copy_only=True)
     offsets = column.offsets.to_numpy(zero_copy_only=True)
-    return [values[a:b] for a, b in itertools.pairwise(offsets)]
+    present = column.is_valid().to_pylist()
+    return [
+        values[a:b] if is_there else None for is_there, (a, b) in zip(present, itertools.pairwise(offsets), strict=True)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

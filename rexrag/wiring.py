@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rexrag.actors.build import RolloutSettings
 from rexrag.actors.episode import EpisodeSettings
@@ -13,6 +14,7 @@ from rexrag.env.prompt import read_template
 from rexrag.errors import ConfigError
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
+from rexrag.learner.mixture import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
 from rexrag.types import Question
@@ -75,11 +77,20 @@ def episode_settings(config: Config) -> EpisodeSettings:
         top_k=env.top_k,
         probe_rate=config.probe.rate,
         branch=config.probe.branch,
+        dead_end=config.probe.dead_end,
+        scored=_scored(config),
         seed=config.train.seed,
         eval_episodes=config.rollout.episodes_per_actor,
         prompt_template=None if env.prompt_file is None else read_template(env.prompt_file),
         system_prompt=env.system_prompt,
     )
+
+
+def _scored(config: Config) -> Literal["none", "probes", "all"]:
+    """Rollouts that hint-free transfer needs scored: exact weights compare targets with probes, too."""
+    if config.probe.transfer == "hinted" or config.probe.rate == 0:
+        return "none"
+    return "all" if config.correction.mixture == "sequence" else "probes"
 
 
 def rollout_settings(config: Config, *, model_path: str, num_threads: int) -> RolloutSettings:
@@ -123,6 +134,8 @@ def learner_settings(config: Config, *, fastest_dtype: str) -> LearnerSettings:
             dual_clip=loss.dual_clip,
             kl_coef=loss.kl_coef,
             train_hints=loss.train_hints,
+            train_prefix=loss.train_prefix,
+            preserve=loss.preserve,
         ),
         optimizer=OptimizerSettings(
             learning_rate=optimizer.learning_rate,
@@ -132,7 +145,12 @@ def learner_settings(config: Config, *, fastest_dtype: str) -> LearnerSettings:
             weight_decay=optimizer.weight_decay,
             max_grad_norm=optimizer.max_grad_norm,
         ),
-        filter=config.probe.filter,
+        probe=ProbeSettings(
+            rate=config.probe.rate,
+            branch=config.probe.branch,
+            transfer=config.probe.transfer,
+            filter=config.probe.filter,
+        ),
         max_staleness=config.replay.max_staleness,
         micro_batch_tokens=learner.micro_batch_tokens,
         autocast="bfloat16" if autocast == "bfloat16" else "float32",

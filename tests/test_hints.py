@@ -145,11 +145,48 @@ def test_find_hints_is_fast_enough_for_every_row() -> None:
 def test_the_built_in_hints(codec: Codec) -> None:
     assert 8 <= len(DEFAULT_HINTS) == len(set(DEFAULT_HINTS)) <= 12
     for hint in DEFAULT_HINTS:
-        assert hint.startswith("<think> ")
+        assert hint.startswith("<think> | ")
         assert hint[-1].isalpha(), "half a sentence, without a trailing space"
         assert "</think>" not in hint
-    pool = load_hints(None, codec=codec)
-    assert [codec.decode(pool.ids(i)) for i in range(len(pool))] == list(DEFAULT_HINTS)
+    pool = load_hints(None, codec=codec, removable=True)
+    assert [codec.decode(pool.ids(i)) for i in range(len(pool))] == [h.replace("| ", "") for h in DEFAULT_HINTS]
+    assert {codec.decode(pool.ids(i)[: pool.kept(i)]) for i in range(len(pool))} == {"<think>"}
+
+
+def test_a_hint_says_what_of_it_stays(codec: Codec, tmp_path: Path) -> None:
+    file = tmp_path / "hints.txt"
+    file.write_text("<think> I | still need\n<think> Wait,\n<think> so |\n| <think> no </think>\n")
+    pool = load_hints(file, codec=codec)
+    assert [codec.decode(pool.ids(i)) for i in range(4)] == [
+        "<think> I still need", "<think> Wait,", "<think> so", "<think> no </think>",
+    ]  # fmt: skip
+    assert [codec.decode(pool.ids(i)[: pool.kept(i)]) for i in range(4)] == ["<think> I", "", "<think> so", ""]
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ("<think> Wait,", "'<think> Wait,' is taken out, and a <think>"),
+        ("<think> | so </think>", "'so </think>' is taken out"),
+        ("<think> | </think> <think> so", "is taken out"),
+    ],
+)
+def test_hints_that_leave_half_a_thought_are_refused_where_they_are_taken_out(
+    codec: Codec, tmp_path: Path, bad: str, match: str
+) -> None:
+    file = tmp_path / "hints.txt"
+    file.write_text(f"<think> | Next I need\n{bad}\n")
+    assert len(load_hints(file, codec=codec)) == 2
+    with pytest.raises(DataError, match=rf"hints\.txt:2: .*{match}"):
+        load_hints(file, codec=codec, removable=True)
+
+
+@pytest.mark.parametrize(("bad", "match"), [("a | b | c", "more than one"), (" | ", "no text beside")])
+def test_hints_with_misplaced_bars_are_refused(codec: Codec, tmp_path: Path, bad: str, match: str) -> None:
+    file = tmp_path / "hints.txt"
+    file.write_text(f"{bad}\n")
+    with pytest.raises(DataError, match=rf"hints\.txt:1: .*{match}"):
+        load_hints(file, codec=codec)
 
 
 def test_load_hints_skips_comments_and_blank_lines(codec: Codec, tmp_path: Path) -> None:

@@ -41,11 +41,15 @@ def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[
     """The runner and its engine, whose weights are those of the model folder, called `version`."""
     codec = Codec(load_tokenizer(settings.model_path))
     dtype = fastest_dtype() if settings.dtype == "auto" else settings.dtype
+    episodes = settings.episodes
+    hints = load_hints(settings.hints_file, codec=codec, removable=episodes.scored != "none")
+    # A target that is scored with a hint in it, and the one token that the engine writes after it.
+    extra = hints.longest + 1 if episodes.scored == "all" else 0
     engine = TorchEngine(
         load_model(settings.model_path, dtype=dtype),
         settings=TorchEngineSettings(
             max_sequences=settings.num_sequences,
-            max_length=settings.episodes.max_trajectory_tokens,
+            max_length=episodes.max_trajectory_tokens + extra,
             dtype=dtype,
             inflight=settings.inflight,
             num_threads=settings.num_threads,
@@ -65,8 +69,8 @@ def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[
         engine,
         retriever=retriever,
         codec=codec,
-        hints=load_hints(settings.hints_file, codec=codec),
+        hints=hints,
         scorer=scorer,
-        settings=settings.episodes,
+        settings=episodes,
     )
     return runner, engine

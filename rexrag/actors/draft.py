@@ -9,7 +9,32 @@ import numpy as np
 
 from rexrag.actors.engine import Generation
 from rexrag.actors.scoring import Scores
-from rexrag.types import EndReason, Kind, Origin, Trajectory, Turn
+from rexrag.types import EndReason, FloatArray, Kind, Origin, Trajectory, Turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """A finished rollout scored for hint-free transfer (§5b).
+
+    Attributes:
+        branch, hint_id: drawn for a target; None for a probe, which has its own.
+        start: first token that was scored; scores: log-probs of the tokens from there on, None where there are none.
+    """
+
+    branch: int | None = None
+    hint_id: int | None = None
+    start: int = 0
+    scores: Sequence[float] | None = None
+    version: int | None = None
+
+    def logprobs(self, origin: Sequence[int]) -> FloatArray | None:
+        """[T] the scores in their places, 0 before them and on tokens without a density."""
+        if self.scores is None:
+            return None
+        placed = np.zeros(len(origin), np.float32)
+        placed[self.start :] = self.scores
+        placed[~np.isin(origin, (Origin.POLICY, Origin.HINT))] = 0.0
+        return placed
 
 
 @dataclass(kw_only=True)
@@ -35,6 +60,7 @@ class Draft:
     parent: int | None = None
     branch_point: int | None = None
     hint_id: int | None = None
+    alternative: Alternative | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -54,6 +80,11 @@ class Draft:
     @property
     def length(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def action_starts(self) -> list[int]:
+        """Of each turn the first token of its action, its end where it has none."""
+        return [turn.end if turn.action_start is None else turn.action_start for turn in self.turns]
 
     def fork(self, *, at: int, parent: int, hint_id: int) -> Draft:
         """A probe that keeps the tokens before `at`, with their recorded log-probs; its hint comes next."""
@@ -100,6 +131,7 @@ class Draft:
             del column[length:]
 
     def finish(self, end_reason: EndReason, *, scores: Scores, text: str | None) -> Trajectory:
+        alternative = self.alternative or Alternative()
         return Trajectory(
             kind=self.kind,
             parent=self.parent,
@@ -119,6 +151,11 @@ class Draft:
             origin=np.asarray(self.origin, np.uint8),
             behavior_logprob=np.asarray(self.logprobs, np.float32),
             policy_version=np.asarray(self.versions, np.int32),
+            action_starts=np.asarray(self.action_starts, np.int32),
+            alternative_logprob=alternative.logprobs(self.origin),
+            alternative_branch=alternative.branch,
+            alternative_hint_id=alternative.hint_id,
+            score_version=alternative.version,
             text=text,
             timings=dict(self.timings),
         )

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rexrag.actors.draft import Draft
+from rexrag.actors.alternative import score_probe, score_target
+from rexrag.actors.draft import Alternative, Draft
 from rexrag.actors.engine import Engine, GenerateRequest, Generation
 from rexrag.actors.scoring import NO_SCORES, Scorer, Scores
 from rexrag.actors.seeds import draw_seed
@@ -35,6 +36,8 @@ class EpisodeSettings:
     """Limits of `environment` and switches of §2; token counts include prompt, hint and observations.
 
     Attributes:
+        dead_end: probe each failed target the moment it fails, or those of a question whose targets all failed.
+        scored: rollouts that are scored for hint-free transfer when they end (§5b).
         eval_episodes: greedy episodes of an evaluation that run at once; more than the engine has room for push
             each other's prefixes out of its cache.
     """
@@ -48,6 +51,8 @@ class EpisodeSettings:
     probe_rate: float
     branch: Literal["answer", "turn"]
     seed: int
+    dead_end: Literal["rollout", "group"] = "rollout"
+    scored: Literal["none", "probes", "all"] = "none"
     eval_episodes: int = 64
     prompt_template: str | None = None
     system_prompt: str | None = None
@@ -96,10 +101,11 @@ class EpisodeRunner:
             )
             for rollout in range(self._settings.group_size)
         ]
+        verdict = _Verdict(num_targets=len(episodes))
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [
-                    tasks.create_task(self._target_and_probe(episode, row, lease))
+                    tasks.create_task(self._target_and_probe(episode, row, lease, verdict))
                     for row, episode in enumerate(episodes)
                 ]
         finally:
@@ -177,13 +183,16 @@ class EpisodeRunner:
         return f"{lease.version.incarnation}/{lease.version.step}/{lease.group_id}"
 
     async def _target_and_probe(
-        self, episode: _Episode, row: int, lease: GroupLease
+        self, episode: _Episode, row: int, lease: GroupLease, verdict: _Verdict
     ) -> tuple[Trajectory, Trajectory | None]:
+        settings = self._settings
         draft = episode.new_draft()
         target = await episode.run(draft)
+        verdict.add(target)
         if target.is_masked or target.correct or draft.branch_point is None:
             return target, None
-        settings = self._settings
+        if settings.dead_end == "group" and not await verdict.all_failed():
+            return target, None
         names = _names(lease, settings.group_size + row)
         rng = random.Random(draw_seed(settings.seed, *names, "probe"))
         if rng.random() >= settings.probe_rate:
@@ -192,6 +201,25 @@ class EpisodeRunner:
         at = draft.prompt_length + draft.branch_point
         probe = _Episode(self, episode.question, salt=episode.salt, names=names, on_progress=episode.on_progress)
         return target, await probe.run(draft.fork(at=at, parent=row, hint_id=hint_id))
+
+
+class _Verdict:
+    """Whether all targets of a question failed, known once the last of them has ended."""
+
+    def __init__(self, *, num_targets: int) -> None:
+        self._left = num_targets
+        self._any_correct = False
+        self._known = asyncio.Event()
+
+    def add(self, target: Trajectory) -> None:
+        self._left -= 1
+        self._any_correct |= target.correct
+        if self._left == 0 or self._any_correct:
+            self._known.set()
+
+    async def all_failed(self) -> bool:
+        await self._known.wait()
+        return not self._any_correct
 
 
 def _names(lease: GroupLease, rollout: int) -> tuple[str | int, ...]:
@@ -238,9 +266,21 @@ class _Episode:
         if draft.parent is None:
             self._mark_branch(draft)
         masked = end_reason is EndReason.ENV_ERROR
+        if not masked and not self._greedy:
+            draft.alternative = await self._alternative(draft)
         scores = NO_SCORES if masked else self._score(draft)
         text = self._runner._codec.decode(draft.token_ids[draft.prompt_length :])
         return draft.finish(end_reason, scores=scores, text=text)
+
+    async def _alternative(self, draft: Draft) -> Alternative | None:
+        """Scores for hint-free transfer, where they are wanted of such a rollout."""
+        runner, scored = self._runner, self._settings.scored
+        if draft.parent is not None and scored != "none":
+            return await score_probe(runner._engine, draft, hints=runner._hints, cache_salt=self.salt)
+        if draft.parent is None and scored == "all":
+            rng = random.Random(draw_seed(self._settings.seed, *self._names, "alternative"))
+            return await score_target(runner._engine, draft, hints=runner._hints, cache_salt=self.salt, rng=rng)
+        return None
 
     @property
     def _version(self) -> int:

@@ -105,6 +105,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             num_updates=state["num_updates"],
             success=state["success"],
             bad_steps=state["bad_steps"],
+            mean_tokens=state["mean_tokens"],
+            branch_counts=[(turn, token, seen, forked) for turn, token, seen, forked in state["branch_counts"]],
             optimizer={k.removeprefix(_OPTIMIZER_PREFIX): v for k, v in tensors.items() if k != _RNG},
             rng=tensors[_RNG],
         )
@@ -150,6 +152,8 @@ def _save_trainer(folder: Path, state: TrainerState, extra: Extra) -> None:
         "num_updates": state.num_updates,
         "success": state.success,
         "bad_steps": state.bad_steps,
+        "mean_tokens": state.mean_tokens,
+        "branch_counts": list(state.branch_counts),
         "extra": dict(extra),
     }
     (folder / _STATE).write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n")

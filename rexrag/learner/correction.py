@@ -1,6 +1,7 @@
 """Weights that correct from what was sampled to the proximal policy (§5, §5b, §6).
 
-Legend: T tokens of a trajectory. Log-probs are natural. Only policy and hint tokens carry a density.
+Legend: T tokens of a trajectory, or of all of them one after the other; N trajectories; D decompositions. Log-probs
+are natural. Only policy and hint tokens carry a density.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from rexrag.hints import HintPool
+from rexrag.learner.view import Transfer, hint_span
 from rexrag.types import FloatArray, Kind, Trajectory
 
-Mixture = Literal["token", "none"]
+Mixture = Literal["token", "sequence", "none"]
 Bound = Literal["truncate", "mask", "none"]
 
 
@@ -25,7 +27,8 @@ class CorrectionSettings:
     """How sampled tokens are weighted.
 
     Attributes:
-        mixture: `token`, the paper's mixture of targets and probes per token; `none`, every weight of it 1.
+        mixture: `token`, the paper's mixture of targets and probes per token; `sequence`, one exact weight for a
+            whole trajectory; `none`, every weight of it 1.
         bound, cap, low, high: what `importance_weight` does with the staleness weight.
         floor: least mixture weight of a successful probe in a group without a correct target, in [0, 1].
     """
@@ -104,11 +107,78 @@ def importance_weight(
     raise ValueError(f"bound is {bound!r}, it must be truncate, mask or none")
 
 
-def probe_logprob(trajectory: Trajectory, *, hints: HintPool) -> FloatArray:
-    """Probe density log μ_t of the `token` mixture, [T] (§5); 0 where a token has no density.
+def sequence_probe_logprob(
+    behavior_logprob: Tensor,
+    offsets: Tensor,
+    *,
+    row: Tensor,
+    start: Tensor,
+    length: Tensor,
+    log_pmf: Tensor,
+    log_phi: Tensor,
+) -> Tensor:
+    """[N] log μ of whole trajectories, per target the measure of probes over p (§4).
 
-    On a probe log π_v before and after the hint and the pool's log PMF on it; on a target log π_v up to the
-    branch position and −∞ after it, or log π_v everywhere where it has no branch position.
+    log μ(y) = Σ_t log π_v(y_t) + logsumexp over (j, c) ∈ D(y) of log φ_j + log PMF(c) − Σ_{t ∈ c} log π_v(y_t).
+
+    Args:
+        behavior_logprob: [T] log π_v of all trajectories, one after the other; 0 where a token has no density.
+        offsets: [N + 1] trajectory n has the tokens [offsets[n], offsets[n + 1]).
+        row: [D] the trajectory of a decomposition.
+        start, length: [D] first token of its hint, counted from the trajectory's start, and number of its tokens.
+        log_pmf: [D] log PMF of the whole hint.
+        log_phi: [D] log φ_j.
+
+    Returns:
+        In the type of `behavior_logprob`; summed in float64. −∞ without a decomposition.
+
+    Raises:
+        ValueError: offsets that do not cover the tokens, a decomposition outside its trajectory, lengths that
+            differ, or values that are not finite (`log_phi` and `log_pmf` may be −∞).
+    """
+    _refuse(behavior_logprob, ~torch.isfinite(behavior_logprob), "behavior_logprob", "finite")
+    _check_offsets(offsets, num_tokens=len(behavior_logprob))
+    columns = {"row": row, "start": start, "length": length, "log_pmf": log_pmf, "log_phi": log_phi}
+    if len({len(column) for column in columns.values()}) > 1:
+        sizes = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
+        raise ValueError(f"decompositions must have one length, they have {sizes}")
+    num_rows = len(offsets) - 1
+    _refuse(row, (row < 0) | (row >= num_rows), "row", f"in [0, {num_rows})")
+    for name in ("log_pmf", "log_phi"):
+        values = columns[name]
+        _refuse(values, ~(values <= 0.0), name, "a log-probability, at most 0")
+    first = offsets[row] + start
+    _refuse(start, (start < 0) | (first + length > offsets[row + 1]), "start", "such that the hint is inside its row")
+    _refuse(length, length < 1, "length", "at least 1")
+    cumulative = torch.cat([behavior_logprob.new_zeros(1, dtype=torch.float64), behavior_logprob.double().cumsum(0)])
+    total = cumulative[offsets[1:]] - cumulative[offsets[:-1]]
+    hint = cumulative[first + length] - cumulative[first]
+    terms = log_phi.double() + log_pmf.double() - hint
+    return (total + _row_logsumexp(terms, row, num_rows)).to(behavior_logprob.dtype)
+
+
+def _row_logsumexp(terms: Tensor, row: Tensor, num_rows: int) -> Tensor:
+    """[N] logsumexp of the terms [D] of each row, −∞ of none."""
+    largest = terms.new_full((num_rows,), -math.inf).scatter_reduce(0, row, terms, "amax")
+    shift = torch.where(torch.isfinite(largest), largest, 0.0)
+    sums = terms.new_zeros(num_rows).index_add(0, row, (terms - shift[row]).exp())
+    return sums.log() + shift
+
+
+def _check_offsets(offsets: Tensor, *, num_tokens: int) -> None:
+    if offsets.ndim != 1 or len(offsets) < 1 or int(offsets[0]) != 0 or int(offsets[-1]) != num_tokens:
+        ends = [int(offsets[0]), int(offsets[-1])] if offsets.numel() else []
+        raise ValueError(f"offsets has the ends {ends}, they must be 0 and the {num_tokens} tokens")
+    steps = offsets.diff()
+    _refuse(steps, steps < 0, "a step of offsets", "at least 0")
+
+
+def token_probe_logprob(trajectory: Trajectory, *, hints: HintPool, transfer: Transfer = "hinted") -> FloatArray:
+    """Probe density log μ_t of the `token` mixture, [T] (§5, §5b); 0 where a token has no density.
+
+    On a probe log π_v before and after the hint, in its context, and the pool's log PMF on it (0 with `hint_free` on
+    what stays of it: the probe was forced to write that); on a target log π_v up to the branch position and −∞ after
+    it, or log π_v everywhere where it has no branch position.
 
     Raises:
         ValueError: the hint in a probe's tokens is not the one of the pool.
@@ -116,17 +186,13 @@ def probe_logprob(trajectory: Trajectory, *, hints: HintPool) -> FloatArray:
     log_mu = trajectory.behavior_logprob.copy()
     if trajectory.branch_point is None:
         return log_mu
-    branch = trajectory.prompt_length + trajectory.branch_point
     if trajectory.kind is Kind.TARGET:
+        branch = trajectory.prompt_length + trajectory.branch_point
         log_mu[branch:][trajectory.has_density[branch:]] = -np.inf
         return log_mu
-    assert trajectory.hint_id is not None, "probes have a hint"
-    if not 0 <= trajectory.hint_id < len(hints):
-        raise ValueError(f"hint_id is {trajectory.hint_id}, the pool has {len(hints)} hints")
-    ids = hints.ids(trajectory.hint_id)
-    if list(trajectory.token_ids[branch : branch + len(ids)]) != list(ids):
-        raise ValueError(f"the tokens at a probe's branch are not hint {trajectory.hint_id} of this run's pool")
-    log_mu[branch : branch + len(ids)] = hints.logpmf(trajectory.hint_id)
+    start, _, end = hint_span(trajectory, hints=hints)
+    assert trajectory.hint_id is not None, "a probe has a hint"
+    log_mu[start:end] = 0.0 if transfer == "hint_free" else hints.logpmf(trajectory.hint_id)
     return log_mu
 
 

@@ -24,7 +24,7 @@ class LearnerSpec:
 
     Attributes:
         model: model folder of step 0; its tokenizer goes into every checkpoint.
-        hints: token ids of the run's hint pool.
+        hints, kept: token ids of the run's hint pool, and how many of each stay when it is taken out.
         threads: torch threads.
         seed: of torch's generator, where no checkpoint sets it.
         evidence_folder: where a run that fails on non-finite values leaves its last batch.
@@ -35,6 +35,7 @@ class LearnerSpec:
     model: Path
     settings: LearnerSettings
     hints: Sequence[Sequence[int]]
+    kept: Sequence[int]
     threads: int
     seed: int
     evidence_folder: Path
@@ -63,7 +64,7 @@ class LearnerActor:
         self._core = LearnerCore(
             model.to(device),  # type: ignore[arg-type]
             settings=spec.settings,
-            hints=HintPool(spec.hints),
+            hints=HintPool(spec.hints, kept=spec.kept),
             evidence_folder=spec.evidence_folder,
             reference=reference.to(device) if reference is not None else None,  # type: ignore[arg-type]
         )

@@ -12,7 +12,11 @@ from rexrag.learner.advantage import Baseline
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings:
-    """Settings of §7; `kl_coef` is β, and at 0 no reference model is needed."""
+    """Settings of §7; `kl_coef` is β, and at 0 no reference model is needed.
+
+    Attributes:
+        preserve: advantage of the rows of a group that are all right, which has none by itself.
+    """
 
     baseline: Baseline = "joint"
     clip_low: float = 0.2
@@ -20,6 +24,8 @@ class LossSettings:
     dual_clip: float = 3.0
     kl_coef: float = 0.0
     train_hints: bool = True
+    train_prefix: bool = False
+    preserve: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

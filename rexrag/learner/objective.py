@@ -17,7 +17,7 @@ from rexrag.learner.correction import CorrectionSettings, importance_weight
 from rexrag.learner.loss import LossSettings, kl_k3, policy_loss
 from rexrag.learner.prepare import PreparedRow
 from rexrag.learner.token_metrics import TokenRecord
-from rexrag.types import Kind, Origin
+from rexrag.types import Kind
 
 
 class Objective:
@@ -30,11 +30,12 @@ class Objective:
         self,
         rows: Sequence[PreparedRow],
         *,
-        denominator: int,
+        denominator: float,
         version: int,
         correction: CorrectionSettings,
         loss: LossSettings,
         reference_logprob: Tensor | None,
+        proximal_logprob: Tensor | None,
         device: torch.device,
     ) -> None:
         """
@@ -43,13 +44,15 @@ class Objective:
             denominator: N of §7, over the whole step.
             version: of the learner, for the mismatch of engine and learner.
             reference_logprob: [E] under the reference model, None without a KL term.
+            proximal_logprob: [E] log π_prox, where a row's staleness weight is the product over its tokens
+                (`sequence`); None: each token has its own, from its log-prob in the forward pass.
         """
 
         def per_token(values: Callable[[PreparedRow], npt.NDArray[np.generic]]) -> Tensor:
             return torch.from_numpy(np.concatenate([values(row) for row in rows])).to(device)
 
         def per_row(values: Callable[[PreparedRow], float]) -> Tensor:
-            counts = torch.tensor([len(row.trained) for row in rows], device=device)
+            counts = torch.tensor([len(row.view.trained) for row in rows], device=device)
             return torch.tensor([values(row) for row in rows], device=device).repeat_interleave(counts)
 
         self._denominator = denominator
@@ -59,11 +62,19 @@ class Objective:
         self._advantage = per_row(lambda row: row.advantage)
         self._is_probe = per_row(lambda row: float(row.trajectory.kind is Kind.PROBE))
         self._is_correct = per_row(lambda row: float(row.trajectory.correct)) > 0
-        self._behavior = per_token(lambda row: row.trajectory.behavior_logprob[row.trained])
-        self._is_policy = per_token(lambda row: row.trajectory.origin[row.trained] == Origin.POLICY)
-        self._is_current = per_token(lambda row: row.trajectory.policy_version[row.trained] == version)
+        self._behavior = per_token(lambda row: row.view.behavior_logprob)
+        self._is_policy = per_token(lambda row: row.view.is_policy)
+        self._is_current = per_token(lambda row: row.view.policy_version == version)
         self._mixture = per_token(lambda row: row.mixture_weight)
         self._unfloored = per_token(lambda row: row.unfloored_weight)
+        self._row_log_ratio = None
+        if proximal_logprob is not None:
+            rows_E = torch.arange(len(rows), device=device).repeat_interleave(
+                torch.tensor([len(row.view.trained) for row in rows], device=device)
+            )
+            sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
+            sums.index_add_(0, rows_E, (proximal_logprob - self._behavior).double())
+            self._row_log_ratio = sums[rows_E].to(self._behavior.dtype)
         self.records: list[TokenRecord] = []
 
     def chunk_loss(self, logprob: Tensor, entropy: Tensor, chunk: slice) -> Tensor:
@@ -71,7 +82,7 @@ class Objective:
         current = logprob.detach()
         if not bool(torch.isfinite(current).all()):
             return (logprob * math.nan).sum()
-        log_ratio = current - self._behavior[chunk]
+        log_ratio = current - self._behavior[chunk] if self._row_log_ratio is None else self._row_log_ratio[chunk]
         bounds = self._correction
         stale = importance_weight(log_ratio, bound=bounds.bound, cap=bounds.cap, low=bounds.low, high=bounds.high)
         weight = self._mixture[chunk] * stale

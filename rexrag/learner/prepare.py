@@ -10,16 +10,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from rexrag.errors import StaleGroupError
 from rexrag.hints import HintPool
 from rexrag.learner.advantage import group_advantages, is_flat
-from rexrag.learner.correction import CorrectionSettings, importance_weight, mixture_logprob, probe_logprob
-from rexrag.learner.filter import FilterKind, ProbeScore, hint_score, kept_probes
+from rexrag.learner.branches import BranchRates
+from rexrag.learner.correction import CorrectionSettings
+from rexrag.learner.filter import ProbeScore, hint_score, kept_probes
 from rexrag.learner.loss import LossSettings
-from rexrag.learner.packing import IndexArray
-from rexrag.types import FloatArray, Kind, Origin, Trajectory, TrajectoryGroup
+from rexrag.learner.mixture import MixtureWeigher, ProbeSettings
+from rexrag.learner.view import TrainingView
+from rexrag.types import FloatArray, Kind, Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,17 +28,19 @@ class PreparedRow:
     """A row that counts in the step.
 
     Attributes:
+        view: what is trained of it.
         group, row: its place in the step.
-        trained: [E] indices of the tokens with m_t = 1 (§7).
+        is_preserved: its advantage is that of a solved group, `loss.preserve`.
         mixture_weight: [E] w_mix, the floor included; `unfloored_weight` without it.
     """
 
     trajectory: Trajectory
+    view: TrainingView
     group: int
     row: int
     hops: int | None
     advantage: float
-    trained: IndexArray
+    is_preserved: bool
     mixture_weight: FloatArray
     unfloored_weight: FloatArray
 
@@ -46,11 +49,12 @@ class PreparedRow:
 class PreparedStep:
     """All rows that count, after the filter; rows without advantage included.
 
-    `denominator` is N of §7; `num_filtered_flat` counts groups that the filter made flat.
+    `denominator` is N of §7 for weights per token; `num_filtered_flat` counts groups that the filter made flat.
     """
 
     rows: tuple[PreparedRow, ...]
     alpha: float
+    num_targets: int
     denominator: int
     num_filtered_flat: int
     num_informative: int
@@ -78,30 +82,23 @@ def check_ages(groups: Sequence[TrajectoryGroup], *, version: int, max_staleness
             )
 
 
-def trained_tokens(trajectory: Trajectory, *, train_hints: bool) -> IndexArray:
-    """Indices with m_t = 1: policy tokens, hint tokens if asked for, nothing of a probe's prefix (§7)."""
-    mask = trajectory.origin == Origin.POLICY
-    if train_hints:
-        mask |= trajectory.origin == Origin.HINT
-    if trajectory.kind is Kind.PROBE:
-        assert trajectory.branch_point is not None, "probes have a branch point"
-        mask[: trajectory.prompt_length + trajectory.branch_point] = False
-    return np.flatnonzero(mask)
-
-
 def prepare_step(
     groups: Sequence[TrajectoryGroup],
     *,
     rho: float,
-    filter_kind: FilterKind,
+    probe: ProbeSettings,
     correction: CorrectionSettings,
     loss: LossSettings,
     hints: HintPool,
+    rates: BranchRates,
 ) -> PreparedStep:
     """Filter over the whole step, then α, advantages and mixture weights; masked rows are left out of all.
 
+    Args:
+        rates: φ, for the weights of whole trajectories; the step's own targets are counted first.
+
     Raises:
-        ValueError: a probe's hint is not that of the pool.
+        ValueError: a probe's hint is not that of the pool, or a row was not recorded for the transfer.
     """
     counted = [[i for i, row in enumerate(group.trajectories) if not row.is_masked] for group in groups]
     probes = [
@@ -110,27 +107,36 @@ def prepare_step(
         for i in rows
         if groups[g].trajectories[i].kind is Kind.PROBE
     ]
-    num_targets = sum(map(len, counted)) - len(probes)
-    kept = kept_probes(probes, num_targets=num_targets, rho=rho, kind=filter_kind)
+    targets = [
+        groups[g].trajectories[i]
+        for g, rows in enumerate(counted)
+        for i in rows
+        if groups[g].trajectories[i].kind is Kind.TARGET
+    ]
+    kept = kept_probes(probes, num_targets=len(targets), rho=rho, kind=probe.filter)
     remaining = [
         [i for i in rows if groups[g].trajectories[i].kind is Kind.TARGET or (g, i) in kept]
         for g, rows in enumerate(counted)
     ]
-    alpha = len(kept) / (len(kept) + num_targets) if kept else 0.0
-    assert alpha < 1.0, "a probe's parent counts in the step"
+    weigher = MixtureWeigher(
+        correction=correction, probe=probe, hints=hints, num_probes=len(kept), num_targets=len(targets)
+    )
+    if correction.mixture == "sequence":
+        rates.observe(targets, branch=probe.branch)
+        weigher.weigh_sequences([groups[g].trajectories[i] for g, rows in enumerate(remaining) for i in rows], rates)
     rows: list[PreparedRow] = []
     for g, indices in enumerate(remaining):
-        rows += _prepare_group(groups[g], g, indices, alpha=alpha, correction=correction, loss=loss, hints=hints)
-    informative = {row.group for row in rows if row.advantage != 0.0}
+        rows += _prepare_group(groups[g], g, indices, weigher=weigher, loss=loss)
     return PreparedStep(
         rows=tuple(rows),
-        alpha=alpha,
-        denominator=sum(len(row.trained) for row in rows),
+        alpha=weigher.alpha,
+        num_targets=len(targets),
+        denominator=sum(len(row.view.trained) for row in rows),
         num_filtered_flat=sum(
             not is_flat(_rewards(group, before)) and is_flat(_rewards(group, after))
             for group, before, after in zip(groups, counted, remaining, strict=True)
         ),
-        num_informative=len(informative),
+        num_informative=len({row.group for row in rows if row.advantage != 0.0 and not row.is_preserved}),
         num_probes=len(probes),
         num_right_probes=sum(groups[probe.group].trajectories[probe.row].correct for probe in probes),
         num_kept_probes=len(kept),
@@ -142,14 +148,7 @@ def _rewards(group: TrajectoryGroup, rows: Sequence[int]) -> npt.NDArray[np.floa
 
 
 def _prepare_group(
-    group: TrajectoryGroup,
-    group_index: int,
-    indices: Sequence[int],
-    *,
-    alpha: float,
-    correction: CorrectionSettings,
-    loss: LossSettings,
-    hints: HintPool,
+    group: TrajectoryGroup, group_index: int, indices: Sequence[int], *, weigher: MixtureWeigher, loss: LossSettings
 ) -> list[PreparedRow]:
     rows = [group.trajectories[i] for i in indices]
     advantages = group_advantages(
@@ -158,45 +157,25 @@ def _prepare_group(
         family=[i if row.parent is None else row.parent for i, row in zip(indices, rows, strict=True)],
         baseline=loss.baseline,
     )
+    is_preserved = loss.preserve > 0.0 and bool(rows) and all(row.correct for row in rows) and not advantages.any()
+    if is_preserved:
+        advantages = np.full(len(rows), loss.preserve)
     is_solved = any(row.correct for row in rows if row.kind is Kind.TARGET)
     prepared = []
     for i, row, advantage in zip(indices, rows, advantages, strict=True):
-        trained = trained_tokens(row, train_hints=loss.train_hints)
-        is_floored = row.kind is Kind.PROBE and advantage > 0 and not is_solved
-        floor = correction.floor if is_floored else 0.0
-        weight, unfloored = mixture_weights(row, trained, alpha=alpha, floor=floor, correction=correction, hints=hints)
+        view = weigher.view(row, loss)
+        weight, unfloored = weigher.weights(row, view, may_floor=bool(advantage > 0) and not is_solved)
         prepared.append(
             PreparedRow(
                 trajectory=row,
+                view=view,
                 group=group_index,
                 row=i,
                 hops=group.hops,
                 advantage=float(advantage),
-                trained=trained,
+                is_preserved=is_preserved,
                 mixture_weight=weight,
                 unfloored_weight=unfloored,
             )
         )
     return prepared
-
-
-def mixture_weights(
-    trajectory: Trajectory,
-    trained: IndexArray,
-    *,
-    alpha: float,
-    floor: float,
-    correction: CorrectionSettings,
-    hints: HintPool,
-) -> tuple[FloatArray, FloatArray]:
-    """w_mix = π_v/q of the trained tokens with and without the floor (§5, §5b, §6), both [E]."""
-    behavior = torch.from_numpy(trajectory.behavior_logprob[trained])
-    if correction.mixture == "none":
-        log_q = behavior
-    else:
-        log_mu = torch.from_numpy(probe_logprob(trajectory, hints=hints)[trained])
-        log_q = mixture_logprob(behavior, log_mu, alpha)
-    log_ratio = behavior - log_q
-    unfloored: FloatArray = importance_weight(log_ratio, bound="none").numpy()
-    weight: FloatArray = importance_weight(log_ratio, bound="none", floor=floor).numpy()
-    return weight, unfloored

@@ -22,11 +22,13 @@ import rexrag.metrics as keys
 from rexrag.arrow import batch_from_ipc
 from rexrag.errors import RunFailure
 from rexrag.hints import HintPool
+from rexrag.learner.branches import BranchRates
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.evidence import save_evidence
-from rexrag.learner.filter import INITIAL_SUCCESS, FilterKind, rho_of, updated_success
+from rexrag.learner.filter import INITIAL_SUCCESS, rho_of, updated_success
 from rexrag.learner.logprobs import backward_in_chunks, prepare_model, token_logprobs
 from rexrag.learner.loss import LossSettings
+from rexrag.learner.mixture import ProbeSettings
 from rexrag.learner.objective import Objective
 from rexrag.learner.optimizer import Optimizer, OptimizerSettings
 from rexrag.learner.packing import PackedBatch, PackRow, pack
@@ -42,7 +44,7 @@ class LearnerSettings:
     """All settings of a learner step.
 
     Attributes:
-        filter: §8.
+        probe: how probes are made and filtered.
         max_staleness: most learner steps between a token's version and its consumption.
         micro_batch_tokens: most packed tokens of one forward and backward pass; a longer row goes alone.
         autocast: precision of the linear layers; master weights are float32.
@@ -53,7 +55,7 @@ class LearnerSettings:
     correction: CorrectionSettings = field(default_factory=CorrectionSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    filter: FilterKind = "hint_logprob"
+    probe: ProbeSettings = field(default_factory=ProbeSettings)
     max_staleness: int = 2
     micro_batch_tokens: int = 4096
     autocast: Literal["float32", "bfloat16"] = "float32"
@@ -112,6 +114,8 @@ class LearnerCore:
         self._device = next(model.parameters()).device
         self._success = INITIAL_SUCCESS
         self._bad_steps = 0
+        self._rates = BranchRates()
+        self._mean_tokens: float | None = None
         for network in (model, reference):
             if network is not None:
                 prepare_model(network)
@@ -123,7 +127,7 @@ class LearnerCore:
     @property
     def rho(self) -> float:
         """ρ of the next step (§8): it comes from the steps before it."""
-        return rho_of(self._success, kind=self._settings.filter)
+        return rho_of(self._success, kind=self._settings.probe.filter)
 
     def step(self, batch: StepBatch) -> StepResult:
         """Train on the groups of one step; at most one optimizer update.
@@ -143,7 +147,7 @@ class LearnerCore:
         rows = self._rows_to_train(prepared)
         learning_rate = self._optimizer.learning_rate
         before_update = time.perf_counter()
-        done = self._forward_backward(rows, denominator=prepared.denominator)
+        done = self._forward_backward(rows, denominator=self._denominator(prepared))
         grad_norm, is_bad = self._finish_update(done, has_rows=bool(rows))
         update_s = time.perf_counter() - before_update
         self._success = updated_success(self._success, right=prepared.num_right_probes, probes=prepared.num_probes)
@@ -187,6 +191,8 @@ class LearnerCore:
             num_updates=self._optimizer.num_updates,
             success=self._success,
             bad_steps=self._bad_steps,
+            mean_tokens=self._mean_tokens,
+            branch_counts=self._rates.table(),
             optimizer=self._optimizer.state(),
             rng=torch.get_rng_state(),
         )
@@ -197,28 +203,29 @@ class LearnerCore:
         self.num_steps = state.step
         self._success = state.success
         self._bad_steps = state.bad_steps
+        self._mean_tokens = state.mean_tokens
+        self._rates = BranchRates.of_table(state.branch_counts)
         torch.set_rng_state(state.rng)
 
     def _prepare(self, groups: Sequence[TrajectoryGroup], rho: float) -> PreparedStep:
         return prepare_step(
             groups,
             rho=rho,
-            filter_kind=self._settings.filter,
+            probe=self._settings.probe,
             correction=self._settings.correction,
             loss=self._settings.loss,
             hints=self._hints,
+            rates=self._rates,
         )
 
     def _rows_to_train(self, prepared: PreparedStep) -> list[PreparedRow]:
         """Rows that have a gradient: those with an advantage, all of them where the KL term acts."""
         needs_all = self._settings.loss.kl_coef > 0.0
-        return [row for row in prepared.rows if len(row.trained) and (needs_all or row.advantage != 0.0)]
+        return [row for row in prepared.rows if len(row.view.trained) and (needs_all or row.advantage != 0.0)]
 
-    def _forward_backward(self, rows: Sequence[PreparedRow], *, denominator: int) -> _Pass:
+    def _forward_backward(self, rows: Sequence[PreparedRow], *, denominator: float) -> _Pass:
         done = _Pass()
-        packed_rows = [
-            PackRow(token_ids=row.trajectory.token_ids, trained=row.trained, group=row.group) for row in rows
-        ]
+        packed_rows = [PackRow(token_ids=row.view.token_ids, trained=row.view.trained, group=row.group) for row in rows]
         for micro in pack(packed_rows, budget=self._settings.micro_batch_tokens, device=self._device):
             objective = Objective(
                 [rows[i] for i in micro.rows],
@@ -227,6 +234,7 @@ class LearnerCore:
                 correction=self._settings.correction,
                 loss=self._settings.loss,
                 reference_logprob=self._reference_logprob(micro),
+                proximal_logprob=self._proximal_logprob(micro),
                 device=self._device,
             )
             with self._autocast():
@@ -266,6 +274,21 @@ class LearnerCore:
             return None
         with self._autocast():
             return token_logprobs(self._reference, micro)
+
+    def _proximal_logprob(self, micro: PackedBatch) -> torch.Tensor | None:
+        """Where one staleness weight is the product over a row, it must be known before the backward pass."""
+        if self._settings.correction.mixture != "sequence":
+            return None
+        with self._autocast():
+            return token_logprobs(self.model, micro)
+
+    def _denominator(self, prepared: PreparedStep) -> float:
+        """N of §7. With `sequence` it must not depend on what was drawn: (1 + p)·targets·(a constant of the run)."""
+        if self._settings.correction.mixture != "sequence":
+            return prepared.denominator
+        if self._mean_tokens is None and prepared.rows:
+            self._mean_tokens = max(1.0, prepared.denominator / len(prepared.rows))
+        return (1.0 + self._settings.probe.rate) * prepared.num_targets * (self._mean_tokens or 1.0)
 
     def _autocast(self) -> torch.autocast:
         enabled = self._settings.autocast == "bfloat16"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,6 +17,8 @@ class TrainerState:
         num_updates: optimizer updates, which drive the learning rate.
         success: m of §8.
         bad_steps: consecutive skipped steps.
+        mean_tokens: of §7's N for weights of whole trajectories, once known.
+        branch_counts: (turn, token, seen, forked) of §4's φ.
         optimizer: moments by `<moment>/<parameter>`.
         rng: state of torch's CPU generator.
     """
@@ -25,5 +27,7 @@ class TrainerState:
     num_updates: int
     success: float
     bad_steps: int
+    mean_tokens: float | None
+    branch_counts: Sequence[tuple[int, int, float, float]]
     optimizer: Mapping[str, Tensor]
     rng: Tensor

@@ -56,6 +56,7 @@ def make_group(
         origin=np.asarray([Origin.PROMPT] * 2 + [Origin.POLICY] * num_tokens, np.uint8),
         behavior_logprob=np.asarray([0.0] * 2 + [-0.5] * num_tokens, np.float32),
         policy_version=np.concatenate([np.full(2, versions[0], np.int32), token_versions]),
+        action_starts=np.array([2], np.int32),
     )
     return TrajectoryGroup(
         group_id=group_id, question_id=question, data_source="world", hops=None, trajectories=(row,) * num_rows

@@ -38,8 +38,13 @@ def trajectory(
     num_malformed: int = 0,
     gold_retrieved: bool | None = None,
     prompt: Sequence[int] = PROMPT,
+    action_starts: Sequence[int] | None = None,
+    **alternative: object,
 ) -> Trajectory:
-    """A row that is correct where its reward is above 0. `logprob` and `version` are of the tokens after the prompt."""
+    """A row that is correct where its reward is above 0. `logprob` and `version` are of the tokens after the prompt.
+
+    Without `action_starts` every turn is an action from its first token on.
+    """
     tokens = [*prompt, *(token for _, ids in parts for token in ids)]
     origin = [Origin.PROMPT] * len(prompt) + [who for who, ids in parts for _ in ids]
     rest = len(tokens) - len(prompt)
@@ -48,6 +53,7 @@ def trajectory(
     logprobs[np.isin(origin, [Origin.PROMPT, Origin.ENV])] = 0.0
     versions = np.zeros(len(tokens), np.int32)
     versions[len(prompt) :] = np.broadcast_to(version, rest)
+    starts = [at for at, who in enumerate(origin) if _begins_turn(origin, at, who)]
     return Trajectory(
         kind=Kind.TARGET if parent is None else Kind.PROBE,
         parent=parent,
@@ -67,7 +73,14 @@ def trajectory(
         origin=np.array(origin, np.uint8),
         behavior_logprob=logprobs,
         policy_version=versions,
+        action_starts=np.array(starts if action_starts is None else action_starts, np.int32),
+        **alternative,  # type: ignore[arg-type]
     )
+
+
+def _begins_turn(origin: Sequence[Origin], at: int, who: Origin) -> bool:
+    density = (Origin.POLICY, Origin.HINT)
+    return who in density and origin[at - 1] not in density
 
 
 def target(reward: float = 0.0, *, ids: Sequence[int] = (10, 11, 12), **fields: object) -> Trajectory:

@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_builders import POOL, probe, trajectory
 
-from rexrag.learner.correction import CorrectionSettings, importance_weight, mixture_logprob, probe_logprob
-from rexrag.learner.prepare import mixture_weights
+from rexrag.learner.correction import CorrectionSettings, importance_weight, mixture_logprob, token_probe_logprob
+from rexrag.learner.loss import LossSettings
+from rexrag.learner.mixture import MixtureWeigher, ProbeSettings
 from rexrag.types import Origin, Trajectory
 
 INF = math.inf
@@ -19,10 +19,12 @@ LOGPROBS = st.floats(-200.0, 0.0, width=32)
 
 
 def weights(row: Trajectory, *, alpha: float, floor: float = 0.0, mixture: str = "token") -> dict[int, float]:
-    at = np.flatnonzero(row.has_density)
-    settings = CorrectionSettings(mixture=mixture)  # type: ignore[arg-type]
-    w, _ = mixture_weights(row, at, alpha=alpha, floor=floor, correction=settings, hints=POOL)
-    return dict(zip(at.tolist(), w.tolist(), strict=True))
+    settings = CorrectionSettings(mixture=mixture, floor=floor)  # type: ignore[arg-type]
+    weigher = MixtureWeigher(correction=settings, probe=ProbeSettings(), hints=POOL, num_probes=0, num_targets=1)
+    weigher.alpha = alpha
+    view = weigher.view(row, LossSettings(train_prefix=True))
+    w, _ = weigher.weights(row, view, may_floor=True)
+    return dict(zip(view.source.tolist(), w.tolist(), strict=True))
 
 
 def test_token_mixture_of_a_probe_by_hand() -> None:
@@ -72,7 +74,7 @@ def test_hint_of_another_pool_is_refused() -> None:
     parts = [(Origin.POLICY, [10]), (Origin.HINT, [5, 9]), (Origin.POLICY, [20])]
     row = trajectory(parts, parent=0, branch_point=1, hint_id=0)
     with pytest.raises(ValueError, match="not hint 0"):
-        probe_logprob(row, hints=POOL)
+        token_probe_logprob(row, hints=POOL)
 
 
 @given(st.lists(st.tuples(LOGPROBS, LOGPROBS | st.just(-INF)), min_size=1), st.floats(0.0, 0.99))

@@ -28,8 +28,8 @@ from rexrag.errors import RunFailure, StaleGroupError
 from rexrag.learner.advantage import group_advantages
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
+from rexrag.learner.mixture import MixtureWeigher, ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
-from rexrag.learner.prepare import mixture_weights, trained_tokens
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.types import Kind, StepResult, TrajectoryGroup
 
@@ -37,7 +37,7 @@ UNCLIPPED = OptimizerSettings(learning_rate=1e-3, max_grad_norm=1e9)
 
 
 def settings(**fields: object) -> LearnerSettings:
-    return replace(LearnerSettings(optimizer=UNCLIPPED, filter="none"), **fields)  # type: ignore[arg-type]
+    return replace(LearnerSettings(optimizer=UNCLIPPED, probe=ProbeSettings(filter="none")), **fields)  # type: ignore[arg-type]
 
 
 def parameters(learner: LearnerCore) -> dict[str, Tensor]:
@@ -53,6 +53,10 @@ def gradient_by_hand(groups: Sequence[TrajectoryGroup], *, alpha: float, kl_coef
     model, reference = tiny_model(), tiny_model(seed=9)
     total = torch.zeros(())
     count = 0
+    weigher = MixtureWeigher(
+        correction=CorrectionSettings(), probe=ProbeSettings(), hints=POOL, num_probes=0, num_targets=1
+    )
+    weigher.alpha = alpha
     for one in groups:
         rows = one.trajectories
         advantages = group_advantages(
@@ -62,11 +66,12 @@ def gradient_by_hand(groups: Sequence[TrajectoryGroup], *, alpha: float, kl_coef
             baseline="joint",
         )
         for row, advantage in zip(rows, advantages, strict=True):
-            at = trained_tokens(row, train_hints=True)
+            view = weigher.view(row, LossSettings())
+            at = view.trained
             count += len(at)
             ids = torch.from_numpy(row.token_ids.astype(np.int64))[None]
             logprob = model(ids).logits[0].log_softmax(-1)[at - 1, row.token_ids[at]]
-            w, _ = mixture_weights(row, at, alpha=alpha, floor=0.0, correction=CorrectionSettings(), hints=POOL)
+            w, _ = weigher.weights(row, view, may_floor=False)
             stale = (logprob.detach() - torch.from_numpy(row.behavior_logprob[at])).exp().clamp(max=2.0)
             total = total - (torch.from_numpy(w) * stale * float(advantage) * logprob).sum()
             if kl_coef:
@@ -209,7 +214,7 @@ def test_training_makes_good_rows_likelier(tmp_path: Path) -> None:
 
 
 def test_rate_of_the_filter_follows_the_steps_before(tmp_path: Path) -> None:
-    learner = core(tmp_path, settings=settings(filter="hint_logprob"))
+    learner = core(tmp_path, settings=settings(probe=ProbeSettings()))
     assert learner.rho == 0.18
     wrong = [shift_rewards(one) for one in random_groups()]
     first = learner.step(step_batch(wrong))
@@ -293,7 +298,7 @@ def test_exported_weights(tmp_path: Path) -> None:
 
 
 def test_metrics_are_finite_documented_and_complete(tmp_path: Path) -> None:
-    result = core(tmp_path, settings=settings(filter="hint_logprob")).step(step_batch(random_groups()))
+    result = core(tmp_path, settings=settings(probe=ProbeSettings())).step(step_batch(random_groups()))
     by_controller = {keys.TIME_LEARNER_WAIT, keys.ROLLOUT_TOKENS_PER_S}
     histograms = {key for key in keys.DESCRIPTIONS if key.startswith("histogram/")}
     assert set(result.metrics) == set(keys.DESCRIPTIONS) - by_controller - histograms

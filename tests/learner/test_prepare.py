@@ -4,27 +4,47 @@ import pytest
 from learner_builders import POOL, group, probe, target, trajectory
 
 from rexrag.errors import StaleGroupError
+from rexrag.learner.branches import BranchRates
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.filter import FilterKind
 from rexrag.learner.loss import LossSettings
-from rexrag.learner.prepare import PreparedStep, check_ages, prepare_step, trained_tokens
-from rexrag.types import EndReason, Origin, TrajectoryGroup
+from rexrag.learner.mixture import ProbeSettings
+from rexrag.learner.prepare import PreparedStep, check_ages, prepare_step
+from rexrag.learner.view import training_view
+from rexrag.types import EndReason, Origin, Trajectory, TrajectoryGroup
 
 
 def prepare(
-    *groups: TrajectoryGroup, rho: float = 1.0, floor: float = 0.0, kind: FilterKind = "hint_logprob"
+    *groups: TrajectoryGroup,
+    rho: float = 1.0,
+    floor: float = 0.0,
+    kind: FilterKind = "hint_logprob",
+    preserve: float = 0.0,
 ) -> PreparedStep:
     return prepare_step(
-        groups, rho=rho, filter_kind=kind, correction=CorrectionSettings(floor=floor), loss=LossSettings(), hints=POOL
+        groups,
+        rho=rho,
+        probe=ProbeSettings(filter=kind),
+        correction=CorrectionSettings(floor=floor),
+        loss=LossSettings(preserve=preserve),
+        hints=POOL,
+        rates=BranchRates(),
     )
+
+
+def trained(row: Trajectory, *, train_hints: bool = True, train_prefix: bool = False) -> list[int]:
+    view = training_view(row, hints=POOL, transfer="hinted", train_hints=train_hints, train_prefix=train_prefix)
+    assert view.source.tolist() == view.trained.tolist()
+    return [int(at) for at in view.trained]
 
 
 def test_what_is_trained() -> None:
     parts = [(Origin.POLICY, [10, 11]), (Origin.ENV, [12, 13]), (Origin.POLICY, [14])]
-    assert trained_tokens(trajectory(parts), train_hints=True).tolist() == [3, 4, 7]
-    # 3 prompt tokens, one kept token of the parent (never trained), two of the hint, two of its own.
-    assert trained_tokens(probe(), train_hints=True).tolist() == [4, 5, 6, 7]
-    assert trained_tokens(probe(), train_hints=False).tolist() == [6, 7]
+    assert trained(trajectory(parts)) == [3, 4, 7]
+    # 3 prompt tokens, one kept token of the parent, two of the hint, two of its own.
+    assert trained(probe()) == [4, 5, 6, 7]
+    assert trained(probe(), train_hints=False) == [6, 7]
+    assert trained(probe(), train_prefix=True) == [3, 4, 5, 6, 7]
 
 
 def test_alpha_and_denominator_count_rows_after_the_filter_without_advantage_too() -> None:
@@ -63,6 +83,16 @@ def test_floor_acts_on_good_probes_of_groups_that_no_target_solved() -> None:
     assert good.mixture_weight.tolist() == pytest.approx([0.5, 0.5, 1.0, 1.0], abs=1e-6)
     assert bad.mixture_weight.tolist() == bad.unfloored_weight.tolist()
     assert elsewhere.mixture_weight.tolist() == elsewhere.unfloored_weight.tolist()
+
+
+def test_groups_that_are_all_right_get_the_advantage_that_preserves_them() -> None:
+    solved = group(target(1.0), target(1.0), name="solved")
+    mixed = group(target(0.0), target(1.0), name="mixed")
+    dead = group(target(0.0), target(0.0), name="dead")
+    step = prepare(solved, mixed, dead, preserve=0.25)
+    assert [row.advantage for row in step.rows] == pytest.approx([0.25, 0.25, -0.7071, 0.7071, 0.0, 0.0], abs=1e-4)
+    assert [row.is_preserved for row in step.rows] == [True, True, False, False, False, False]
+    assert step.num_informative == 1
 
 
 def test_ages() -> None:

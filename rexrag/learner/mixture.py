@@ -1,0 +1,89 @@
+"""w_mix = π_v/q of the rows of a step, whatever the mixture (§5, §5b, §6).
+
+Legend: E trained tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rexrag.hints import HintPool
+from rexrag.learner.branches import Branch, BranchRates
+from rexrag.learner.correction import CorrectionSettings, importance_weight, mixture_logprob, token_probe_logprob
+from rexrag.learner.filter import FilterKind
+from rexrag.learner.loss import LossSettings
+from rexrag.learner.sequence import sequence_log_weights
+from rexrag.learner.view import TrainingView, Transfer, training_view
+from rexrag.types import FloatArray, Kind, Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """What the learner has to know of how probes are made (§2, §5b, §8). `rate` is p."""
+
+    rate: float = 0.5
+    branch: Branch = "answer"
+    transfer: Transfer = "hinted"
+    filter: FilterKind = "hint_logprob"
+
+
+class MixtureWeigher:
+    """Weights of the rows of one step. With `sequence`, `weigh_sequences` comes before `weights`.
+
+    `alpha` is α: of the step's rows with `token`, that which p implies with `sequence`.
+    """
+
+    def __init__(
+        self,
+        *,
+        correction: CorrectionSettings,
+        probe: ProbeSettings,
+        hints: HintPool,
+        num_probes: int,
+        num_targets: int,
+    ) -> None:
+        self._correction = correction
+        self._probe = probe
+        self._hints = hints
+        self._sequences: dict[Trajectory, float] = {}
+        if correction.mixture == "sequence":
+            self.alpha = probe.rate / (1.0 + probe.rate)
+        else:
+            self.alpha = num_probes / (num_probes + num_targets) if num_probes else 0.0
+        assert self.alpha < 1.0, "a probe's parent counts in the step"
+
+    def weigh_sequences(self, rows: Sequence[Trajectory], rates: BranchRates) -> None:
+        probe = self._probe
+        log_weights = sequence_log_weights(
+            rows, probe_rate=probe.rate, hints=self._hints, branch=probe.branch, transfer=probe.transfer, rates=rates
+        )
+        self._sequences = dict(zip(rows, log_weights.tolist(), strict=True))
+
+    def view(self, row: Trajectory, loss: LossSettings) -> TrainingView:
+        return training_view(
+            row,
+            hints=self._hints,
+            transfer=self._probe.transfer,
+            train_hints=loss.train_hints,
+            train_prefix=loss.train_prefix,
+        )
+
+    def weights(self, row: Trajectory, view: TrainingView, *, may_floor: bool) -> tuple[FloatArray, FloatArray]:
+        """[E] with and without the floor, which acts on probes where `may_floor`."""
+        log_ratio = self._log_ratio(row, view)
+        floor = self._correction.floor if may_floor and row.kind is Kind.PROBE else 0.0
+        unfloored: FloatArray = importance_weight(log_ratio, bound="none").numpy()
+        weight: FloatArray = importance_weight(log_ratio, bound="none", floor=floor).numpy()
+        return weight, unfloored
+
+    def _log_ratio(self, row: Trajectory, view: TrainingView) -> torch.Tensor:
+        behavior = torch.from_numpy(view.behavior_logprob)
+        if self._correction.mixture == "none":
+            return torch.zeros_like(behavior)
+        if self._correction.mixture == "sequence":
+            return torch.full_like(behavior, self._sequences[row])
+        log_mu = token_probe_logprob(row, hints=self._hints, transfer=self._probe.transfer)[view.source]
+        return behavior - mixture_logprob(behavior, torch.from_numpy(log_mu), self.alpha)
