@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -93,6 +94,10 @@ class HintPool:
         The sum is log(number of hints equal to this one / K).
         """
         return self._logpmf[index]
+
+    def log_probability(self, index: int) -> float:
+        """Log of the probability that a drawn hint has the tokens of this one: log(number of equal hints / K)."""
+        return math.log(self._hints.count(self._hints[index]) / len(self._hints))
 
     def sample(self, rng: Random) -> int:
         """Index of a hint, uniform over the pool."""

@@ -51,7 +51,7 @@ def sequence_log_weights(
         row=torch.tensor([n for n, _ in found], dtype=torch.int64),
         start=torch.tensor([d.at.position for _, d in found], dtype=torch.int64),
         length=torch.tensor([len(hints.ids(d.hint_id)) for _, d in found], dtype=torch.int64),
-        log_pmf=torch.tensor([float(hints.logpmf(d.hint_id).sum(dtype=np.float64)) for _, d in found]),
+        log_pmf=torch.tensor([hints.log_probability(d.hint_id) for _, d in found], dtype=torch.float64),
         log_phi=torch.tensor([math.log(rates.phi(rows[n], d.at)) for n, d in found], dtype=torch.float64),
     )
     total = torch.zeros(len(rows), dtype=torch.float64).index_add(0, _row_of_token(offsets), behavior)
