@@ -34,22 +34,71 @@ RECIPE: Final = ROOT / "recipes" / "synthetic.toml"
 DECISION_WEIGHTS: Final = {"1e-1": 0.3, "1e-2": 0.03, "1e-3": 0.002, "1e-4": 0.0002, "1e-5": 0.0}
 """Depth, the probability of going on after the warm start in round numbers -> the dial that makes it."""
 MIDDLE: Final = "1e-4"
-WORLD: Final = {"one_hop": 0.25, "train_one_hop": 0.2, "dev": 160, "test": 400}
-SETTINGS: Final = ("eval.every=4", "eval.max_questions=400", "train.checkpoint_every=36", "train.keep_checkpoints=1")
+WORLD: Final = {"one_hop": 0.4, "train_one_hop": 0.2, "dev": 250, "test": 400}
+SETTINGS: Final = ("eval.every=3", "eval.max_questions=400", "train.checkpoint_every=36", "train.keep_checkpoints=1")
 
 METHODS: Final[dict[str, tuple[str, ...]]] = {
     "grpo": ("method=grpo",),
     "paper": ("method=rex",),
     "none": ("method=rex", "correction.mixture=none"),
-    "none-keep.1": ("method=rex", "correction.mixture=none", "loss.preserve=0.1"),
-    "none-keep.3": ("method=rex", "correction.mixture=none", "loss.preserve=0.3"),
-    "none-keep1": ("method=rex", "correction.mixture=none", "loss.preserve=1"),
     "free": ("method=rex", "correction.mixture=none", "probe.filter=none", "probe.transfer=hint_free"),
     "free-keep.3": (
-        "method=rex", "correction.mixture=none", "probe.filter=none", "probe.transfer=hint_free", "loss.preserve=0.3",
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=0.3",
     ),
     "free-keep1": (
-        "method=rex", "correction.mixture=none", "probe.filter=none", "probe.transfer=hint_free", "loss.preserve=1",
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=1",
+    ),
+    "free-target": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.baseline=target",
+    ),
+    "free-target-keep1": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.baseline=target",
+        "loss.preserve=1",
+    ),
+    "free-keep1-s0": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=1",
+        "replay.max_staleness=0",
+    ),
+    "free-keep3": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=3",
+    ),
+    "free-group": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "probe.dead_end=group",
+    ),
+    "free-rate.25": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "probe.rate=0.25",
     ),
 }
 """Name -> settings over the recipe."""
