@@ -147,7 +147,7 @@ def run(
         engine,
         retriever=retriever,
         codec=codec,
-        hints=HintPool([codec.encode(HINT)]),
+        hints=HintPool([codec.encode(HINT)], kept=[len(codec.encode("<think>"))]),
         scorer=Scorer(load_reward("em"), kind="em"),
         settings=settings(**changes),
     )
@@ -239,12 +239,94 @@ def test_policy_answer_alone_is_scored(codec: Codec, retriever: BM25Retriever) -
     assert row.em == 0.0
 
 
-def test_groups_survive_arrow(codec: Codec, retriever: BM25Retriever) -> None:
+def test_turns_are_recorded_with_the_start_of_their_action(codec: Codec, retriever: BM25Retriever) -> None:
     group, _ = run(codec, retriever, DEAD_END)
+    for row in group.trajectories:
+        tags = [codec.decode([int(row.token_ids[at])]).strip() for at in row.action_starts]
+        assert tags == ["<search>"] * (row.num_turns - 1) + ["<answer>"]
+        assert len(row.turn_starts) == row.num_turns
+    group, _ = run(codec, retriever, {"": "<think> Homs </think>"}, max_turns=0, probe_rate=0.0)
+    assert group.trajectories[0].action_starts.tolist() == [len(group.trajectories[0].token_ids)]
+
+
+def test_groups_are_probed_only_once_all_targets_failed(codec: Codec, retriever: BM25Retriever) -> None:
+    group, _ = run(codec, retriever, DEAD_END, dead_end="group", group_size=3)
+    assert [row.parent for row in group.trajectories] == [None, None, None, 0, 1, 2]
+
+    class OneRight(ScriptedEngine):
+        """The first target is right, and slower than the others fail."""
+
+        async def generate(self, request: GenerateRequest) -> Generation:
+            self.requests.append(request)
+            if len(self.requests) > 1:
+                return await ScriptedEngine(codec, DEAD_END).generate(request)
+            await asyncio.sleep(0.05)
+            return await ScriptedEngine(codec, {"": RIGHT}).generate(request)
+
+    runner = EpisodeRunner(
+        OneRight(codec, DEAD_END),
+        retriever=retriever,
+        codec=codec,
+        hints=HintPool([codec.encode(HINT)]),
+        scorer=Scorer(load_reward("em"), kind="em"),
+        settings=settings(dead_end="group", group_size=3),
+    )
+    group = asyncio.run(runner.run_group(lease()))
+    assert sorted(row.correct for row in group.trajectories) == [False, False, True]
+
+
+def test_a_probe_is_scored_without_the_part_of_its_hint_that_goes(codec: Codec, retriever: BM25Retriever) -> None:
+    group, engine = run(codec, retriever, DEAD_END, scored="probes")
+    target, probe = group.trajectories[0], group.trajectories[2]
+    assert (target.alternative_logprob, target.alternative_branch) == (None, None)
+    assert probe.branch_point is not None
+    at = probe.prompt_length + probe.branch_point
+    kept, end = at + len(codec.encode("<think>")), at + len(codec.encode(HINT))
+    request = engine.requests[-1]
+    assert list(request.prompt_ids) == [*probe.token_ids[:kept], *probe.token_ids[end:]]
+    assert (request.score_from, request.max_tokens) == (kept, 1)
+    has_score = probe.has_density & (np.arange(len(probe.token_ids)) >= end)
+    assert probe.alternative_logprob is not None
+    assert probe.alternative_logprob.tolist() == np.where(has_score, -1.0, 0.0).tolist()
+    assert probe.score_version == VERSION.step
+
+
+def test_a_target_is_scored_with_a_hint_where_it_goes_on_like_one(codec: Codec, retriever: BM25Retriever) -> None:
+    thoughts = {**DEAD_END, "": FIRST}
+    groups = [run(codec, retriever, thoughts, scored="all", seed=seed, probe_rate=0.0) for seed in range(20)]
+    fits = 0
+    for group, engine in groups:
+        for row in group.trajectories:
+            assert row.alternative_branch is not None
+            assert row.alternative_hint_id == 0
+            at = row.prompt_length + row.alternative_branch
+            turns = zip(row.turn_starts, row.action_starts, strict=True)
+            assert any(start <= at <= last for start, last in turns)
+            hint, think = codec.encode(HINT), codec.encode("<think>")
+            if row.token_ids[at : at + len(think)].tolist() != think:
+                assert (row.alternative_logprob, row.score_version) == (None, None)
+                continue
+            fits += 1
+            start = at + len(think)
+            assert row.alternative_logprob is not None
+            assert (row.alternative_logprob[:start] == 0.0).all()
+            assert (row.alternative_logprob[start:] == np.where(row.has_density[start:], -1.0, 0.0)).all()
+            assert [*row.token_ids[:at], *hint, *row.token_ids[start:]] in [list(r.prompt_ids) for r in engine.requests]
+    assert 0 < fits < 40
+
+
+@pytest.mark.parametrize("scored", ["none", "probes", "all"])
+def test_groups_survive_arrow(codec: Codec, retriever: BM25Retriever, scored: str) -> None:
+    group, _ = run(codec, retriever, DEAD_END, scored=scored)
     back = TrajectoryGroup.from_record_batch(group.to_record_batch())
     for before, after in zip(group.trajectories, back.trajectories, strict=True):
         assert (before.token_ids == after.token_ids).all()
-        assert (before.reward, before.parent, before.text) == (after.reward, after.parent, after.text)
+        assert (before.action_starts == after.action_starts).all()
+        assert (before.alternative_logprob is None) == (after.alternative_logprob is None)
+        if before.alternative_logprob is not None:
+            assert (before.alternative_logprob == after.alternative_logprob).all()
+        for name in ("reward", "parent", "text", "alternative_branch", "alternative_hint_id", "score_version"):
+            assert getattr(before, name) == getattr(after, name)
 
 
 def test_same_seed_same_requests(codec: Codec, retriever: BM25Retriever) -> None:

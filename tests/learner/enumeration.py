@@ -98,7 +98,7 @@ class ExactRates(BranchRates):
 class Toy:
     """The process, its three policies and its pool."""
 
-    def __init__(self, *, spread: float = 0.7, probe_rate: float = 0.5) -> None:
+    def __init__(self, *, spread: float = 0.3, probe_rate: float = 0.5) -> None:
         rng = np.random.default_rng(3)
         base = rng.normal(size=(MAX_LENGTH, 5, 5, VOCABULARY))
         base[..., ACT] += 0.5
@@ -300,7 +300,7 @@ class Toy:
         return found
 
     def _trajectory(
-        self, tokens: Tokens, turns: Sequence[Turn], behavior: Floats, switch: int, *, branch: int | None,
+        self, tokens: Tokens, turns: Sequence[Turn], behavior: npt.NDArray[np.floating], switch: int, *, branch: int | None,
         hint_id: int | None = None, alternative: Floats | None = None, drawn: tuple[int, int] | None = None,
     ) -> Trajectory:  # fmt: skip
         origin = np.array([Origin.PROMPT if t == PROMPT else Origin.ENV if t == ENV else Origin.POLICY for t in tokens])
@@ -330,7 +330,7 @@ class Toy:
             prompt_length=1,
             token_ids=np.array(tokens, np.int32),
             origin=origin.astype(np.uint8),
-            behavior_logprob=np.concatenate([[0.0], behavior]),  # type: ignore[arg-type]
+            behavior_logprob=np.concatenate([[0.0], behavior]),
             policy_version=(np.arange(len(tokens)) >= switch).astype(np.int32),
             action_starts=np.array([t.end if t.action_start is None else t.action_start for t in turns], np.int32),
             alternative_logprob=alternative,  # type: ignore[arg-type]
@@ -352,19 +352,73 @@ def prefix_turn_start(prefix: Tokens) -> int:
     return max(i for i, token in enumerate(prefix) if token in (PROMPT, ENV)) + 1
 
 
-def on_policy_gradient(toy: Toy, advantage: Callable[[Tokens], float]) -> Floats:
-    """[P] gradient of E[A] under the learner's policy."""
-    total = np.zeros_like(toy.learner.logits)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoredTokens:
+    """Tokens with the place of their parameters: what ∇ log π of them is made of.
+
+    Attributes:
+        place: [E] index of the token's place among all contexts; token: [E].
+    """
+
+    place: npt.NDArray[np.int64]
+    token: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, tokens: Tokens, at: Sequence[int]) -> ScoredTokens:
+        """The tokens at the positions `at` of a row."""
+        places = [place(tokens[:i]) for i in at]
+        shape = (MAX_LENGTH, 5, 5)
+        index = np.ravel_multi_index(np.array(places, np.int64).reshape(-1, 3).T, shape)
+        return cls(place=np.asarray(index, np.int64), token=np.array([tokens[i] for i in at], np.int64))
+
+    @classmethod
+    def join(cls, parts: Sequence[ScoredTokens]) -> ScoredTokens:
+        return cls(
+            place=np.concatenate([part.place for part in parts]), token=np.concatenate([part.token for part in parts])
+        )
+
+    def logprobs(self, policy: Policy) -> Floats:
+        """[E]."""
+        found: Floats = policy.logprobs.reshape(-1, VOCABULARY)[self.place, self.token]
+        return found
+
+    def gradient(self, policy: Policy, factors: Floats) -> Floats:
+        """[P] Σ factors·∇ log π."""
+        probabilities = np.exp(policy.logprobs.reshape(-1, VOCABULARY))
+        num_places = len(probabilities)
+        total = np.zeros((num_places, VOCABULARY))
+        np.add.at(total, (self.place, self.token), factors)
+        total -= np.bincount(self.place, factors, num_places)[:, None] * probabilities
+        return total.ravel()
+
+    def squared_norms(self, policy: Policy) -> Floats:
+        """[E] of each token's ∇ log π; the tokens of a row have no parameter in common."""
+        probabilities = np.exp(policy.logprobs.reshape(-1, VOCABULARY))[self.place]
+        own = probabilities[np.arange(len(self.token)), self.token]
+        norms: Floats = (probabilities**2).sum(axis=1) - 2.0 * own + 1.0
+        return norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Of a gradient estimate per target. `second` sums the squared norms of its rows: a probe counts apart."""
+
+    mean: Floats
+    second: float
+
+    @property
+    def deviation(self) -> float:
+        return float(np.sqrt(self.second - (self.mean**2).sum()))
+
+
+def on_policy(toy: Toy, advantage: Callable[[float], float]) -> Moments:
+    """Of targets alone, sampled by the learner's policy: ∇ E[A]."""
+    mean = np.zeros(toy.learner.logits.size)
+    second = 0.0
     for tokens, _ in toy._targets:
-        logprob = sum(toy.learner.logprob(tokens[:i], t) for i, t in enumerate(tokens) if t < ENV)
-        add_score(total, toy, tokens, np.full(len(tokens), np.exp(logprob) * advantage(tokens)))
-    return total.ravel()
-
-
-def add_score(total: Floats, toy: Toy, tokens: Tokens, factors: Floats) -> None:
-    """Add Σ_t factors[t]·∇ log π(y_t) to `total`, shaped like the logits."""
-    for i, token in enumerate(tokens):
-        if token < ENV and factors[i] != 0.0:
-            at = place(tokens[:i])
-            total[at] -= factors[i] * np.exp(toy.learner.logprobs[at])
-            total[(*at, token)] += factors[i]
+        scored = ScoredTokens.of(tokens, [i for i, token in enumerate(tokens) if token < ENV])
+        probability = float(np.exp(scored.logprobs(toy.learner).sum()))
+        factor = advantage(toy.reward(tokens))
+        mean += scored.gradient(toy.learner, np.full(len(scored.token), probability * factor))
+        second += probability * factor**2 * float(scored.squared_norms(toy.learner).sum())
+    return Moments(mean=mean, second=second)

@@ -150,6 +150,7 @@ def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
         model=tmp_path / "model",
         settings=SETTINGS,
         hints=[POOL.ids(i) for i in range(len(POOL))],
+        kept=[0] * len(POOL),
         threads=1,
         seed=0,
         evidence_folder=tmp_path,
