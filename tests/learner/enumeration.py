@@ -300,7 +300,8 @@ class Toy:
         return found
 
     def _trajectory(
-        self, tokens: Tokens, turns: Sequence[Turn], behavior: npt.NDArray[np.floating], switch: int, *, branch: int | None,
+        self, tokens: Tokens, turns: Sequence[Turn], behavior: npt.NDArray[np.floating], switch: int, *,
+        branch: int | None,
         hint_id: int | None = None, alternative: Floats | None = None, drawn: tuple[int, int] | None = None,
     ) -> Trajectory:  # fmt: skip
         origin = np.array([Origin.PROMPT if t == PROMPT else Origin.ENV if t == ENV else Origin.POLICY for t in tokens])
