@@ -42,64 +42,42 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "paper": ("method=rex",),
     "none": ("method=rex", "correction.mixture=none"),
     "free": ("method=rex", "correction.mixture=none", "probe.filter=none", "probe.transfer=hint_free"),
-    "free-keep.3": (
+    "free-p.1": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=0.1",
+    ),
+    "free-p.3": (
         "method=rex",
         "correction.mixture=none",
         "probe.filter=none",
         "probe.transfer=hint_free",
         "loss.preserve=0.3",
     ),
-    "free-keep1": (
+    "free-p1": (
         "method=rex",
         "correction.mixture=none",
         "probe.filter=none",
         "probe.transfer=hint_free",
         "loss.preserve=1",
     ),
-    "free-target": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.baseline=target",
-    ),
-    "free-target-keep1": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.baseline=target",
-        "loss.preserve=1",
-    ),
-    "free-keep1-s0": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=1",
-        "replay.max_staleness=0",
-    ),
-    "free-keep3": (
+    "free-p3": (
         "method=rex",
         "correction.mixture=none",
         "probe.filter=none",
         "probe.transfer=hint_free",
         "loss.preserve=3",
     ),
-    "free-group": (
+    "free-p10": (
         "method=rex",
         "correction.mixture=none",
         "probe.filter=none",
         "probe.transfer=hint_free",
-        "probe.dead_end=group",
+        "loss.preserve=10",
     ),
-    "free-rate.25": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "probe.rate=0.25",
-    ),
+    "none-p3": ("method=rex", "correction.mixture=none", "loss.preserve=3"),
 }
 """Name -> settings over the recipe."""
 OURS: Final = "none"

@@ -136,6 +136,7 @@ def learner_settings(config: Config, *, fastest_dtype: str) -> LearnerSettings:
             train_hints=loss.train_hints,
             train_prefix=loss.train_prefix,
             preserve=loss.preserve,
+            preserve_rows=loss.preserve_rows,
         ),
         optimizer=OptimizerSettings(
             learning_rate=optimizer.learning_rate,

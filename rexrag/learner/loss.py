@@ -15,7 +15,8 @@ class LossSettings:
     """Settings of §7; `kl_coef` is β, and at 0 no reference model is needed.
 
     Attributes:
-        preserve: advantage of the rows of a group that are all right, which has none by itself.
+        preserve: weight of the penalty on what solved groups lose in likelihood; 0: none.
+        preserve_rows: kept rows that a step trains on.
     """
 
     baseline: Baseline = "joint"
@@ -26,6 +27,7 @@ class LossSettings:
     train_hints: bool = True
     train_prefix: bool = False
     preserve: float = 0.0
+    preserve_rows: int = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

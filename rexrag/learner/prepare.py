@@ -30,7 +30,6 @@ class PreparedRow:
     Attributes:
         view: what is trained of it.
         group, row: its place in the step.
-        is_preserved: its advantage is that of a solved group, `loss.preserve`.
         mixture_weight: [E] w_mix, the floor included; `unfloored_weight` without it.
     """
 
@@ -40,7 +39,6 @@ class PreparedRow:
     row: int
     hops: int | None
     advantage: float
-    is_preserved: bool
     mixture_weight: FloatArray
     unfloored_weight: FloatArray
 
@@ -136,7 +134,7 @@ def prepare_step(
             not is_flat(_rewards(group, before)) and is_flat(_rewards(group, after))
             for group, before, after in zip(groups, counted, remaining, strict=True)
         ),
-        num_informative=len({row.group for row in rows if row.advantage != 0.0 and not row.is_preserved}),
+        num_informative=len({row.group for row in rows if row.advantage != 0.0}),
         num_probes=len(probes),
         num_right_probes=sum(groups[probe.group].trajectories[probe.row].correct for probe in probes),
         num_kept_probes=len(kept),
@@ -157,9 +155,6 @@ def _prepare_group(
         family=[i if row.parent is None else row.parent for i, row in zip(indices, rows, strict=True)],
         baseline=loss.baseline,
     )
-    is_preserved = loss.preserve > 0.0 and bool(rows) and all(row.correct for row in rows) and not advantages.any()
-    if is_preserved:
-        advantages = np.full(len(rows), loss.preserve)
     is_solved = any(row.correct for row in rows if row.kind is Kind.TARGET)
     prepared = []
     for i, row, advantage in zip(indices, rows, advantages, strict=True):
@@ -173,7 +168,6 @@ def _prepare_group(
                 row=i,
                 hops=group.hops,
                 advantage=float(advantage),
-                is_preserved=is_preserved,
                 mixture_weight=weight,
                 unfloored_weight=unfloored,
             )

@@ -33,6 +33,7 @@ from rexrag.learner.objective import Objective
 from rexrag.learner.optimizer import Optimizer, OptimizerSettings
 from rexrag.learner.packing import PackedBatch, PackRow, pack
 from rexrag.learner.prepare import PreparedRow, PreparedStep, check_ages, prepare_step
+from rexrag.learner.preserving import PreservingSet, decrease_penalty, pack_rows
 from rexrag.learner.report import StepReport, step_metrics
 from rexrag.learner.token_metrics import TokenRecord
 from rexrag.learner.trainer_state import TrainerState
@@ -116,6 +117,7 @@ class LearnerCore:
         self._bad_steps = 0
         self._rates = BranchRates()
         self._mean_tokens: float | None = None
+        self._preserving = PreservingSet()
         for network in (model, reference):
             if network is not None:
                 prepare_model(network)
@@ -148,6 +150,10 @@ class LearnerCore:
         learning_rate = self._optimizer.learning_rate
         before_update = time.perf_counter()
         done = self._forward_backward(rows, denominator=self._denominator(prepared))
+        if rows:
+            done.loss += self._preserve()
+        if self._settings.loss.preserve > 0.0:
+            self._preserving.add(groups)
         grad_norm, is_bad = self._finish_update(done, has_rows=bool(rows))
         update_s = time.perf_counter() - before_update
         self._success = updated_success(self._success, right=prepared.num_right_probes, probes=prepared.num_probes)
@@ -246,6 +252,24 @@ class LearnerCore:
             if not math.isfinite(done.loss):
                 break
         return done
+
+    def _preserve(self) -> float:
+        """Backward pass of the penalty on what solved groups have lost in likelihood; its loss."""
+        loss = self._settings.loss
+        rows = self._preserving.draw(loss.preserve_rows, step=self.num_steps + 1)
+        num_tokens = sum(len(row.trained) for row in rows)
+        total = 0.0
+        for micro in pack(pack_rows(rows), budget=self._settings.micro_batch_tokens, device=self._device):
+            kept = torch.from_numpy(np.concatenate([rows[i].logprob for i in micro.rows])).to(self._device)
+
+            def penalty(
+                logprob: torch.Tensor, _: torch.Tensor, chunk: slice, kept: torch.Tensor = kept
+            ) -> torch.Tensor:
+                return loss.preserve * decrease_penalty(logprob, kept_logprob=kept[chunk]).sum() / num_tokens
+
+            with self._autocast():
+                total += backward_in_chunks(self.model, micro, chunk_loss=penalty)
+        return total
 
     def _finish_update(self, done: _Pass, *, has_rows: bool) -> tuple[float | None, bool]:
         """Update or discard; the gradient norm (None without a gradient), and whether something was not finite."""

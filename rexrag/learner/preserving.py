@@ -1,0 +1,84 @@
+"""What the policy gets right is kept: rows of solved groups whose likelihood may not fall (§7).
+
+A group that is all right has no advantage, so nothing holds the policy there while other questions pull it elsewhere.
+A sample of such rows is kept from the whole run; each step that updates the policy also trains on some of them.
+
+Legend: E trained tokens of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rexrag.learner.packing import PackRow
+from rexrag.types import FloatArray, IntArray, Origin, Trajectory, TrajectoryGroup
+
+KEPT_ROWS: Final = 64
+"""Rows that are kept; a few of each step suffice, since the penalty is 0 where the policy has not moved."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreservedRow:
+    """A right row: its tokens, which of them the policy wrote [E], and how likely they were then [E]."""
+
+    token_ids: IntArray
+    trained: IntArray
+    logprob: FloatArray
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> PreservedRow:
+        trained = np.flatnonzero(trajectory.origin == Origin.POLICY).astype(np.int32)
+        return cls(
+            token_ids=trajectory.token_ids.copy(),
+            trained=trained,
+            logprob=trajectory.behavior_logprob[trained].copy(),
+        )
+
+
+class PreservingSet:
+    """A uniform sample of the solved groups of the run so far, one row of each (reservoir sampling, Vitter 1985).
+
+    Lifecycle, per step: `draw` what is trained, then `add` the step's groups.
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self.rows: list[PreservedRow] = []
+        self.num_seen = 0
+        self._seed = seed
+
+    def add(self, groups: Sequence[TrajectoryGroup]) -> None:
+        """Offer a row of each group whose rows, masked ones left out, are all right."""
+        for group in groups:
+            counted = [row for row in group.trajectories if not row.is_masked]
+            if not counted or not all(row.correct for row in counted):
+                continue
+            self.num_seen += 1
+            # Seeded by what was seen, not by a generator's state: a resumed run goes on alike.
+            place = Random(f"{self._seed} keep {self.num_seen}").randrange(self.num_seen)
+            if len(self.rows) < KEPT_ROWS:
+                self.rows.append(PreservedRow.of(counted[0]))
+            elif place < KEPT_ROWS:
+                self.rows[place] = PreservedRow.of(counted[0])
+
+    def draw(self, num: int, *, step: int) -> list[PreservedRow]:
+        """At most `num` different rows for a step."""
+        return Random(f"{self._seed} draw {step}").sample(self.rows, min(num, len(self.rows)))
+
+
+def pack_rows(rows: Sequence[PreservedRow]) -> list[PackRow]:
+    """Each with a group of its own: they share nothing."""
+    return [
+        PackRow(token_ids=row.token_ids, trained=row.trained.astype(np.int64), group=i) for i, row in enumerate(rows)
+    ]
+
+
+def decrease_penalty(logprob: Tensor, *, kept_logprob: Tensor) -> Tensor:
+    """[E] max(0, log π_kept − log π_θ): how much less likely a token is than when the row was kept."""
+    return torch.relu(kept_logprob - logprob)
