@@ -110,6 +110,10 @@ LOSS_TOTAL: Final = _metric("loss/total", "Objective of §7, KL included.")
 LOSS_CLIP_LOW_SHARE: Final = _metric("loss/clip_low_share", "Share of tokens whose ratio was clipped from below.")
 LOSS_CLIP_HIGH_SHARE: Final = _metric("loss/clip_high_share", "Share of tokens whose ratio was clipped from above.")
 LOSS_DUAL_CLIP_SHARE: Final = _metric("loss/dual_clip_share", "Share of tokens on which the dual clip acted.")
+PRESERVE_LOSS: Final = _metric(
+    "preserve/loss", "Penalty on what the kept rows of solved groups lost in likelihood, its weight included (§7)."
+)
+PRESERVE_ROWS: Final = _metric("preserve/rows", "Rows of solved groups that are kept for it.")
 POLICY_ENTROPY: Final = _metric("policy/entropy", "Mean entropy at the trained positions, nats.")
 POLICY_KL_REF: Final = _metric(
     "policy/kl_ref", "Mean k3 estimate of the KL to the reference model per trained policy token."

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rexrag.errors import RunFolderError
@@ -31,6 +32,7 @@ _OPTIMIZER: Final = "trainer/optimizer.safetensors"
 _STATE: Final = "trainer/state.json"
 _RNG: Final = "rng"
 _OPTIMIZER_PREFIX: Final = "optimizer/"
+_PRESERVED_PREFIX: Final = "preserved/"
 _NAME: Final = re.compile(r"step-(\d{6,})")
 _TEMPORARY: Final = re.compile(r"step-\d{6,}\.tmp")
 # One file whatever the size: readers may rely on `model.safetensors`.
@@ -105,9 +107,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             num_updates=state["num_updates"],
             success=state["success"],
             bad_steps=state["bad_steps"],
+            num_solved=state["num_solved"],
             mean_tokens=state["mean_tokens"],
             branch_counts=[(turn, token, seen, forked) for turn, token, seen, forked in state["branch_counts"]],
-            optimizer={k.removeprefix(_OPTIMIZER_PREFIX): v for k, v in tensors.items() if k != _RNG},
+            optimizer=_part(tensors, _OPTIMIZER_PREFIX),
+            preserved=_part(tensors, _PRESERVED_PREFIX),
             rng=tensors[_RNG],
         )
         return Checkpoint(folder=folder, trainer_state=trainer_state, extra=state["extra"])
@@ -144,14 +148,20 @@ def prune(folder: Path, *, keep_last: int, best: Path | None) -> list[Path]:
     return deleted
 
 
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _save_trainer(folder: Path, state: TrainerState, extra: Extra) -> None:
-    tensors = {_OPTIMIZER_PREFIX + name: tensor.contiguous() for name, tensor in state.optimizer.items()}
+    parts = {_OPTIMIZER_PREFIX: state.optimizer, _PRESERVED_PREFIX: state.preserved}
+    tensors = {prefix + name: t.contiguous() for prefix, part in parts.items() for name, t in part.items()}
     save_file({**tensors, _RNG: state.rng}, folder / _OPTIMIZER)
     numbers = {
         "step": state.step,
         "num_updates": state.num_updates,
         "success": state.success,
         "bad_steps": state.bad_steps,
+        "num_solved": state.num_solved,
         "mean_tokens": state.mean_tokens,
         "branch_counts": list(state.branch_counts),
         "extra": dict(extra),

@@ -8,12 +8,13 @@ Legend: E trained tokens of all rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -67,9 +68,37 @@ class PreservingSet:
             elif place < KEPT_ROWS:
                 self.rows[place] = PreservedRow.of(counted[0])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The kept rows one after the other, for a checkpoint."""
+        lengths = [(len(row.token_ids), len(row.trained)) for row in self.rows]
+        return {
+            "lengths": torch.tensor(lengths, dtype=torch.int64).reshape(-1, 2),
+            "token_ids": _joined([row.token_ids for row in self.rows], torch.int32),
+            "trained": _joined([row.trained for row in self.rows], torch.int32),
+            "logprob": _joined([row.logprob for row in self.rows], torch.float32),
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], *, num_seen: int) -> None:
+        """The inverse of `tensors`."""
+        token_lengths, trained_lengths = tensors["lengths"].T.tolist()
+        columns = [
+            torch.split(tensors["token_ids"], token_lengths),
+            torch.split(tensors["trained"], trained_lengths),
+            torch.split(tensors["logprob"], trained_lengths),
+        ]
+        self.rows = [
+            PreservedRow(token_ids=ids.numpy(), trained=trained.numpy(), logprob=logprob.numpy())
+            for ids, trained, logprob in zip(*columns, strict=True)
+        ]
+        self.num_seen = num_seen
+
     def draw(self, num: int, *, step: int) -> list[PreservedRow]:
         """At most `num` different rows for a step."""
         return Random(f"{self._seed} draw {step}").sample(self.rows, min(num, len(self.rows)))
+
+
+def _joined(arrays: Sequence[npt.NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=dtype), *(torch.tensor(array, dtype=dtype) for array in arrays)])
 
 
 def pack_rows(rows: Sequence[PreservedRow]) -> list[PackRow]:

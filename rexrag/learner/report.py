@@ -27,6 +27,8 @@ class StepReport:
     rho: float
     success: float
     loss: float
+    preserve_loss: float | None
+    num_preserved: int
     grad_norm: float | None
     learning_rate: float
     updated: bool
@@ -79,6 +81,8 @@ def _update_metrics(report: StepReport) -> Metrics:
         keys.FILTER_SUCCESS: report.success,
         keys.FILTER_KEPT: float(prepared.num_kept_probes),
         keys.LOSS_TOTAL: report.loss if report.trained else None,
+        keys.PRESERVE_LOSS: report.preserve_loss,
+        keys.PRESERVE_ROWS: float(report.num_preserved),
         keys.GRAD_NORM: report.grad_norm,
         keys.LEARNING_RATE: report.learning_rate if report.updated else None,
         keys.UPDATED: float(report.updated),

@@ -150,13 +150,13 @@ class LearnerCore:
         learning_rate = self._optimizer.learning_rate
         before_update = time.perf_counter()
         done = self._forward_backward(rows, denominator=self._denominator(prepared))
-        if rows:
-            done.loss += self._preserve()
-        if self._settings.loss.preserve > 0.0:
-            self._preserving.add(groups)
+        preserve_loss = self._preserve() if rows and math.isfinite(done.loss) else None
+        done.loss += preserve_loss or 0.0
         grad_norm, is_bad = self._finish_update(done, has_rows=bool(rows))
         update_s = time.perf_counter() - before_update
         self._success = updated_success(self._success, right=prepared.num_right_probes, probes=prepared.num_probes)
+        if self._settings.loss.preserve > 0.0:
+            self._preserving.add(groups)
         self._count_bad(is_bad, batch=batch, loss=done.loss, grad_norm=grad_norm)
         report = StepReport(
             groups=groups,
@@ -167,6 +167,8 @@ class LearnerCore:
             rho=rho,
             success=self._success,
             loss=done.loss,
+            preserve_loss=preserve_loss,
+            num_preserved=len(self._preserving.rows),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             updated=bool(rows) and not is_bad,
@@ -197,9 +199,11 @@ class LearnerCore:
             num_updates=self._optimizer.num_updates,
             success=self._success,
             bad_steps=self._bad_steps,
+            num_solved=self._preserving.num_seen,
             mean_tokens=self._mean_tokens,
             branch_counts=self._rates.table(),
             optimizer=self._optimizer.state(),
+            preserved=self._preserving.tensors(),
             rng=torch.get_rng_state(),
         )
 
@@ -210,6 +214,7 @@ class LearnerCore:
         self._success = state.success
         self._bad_steps = state.bad_steps
         self._mean_tokens = state.mean_tokens
+        self._preserving.load(state.preserved, num_seen=state.num_solved)
         self._rates = BranchRates.of_table(state.branch_counts)
         torch.set_rng_state(state.rng)
 
@@ -253,11 +258,13 @@ class LearnerCore:
                 break
         return done
 
-    def _preserve(self) -> float:
-        """Backward pass of the penalty on what solved groups have lost in likelihood; its loss."""
+    def _preserve(self) -> float | None:
+        """Backward pass of the penalty on what solved groups have lost in likelihood; its loss, None without rows."""
         loss = self._settings.loss
         rows = self._preserving.draw(loss.preserve_rows, step=self.num_steps + 1)
         num_tokens = sum(len(row.trained) for row in rows)
+        if not rows:
+            return None
         total = 0.0
         for micro in pack(pack_rows(rows), budget=self._settings.micro_batch_tokens, device=self._device):
             kept = torch.from_numpy(np.concatenate([rows[i].logprob for i in micro.rows])).to(self._device)

@@ -18,6 +18,7 @@ class TrainerState:
         success: m of §8.
         bad_steps: consecutive skipped steps.
         mean_tokens: of §7's N for weights of whole trajectories, once known.
+        num_solved: solved groups that the preserving set has seen; preserved: its rows.
         branch_counts: (turn, token, seen, forked) of §4's φ.
         optimizer: moments by `<moment>/<parameter>`.
         rng: state of torch's CPU generator.
@@ -27,7 +28,9 @@ class TrainerState:
     num_updates: int
     success: float
     bad_steps: int
+    num_solved: int
     mean_tokens: float | None
     branch_counts: Sequence[tuple[int, int, float, float]]
     optimizer: Mapping[str, Tensor]
+    preserved: Mapping[str, Tensor]
     rng: Tensor

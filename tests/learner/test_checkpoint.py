@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from learner_builders import POOL, core, random_groups, step_batch, tiny_model
+from learner_builders import POOL, core, group, random_groups, step_batch, target, tiny_model
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rexrag.errors import RunFolderError
 from rexrag.learner.checkpoint import COMMIT, list_checkpoints, load_checkpoint, prune, save_checkpoint
+from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.filter import INITIAL_SUCCESS
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec
+from rexrag.learner.loss import LossSettings
+from rexrag.learner.mixture import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.models import save_model
@@ -30,7 +33,8 @@ def train(learner: LearnerCore, *, to: int) -> None:
     while learner.num_steps < to:
         step = learner.num_steps + 1
         groups = random_groups(seed=step, version=learner.num_steps)
-        learner.step(step_batch(groups, step=step))
+        right = group(*[target(1.0, ids=(20 + step, 12), version=learner.num_steps) for _ in range(2)], name="right")
+        learner.step(step_batch([*groups, right], step=step))
 
 
 def save(learner: LearnerCore, folder: Path, **extra: object) -> Path:
@@ -45,15 +49,24 @@ def load_model(folder: Path) -> LlamaForCausalLM:
     return model
 
 
-def test_two_and_two_steps_are_four_bit_for_bit(tmp_path: Path) -> None:
-    straight = core(tmp_path, settings=SETTINGS)
+EXACT = replace(
+    SETTINGS,
+    probe=ProbeSettings(filter="none"),
+    correction=CorrectionSettings(mixture="sequence"),
+    loss=LossSettings(train_prefix=True, preserve=1.0),
+)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, EXACT], ids=["token", "sequence"])
+def test_two_and_two_steps_are_four_bit_for_bit(tmp_path: Path, settings: LearnerSettings) -> None:
+    straight = core(tmp_path, settings=settings)
     train(straight, to=4)
 
-    first = core(tmp_path, settings=SETTINGS)
+    first = core(tmp_path, settings=settings)
     train(first, to=2)
     saved = load_checkpoint(save(first, tmp_path / "checkpoints", position=[1, 2]))
     assert saved.extra == {"position": [1, 2]}
-    resumed = core(tmp_path, settings=SETTINGS, model=load_model(saved.folder))
+    resumed = core(tmp_path, settings=settings, model=load_model(saved.folder))
     resumed.load_trainer_state(saved.trainer_state)
     assert saved.trainer_state.success != INITIAL_SUCCESS
     train(resumed, to=4)
@@ -63,6 +76,10 @@ def test_two_and_two_steps_are_four_bit_for_bit(tmp_path: Path) -> None:
     ours, theirs = straight.trainer_state(), resumed.trainer_state()
     assert (ours.step, ours.num_updates, ours.success) == (theirs.step, theirs.num_updates, theirs.success)
     assert (ours.step, ours.num_updates) == (4, 4)
+    assert (ours.mean_tokens, ours.branch_counts) == (theirs.mean_tokens, theirs.branch_counts)
+    assert (ours.mean_tokens is not None) == (settings is EXACT)
+    assert ours.num_solved == theirs.num_solved == (4 if settings is EXACT else 0)
+    assert all(torch.equal(ours.preserved[key], theirs.preserved[key]) for key in ours.preserved)
     assert ours.optimizer.keys() == theirs.optimizer.keys()
     assert all(torch.equal(ours.optimizer[key], theirs.optimizer[key]) for key in ours.optimizer)
 

@@ -19,14 +19,13 @@ def prepare(
     rho: float = 1.0,
     floor: float = 0.0,
     kind: FilterKind = "hint_logprob",
-    preserve: float = 0.0,
 ) -> PreparedStep:
     return prepare_step(
         groups,
         rho=rho,
         probe=ProbeSettings(filter=kind),
         correction=CorrectionSettings(floor=floor),
-        loss=LossSettings(preserve=preserve),
+        loss=LossSettings(),
         hints=POOL,
         rates=BranchRates(),
     )
@@ -83,16 +82,6 @@ def test_floor_acts_on_good_probes_of_groups_that_no_target_solved() -> None:
     assert good.mixture_weight.tolist() == pytest.approx([0.5, 0.5, 1.0, 1.0], abs=1e-6)
     assert bad.mixture_weight.tolist() == bad.unfloored_weight.tolist()
     assert elsewhere.mixture_weight.tolist() == elsewhere.unfloored_weight.tolist()
-
-
-def test_groups_that_are_all_right_get_the_advantage_that_preserves_them() -> None:
-    solved = group(target(1.0), target(1.0), name="solved")
-    mixed = group(target(0.0), target(1.0), name="mixed")
-    dead = group(target(0.0), target(0.0), name="dead")
-    step = prepare(solved, mixed, dead, preserve=0.25)
-    assert [row.advantage for row in step.rows] == pytest.approx([0.25, 0.25, -0.7071, 0.7071, 0.0, 0.0], abs=1e-4)
-    assert [row.is_preserved for row in step.rows] == [True, True, False, False, False, False]
-    assert step.num_informative == 1
 
 
 def test_ages() -> None:

@@ -209,7 +209,6 @@ def prepare(row: EnumeratedRow, weigher: MixtureWeigher, loss: LossSettings, *, 
         row=0,
         hops=None,
         advantage=advantage,
-        is_preserved=False,
         mixture_weight=weight,
         unfloored_weight=unfloored,
     )
