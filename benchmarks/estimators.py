@@ -78,6 +78,36 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
         "loss.preserve=10",
     ),
     "none-p3": ("method=rex", "correction.mixture=none", "loss.preserve=3"),
+    "free-s1": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=1",
+    ),
+    "free-s3": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=3",
+    ),
+    "free-s10": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=10",
+    ),
+    "free-s3-target": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=3",
+        "loss.baseline=target",
+    ),
+    "none-s3": ("method=rex", "correction.mixture=none", "loss.preserve=3"),
 }
 """Name -> settings over the recipe."""
 OURS: Final = "none"

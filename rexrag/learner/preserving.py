@@ -8,6 +8,7 @@ Legend: E trained tokens of all rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -23,11 +24,13 @@ from rexrag.types import FloatArray, IntArray, Origin, Trajectory, TrajectoryGro
 
 KEPT_ROWS: Final = 64
 """Rows that are kept; a few of each step suffice, since the penalty is 0 where the policy has not moved."""
+SURE: Final = 0.9
+"""Probability from which on a token is kept: what the policy decides, not which of several words it takes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreservedRow:
-    """A right row: its tokens, which of them the policy wrote [E], and how likely they were then [E]."""
+    """A right row: its tokens, those of them that the policy was sure of [E], and how likely they were [E]."""
 
     token_ids: IntArray
     trained: IntArray
@@ -35,7 +38,8 @@ class PreservedRow:
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> PreservedRow:
-        trained = np.flatnonzero(trajectory.origin == Origin.POLICY).astype(np.int32)
+        is_sure = trajectory.behavior_logprob >= math.log(SURE)
+        trained = np.flatnonzero((trajectory.origin == Origin.POLICY) & is_sure).astype(np.int32)
         return cls(
             token_ids=trajectory.token_ids.copy(),
             trained=trained,
@@ -60,13 +64,16 @@ class PreservingSet:
             counted = [row for row in group.trajectories if not row.is_masked]
             if not counted or not all(row.correct for row in counted):
                 continue
+            row = PreservedRow.of(counted[0])
+            if not len(row.trained):
+                continue
             self.num_seen += 1
             # Seeded by what was seen, not by a generator's state: a resumed run goes on alike.
             place = Random(f"{self._seed} keep {self.num_seen}").randrange(self.num_seen)
             if len(self.rows) < KEPT_ROWS:
-                self.rows.append(PreservedRow.of(counted[0]))
+                self.rows.append(row)
             elif place < KEPT_ROWS:
-                self.rows[place] = PreservedRow.of(counted[0])
+                self.rows[place] = row
 
     def tensors(self) -> dict[str, Tensor]:
         """The kept rows one after the other, for a checkpoint."""
