@@ -35,6 +35,7 @@ from rexrag.run_folder import RunFolder
 from rexrag.samples import pick_samples
 from rexrag.supervisor import Supervisor
 from rexrag.types import EpisodeScore, Question, StepBatch, StepResult, WeightVersion
+from rexrag.watch import Watch
 
 LOG = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ class Controller:
         self._saved_step = first.step
         self._sampled = (time.monotonic(), 0)
         self._showed_rescue = False
+        self._watch = Watch()
 
     def run(self) -> None:
         """All steps that are left, with the evaluations before, between and after.
@@ -229,6 +231,8 @@ class Controller:
             keys.TIME_STEP: step_s,
             keys.ROLLOUT_TOKENS_PER_S: self._tokens_per_s(),
         }
+        flags, warnings = self._watch.look(metrics)
+        metrics |= flags
         self._board.step(result.step, metrics=metrics, histograms=result.histograms)
         samples = pick_samples(batch)
         for sample in samples:
@@ -239,6 +243,9 @@ class Controller:
             traces = f"--- a rollout of it:\n{failed.text}\n--- the probe:\n{probe.text}"
             self._progress.note(f"the first dead end that a probe leads out of\n{traces}")
         self._progress.step(result.step, metrics=metrics)
+        for warning in warnings:
+            LOG.warning("step %d: %s: %s", result.step, warning.key, warning.text)
+            self._progress.note(f"  {warning.key}: {warning.text}")
 
     def _tokens_per_s(self) -> float | None:
         """Sampled tokens of all actors per second since the last call; None right after an actor was replaced."""

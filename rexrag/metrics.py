@@ -161,6 +161,15 @@ ROLLOUT_TOKENS_PER_S: Final = _metric(
     "rollout/tokens_per_s", "Tokens that all actors sampled per second since the step before."
 )
 
+# Warnings: 1 while a bound is passed, else 0.
+WARNING_ESS: Final = _metric("warning/low_ess", "The effective sample size of targets or probes is below .1.")
+WARNING_TRUNCATION: Final = _metric("warning/truncation", "More than a tenth of the staleness weights was cut.")
+WARNING_REFLECTING: Final = _metric("warning/reflecting", "More than a fifth of the targets write a hint's words.")
+WARNING_FORGETTING: Final = _metric(
+    "warning/forgetting", "Correct rows are less likely than in the ten steps before, by half of their log-prob."
+)
+WARNING_MISMATCH: Final = _metric("warning/mismatch", "`policy/mismatch_kl` is above .01.")
+
 # Histograms.
 HISTOGRAM_WEIGHT: Final = _metric("histogram/weight", "Weights w of the trained tokens.")
 HISTOGRAM_AGE: Final = _metric("histogram/age", "Age of the oldest token of each attempted row.")
