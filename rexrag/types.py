@@ -8,7 +8,6 @@ Values are validated where they are made, so that no reader of these types check
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -18,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rexrag.group_schema import GROUP_SCHEMA as GROUP_SCHEMA
+from rexrag.group_schema import LISTS, SCHEMA_VERSION, join_lists, split_lists
+
 IntArray: TypeAlias = npt.NDArray[np.int32]
 ByteArray: TypeAlias = npt.NDArray[np.uint8]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
-
-SCHEMA_VERSION: Final = "2"
 
 
 class Origin(IntEnum):
@@ -226,53 +226,6 @@ class Trajectory:
         return int(versions.max()) if len(versions) else None
 
 
-GROUP_SCHEMA: Final = pa.schema(
-    [
-        pa.field("group_id", pa.string(), nullable=False),
-        pa.field("question_id", pa.string(), nullable=False),
-        pa.field("data_source", pa.string(), nullable=False),
-        pa.field("hops", pa.int32()),
-        pa.field("kind", pa.string(), nullable=False),
-        pa.field("parent", pa.int32()),
-        pa.field("branch_point", pa.int32()),
-        pa.field("hint_id", pa.int32()),
-        pa.field("reward", pa.float64(), nullable=False),
-        pa.field("em", pa.float64(), nullable=False),
-        pa.field("f1", pa.float64(), nullable=False),
-        pa.field("correct", pa.bool_(), nullable=False),
-        pa.field("end_reason", pa.string(), nullable=False),
-        pa.field("num_searches", pa.int32(), nullable=False),
-        pa.field("num_turns", pa.int32(), nullable=False),
-        pa.field("num_malformed", pa.int32(), nullable=False),
-        pa.field("gold_retrieved", pa.bool_()),
-        pa.field("prompt_length", pa.int32(), nullable=False),
-        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("origin", pa.list_(pa.uint8()), nullable=False),
-        pa.field("behavior_logprob", pa.list_(pa.float32()), nullable=False),
-        pa.field("policy_version", pa.list_(pa.int32()), nullable=False),
-        pa.field("action_starts", pa.list_(pa.int32()), nullable=False),
-        pa.field("alternative_logprob", pa.list_(pa.float32())),
-        pa.field("alternative_branch", pa.int32()),
-        pa.field("alternative_hint_id", pa.int32()),
-        pa.field("score_version", pa.int32()),
-        pa.field("min_version", pa.int32()),
-        pa.field("max_version", pa.int32()),
-        pa.field("text", pa.string()),
-        pa.field("timings", pa.map_(pa.string(), pa.float64()), nullable=False),
-    ],
-    metadata={"rexrag.schema_version": SCHEMA_VERSION},
-)
-"""One row per trajectory, one record batch per group. The list columns' values and offsets are the packed
-layout (`cu_seqlens`) that the learner reads."""
-
-_LISTS: Final = {
-    "token_ids": np.int32,
-    "origin": np.uint8,
-    "behavior_logprob": np.float32,
-    "policy_version": np.int32,
-    "action_starts": np.int32,
-    "alternative_logprob": np.float32,
-}
 _PER_ROW: Final = (
     "parent", "branch_point", "hint_id", "reward", "em", "f1", "correct", "num_searches", "num_turns", "num_malformed",
     "gold_retrieved", "prompt_length", "text", "alternative_branch", "alternative_hint_id", "score_version",
@@ -332,8 +285,8 @@ class TrajectoryGroup:
         }
         for name in _PER_ROW:
             columns[name] = pa.array([getattr(row, name) for row in rows], GROUP_SCHEMA.field(name).type)
-        for name in _LISTS:
-            columns[name] = _join_lists([getattr(row, name) for row in rows], name)
+        for name in LISTS:
+            columns[name] = join_lists([getattr(row, name) for row in rows], name)
         return pa.record_batch([columns[name] for name in GROUP_SCHEMA.names], schema=GROUP_SCHEMA)
 
     @classmethod
@@ -350,7 +303,7 @@ class TrajectoryGroup:
             raise ValueError("the record batch does not have GROUP_SCHEMA")
         names = (*_PER_ROW, "kind", "end_reason", "timings")
         scalars = {name: batch.column(name).to_pylist() for name in names}
-        lists = {name: _split_lists(batch.column(name)) for name in _LISTS}
+        lists = {name: split_lists(batch.column(name)) for name in LISTS}
         rows = []
         for i in range(batch.num_rows):
             values: dict[str, Any] = {name: scalars[name][i] for name in _PER_ROW}
@@ -365,24 +318,6 @@ class TrajectoryGroup:
             )
         first = {name: batch.column(name)[0].as_py() for name in ("group_id", "question_id", "data_source", "hops")}
         return cls(trajectories=tuple(rows), **first)
-
-
-def _join_lists(arrays: Sequence[npt.NDArray[np.generic] | None], name: str) -> pa.ListArray:
-    dtype = _LISTS[name]
-    present = [np.empty(0, dtype) if array is None else array.astype(dtype, copy=False) for array in arrays]
-    offsets = pa.array(np.cumsum([0, *map(len, present)]), pa.int32())
-    missing = pa.array([array is None for array in arrays])
-    mask = missing if GROUP_SCHEMA.field(name).nullable else None
-    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(present)), mask=mask)
-
-
-def _split_lists(column: pa.ListArray) -> list[npt.NDArray[np.generic] | None]:
-    values = column.values.to_numpy(zero_copy_only=True)
-    offsets = column.offsets.to_numpy(zero_copy_only=True)
-    present = column.is_valid().to_pylist()
-    return [
-        values[a:b] if is_there else None for is_there, (a, b) in zip(present, itertools.pairwise(offsets), strict=True)
-    ]
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

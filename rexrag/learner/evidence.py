@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from rexrag.arrow import batch_from_ipc
-from rexrag.types import GROUP_SCHEMA, StepBatch
+from rexrag.group_schema import GROUP_SCHEMA
+from rexrag.types import StepBatch
 
 
 def save_evidence(folder: Path, *, batch: StepBatch, loss: float, grad_norm: float | None) -> Path:
