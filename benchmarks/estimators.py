@@ -108,6 +108,32 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
         "loss.baseline=target",
     ),
     "none-s3": ("method=rex", "correction.mixture=none", "loss.preserve=3"),
+    "free-s1-target": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=1",
+        "loss.baseline=target",
+    ),
+    "free-s3-target-s0": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=3",
+        "loss.baseline=target",
+        "replay.max_staleness=0",
+    ),
+    "free-s3-target-group": (
+        "method=rex",
+        "correction.mixture=none",
+        "probe.filter=none",
+        "probe.transfer=hint_free",
+        "loss.preserve=3",
+        "loss.baseline=target",
+        "probe.dead_end=group",
+    ),
 }
 """Name -> settings over the recipe."""
 OURS: Final = "none"

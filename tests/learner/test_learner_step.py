@@ -26,10 +26,12 @@ from torch import Tensor
 import rexrag.metrics as keys
 from rexrag.errors import RunFailure, StaleGroupError
 from rexrag.learner.advantage import group_advantages
+from rexrag.learner.branches import BranchRates
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
 from rexrag.learner.mixture import MixtureWeigher, ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
+from rexrag.learner.sequence import sequence_log_weights
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.types import Kind, StepResult, TrajectoryGroup
 
@@ -98,6 +100,78 @@ def test_gradient_is_that_of_the_formulas_however_the_batch_is_cut(tmp_path: Pat
     assert_gradient(learner, gradient_by_hand(groups, alpha=3 / 12))
     assert result.metrics[keys.MIXTURE_ALPHA] == pytest.approx(0.25)
     assert (result.metrics[keys.LEARNER_MICRO_BATCHES] == 1) == (micro_batch_tokens == 4096)
+
+
+ESTIMATORS = {
+    "sequence": settings(correction=CorrectionSettings(mixture="sequence"), loss=LossSettings(train_prefix=True)),
+    "hint-free": settings(probe=ProbeSettings(transfer="hint_free", filter="none")),
+    "exact hint-free": settings(
+        probe=ProbeSettings(transfer="hint_free", filter="none"),
+        correction=CorrectionSettings(mixture="sequence"),
+        loss=LossSettings(train_prefix=True),
+    ),
+    "preserving": settings(loss=LossSettings(preserve=2.0)),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimators_gradient_is_the_same_however_the_batch_is_cut(tmp_path: Path, name: str) -> None:
+    groups = [scored(one) for one in random_groups()]
+    likely = replace(target(1.0), behavior_logprob=np.array([0, 0, 0, -0.01, -0.01, -0.01], np.float32))
+    gradients = []
+    for micro_batch_tokens in (4096, 16, 45):
+        learner = core(tmp_path, settings=replace(ESTIMATORS[name], micro_batch_tokens=micro_batch_tokens))
+        learner._preserving.add([group(likely, likely, name=f"right-{i}") for i in range(3)])
+        learner.step(step_batch(groups))
+        gradients.append(first_gradient(learner))
+    assert all(float(gradient.norm()) > 0 for gradient in gradients[0].values())
+    for other in gradients[1:]:
+        for key, gradient in gradients[0].items():
+            assert float((other[key] - gradient).norm() / gradient.norm()) < 1e-5, key
+
+
+def scored(one: TrajectoryGroup) -> TrajectoryGroup:
+    """The group with what hint-free transfer records: targets draw their first branch position and hint 0."""
+    rows = []
+    for row in one.trajectories:
+        fields: dict[str, object] = {"score_version": 0}
+        if row.kind is Kind.TARGET:
+            fields |= {"alternative_branch": 0, "alternative_hint_id": 0}
+        scores = np.where(row.has_density, row.behavior_logprob - 0.25, 0.0).astype(np.float32)
+        rows.append(replace(row, alternative_logprob=scores, **fields))  # type: ignore[arg-type]
+    return replace(one, trajectories=tuple(rows))
+
+
+def test_a_rows_staleness_weight_is_the_product_over_its_tokens(tmp_path: Path) -> None:
+    """With whole-trajectory weights: by an ordinary pass per row, no code of packing, objective or step."""
+    groups = random_groups()
+    learner = core(tmp_path, settings=ESTIMATORS["sequence"])
+    learner.step(step_batch(groups))
+    rates = BranchRates()
+    rows = [row for one in groups for row in one.trajectories]
+    rates.observe([row for row in rows if row.kind is Kind.TARGET], branch="answer")
+    mixture = sequence_log_weights(
+        rows, probe_rate=0.5, hints=POOL, branch="answer", transfer="hinted", rates=rates
+    ).exp()
+    model = tiny_model()
+    total, num_tokens = torch.zeros(()), 0
+    for one, first in zip(groups, range(0, len(rows), 4), strict=True):
+        advantages = group_advantages(
+            np.array([row.reward for row in one.trajectories]),
+            is_probe=np.array([row.kind is Kind.PROBE for row in one.trajectories]),
+            family=list(range(4)),
+            baseline="joint",
+        )
+        for i, (row, advantage) in enumerate(zip(one.trajectories, advantages, strict=True)):
+            at = np.flatnonzero(row.has_density)
+            num_tokens += len(at)
+            ids = torch.from_numpy(row.token_ids.astype(np.int64))[None]
+            logprob = model(ids).logits[0].log_softmax(-1)[at - 1, row.token_ids[at]]
+            ratio = (logprob.detach() - torch.from_numpy(row.behavior_logprob[at])).sum().exp().clamp(max=2.0)
+            total = total - mixture[first + i].float() * ratio * float(advantage) * logprob.sum()
+    # N: 1.5 rows per target, of the mean length of this first step's rows.
+    (total / (1.5 * 9 * num_tokens / len(rows))).backward()  # type: ignore[no-untyped-call]
+    assert_gradient(learner, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [20, 4096])
