@@ -33,7 +33,10 @@ def train(learner: LearnerCore, *, to: int) -> None:
     while learner.num_steps < to:
         step = learner.num_steps + 1
         groups = random_groups(seed=step, version=learner.num_steps)
-        right = group(*[target(1.0, ids=(20 + step, 12), version=learner.num_steps) for _ in range(2)], name="right")
+        right = group(
+            *[target(1.0, ids=(20 + step, 12), version=learner.num_steps, logprob=-0.01) for _ in range(2)],
+            name="right",
+        )
         learner.step(step_batch([*groups, right], step=step))
 
 

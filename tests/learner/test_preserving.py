@@ -14,7 +14,6 @@ from learner_builders import (
     first_gradient,
     group,
     random_groups,
-    recorded_by,
     step_batch,
     target,
     tiny_model,
@@ -33,7 +32,7 @@ UNCLIPPED = OptimizerSettings(learning_rate=1e-3, max_grad_norm=1e9)
 
 
 def solved(first_token: int) -> TrajectoryGroup:
-    rows = [target(1.0, ids=(first_token, 11 + i)) for i in range(2)]
+    rows = [target(1.0, ids=(first_token, 11 + i), logprob=-0.05) for i in range(2)]
     return group(*rows, name=f"r-{first_token}")
 
 
@@ -46,17 +45,18 @@ def settings(preserve: float) -> LearnerSettings:
 def test_only_groups_that_are_all_right_are_kept() -> None:
     kept = PreservingSet()
     kept.add([solved(20), group(target(1.0), target(0.0), name="mixed"), group(target(0.0), target(0.0), name="dead")])
-    masked = group(target(1.0, ids=(21, 12)), target(0.0, end_reason=EndReason.ENV_ERROR), name="masked")
-    kept.add([masked])
+    masked = group(target(1.0, ids=(21, 12), logprob=-0.05), target(0.0, end_reason=EndReason.ENV_ERROR), name="masked")
+    unsure = group(target(1.0, logprob=-0.2), target(1.0, logprob=-0.2), name="unsure")
+    kept.add([masked, unsure])
     assert [int(row.token_ids[3]) for row in kept.rows] == [20, 21]
     assert kept.num_seen == 2
 
 
-def test_what_is_kept_of_a_row() -> None:
+def test_of_a_row_the_tokens_are_kept_that_the_policy_was_sure_of() -> None:
     parts = [(Origin.POLICY, [10, 11]), (Origin.ENV, [12]), (Origin.POLICY, [13])]
-    row = PreservedRow.of(trajectory(parts, reward=1.0, logprob=[-1.0, -2.0, 0.0, -3.0]))
-    assert row.trained.tolist() == [3, 4, 6]
-    assert row.logprob.tolist() == [-1.0, -2.0, -3.0]
+    row = PreservedRow.of(trajectory(parts, reward=1.0, logprob=[-0.1, -2.0, 0.0, -0.01]))
+    assert row.trained.tolist() == [3, 6]
+    assert row.logprob.tolist() == pytest.approx([-0.1, -0.01])
 
 
 def test_the_sample_is_uniform_over_the_run() -> None:
@@ -77,12 +77,14 @@ def test_penalty_by_hand() -> None:
 
 
 def test_what_has_not_lost_likelihood_has_no_gradient(tmp_path: Path) -> None:
-    groups = recorded_by(tiny_model(), random_groups())
-    right = recorded_by(tiny_model(), [solved(20)])
+    groups = random_groups()
     plain = core(tmp_path, settings=settings(0.0))
-    plain.step(step_batch([*groups, *right]))
+    plain.step(step_batch(groups))
     kept = core(tmp_path, settings=settings(5.0))
-    kept.step(step_batch([*groups, *right]))  # the row is kept now, not yet trained on
+    row = solved(20).trajectories[0]
+    kept._preserving.rows = [replace(PreservedRow.of(row), logprob=np.full(3, -50.0, np.float32))]
+    result = kept.step(step_batch(groups))
+    assert result.metrics[keys.PRESERVE_LOSS] == 0.0
     assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), kept.model.parameters(), strict=True))
 
 
