@@ -171,6 +171,9 @@ class ReplayConfig(Section):
     max_attempts: int = Field(
         3, ge=1, le=100, description="Times that a question is asked again after lost or broken groups."
     )
+    refill: bool = Field(
+        False, description="Drop groups with equal rewards and ask other questions in their place, as DAPO does."
+    )
     segment_mb: int = Field(64, ge=1, le=4096, description="Size at which the log begins a new segment, MiB.")
 
 
@@ -312,6 +315,8 @@ def _estimator_problems(config: Config) -> list[str]:
             f'probe.filter = "{probe.filter}": must be "none" with probe.transfer = "hint_free", where a hint\'s own '
             "probability says nothing; set it, and lower probe.rate where that is too many probes."
         )
+    if config.replay.refill and loss.preserve > 0:
+        problems.append(f"loss.preserve = {loss.preserve}: must be 0 with replay.refill, which drops solved groups.")
     if config.correction.mixture != "sequence":
         return problems
     needed: dict[str, tuple[object, object]] = {

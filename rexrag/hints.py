@@ -45,7 +45,8 @@ class HintPool:
         pool = HintPool([[5, 7], [5, 7, 9], [5, 8]])
         pool.logpmf(0)      # log [3/3, 2/3 * 1/2]: continuation, then continuation times end
 
-    Hints may repeat (a repeated hint is drawn more often) and may be prefixes of one another.
+    Hints may repeat (a repeated hint is drawn more often) and may be prefixes of one another. One without tokens is a
+    fork without a hint; `find` does not find it, so exact weights cannot be had with it.
 
     Attributes:
         longest: tokens of the longest hint.
@@ -58,14 +59,11 @@ class HintPool:
             kept: of each hint how many of its first tokens stay when it is taken out of a rollout (§5b); None: 0.
 
         Raises:
-            DataError: no hint, a hint without tokens, or one that would keep more than it has.
+            DataError: no hint, or one that would keep more than it has.
         """
         if not hints:
             raise DataError("the hint pool is empty, it needs at least one hint")
         self._hints = tuple(tuple(int(token) for token in hint) for hint in hints)
-        for index, hint in enumerate(self._hints):
-            if not hint:
-                raise DataError(f"hint {index} has no tokens")
         self._kept = (0,) * len(hints) if kept is None else tuple(kept)
         if len(self._kept) != len(hints):
             raise DataError(f"kept has {len(self._kept)} entries, the pool has {len(hints)} hints")
@@ -79,6 +77,11 @@ class HintPool:
 
     def __len__(self) -> int:
         return len(self._hints)
+
+    @property
+    def has_empty(self) -> bool:
+        """Whether one of the hints is none: no tokens."""
+        return () in self._hints
 
     def ids(self, index: int) -> tuple[int, ...]:
         """Token ids of a hint."""
@@ -127,7 +130,7 @@ def load_hints(path: Path | None, *, codec: Codec, removable: bool = False) -> H
 
     Blank lines and lines that begin with "#" are skipped, white space around a hint is dropped. Of a hint with a "|"
     the text before it stays, as if the policy had written it, when the hint is taken out of a rollout again; without
-    one all of it goes.
+    one all of it goes. A "|" alone is no hint: the rollout is forked, and the policy goes on by itself.
 
     Args:
         removable: hints will be taken out: refuse those that would leave broken text behind.
@@ -160,8 +163,6 @@ def _pool(hints: Sequence[tuple[str, str]], codec: Codec, removable: bool) -> Hi
             _check_removable(rest, where=where)
         stays = codec.encode(opening) if opening else []
         goes = codec.encode(f" {rest}" if opening and rest else rest) if rest else []
-        if not stays + goes:
-            raise DataError(f'{where}: hint {hint!r} has no text beside "{_SEPARATOR}"; write some, or take it out')
         ids.append([*stays, *goes])
         kept.append(len(stays))
     return HintPool(ids, kept=kept)

@@ -20,7 +20,7 @@ from rexrag.config import Config
 from rexrag.controller import Controller, LoopSettings
 from rexrag.data.questions import load_questions
 from rexrag.env.codec import Codec
-from rexrag.errors import Interrupted
+from rexrag.errors import ConfigError, Interrupted
 from rexrag.files import write_atomic
 from rexrag.fleet import Fleet
 from rexrag.hints import HintPool, load_hints
@@ -136,6 +136,12 @@ def read_inputs(request: TrainRequest) -> Inputs:
     assert model_path is not None, "the recipe was checked: a run has a model"
     check_context(load_config(model_path), config.env.max_trajectory_tokens)
     codec = Codec(load_tokenizer(model_path))
+    hints = load_hints(config.probe.hints, codec=codec, removable=config.probe.transfer == "hint_free")
+    if hints.has_empty and config.correction.mixture != "none":
+        raise ConfigError(
+            f'probe.hints = {config.probe.hints}: has a "|" alone, a fork without a hint, which correction.mixture = '
+            f'"{config.correction.mixture}" has no density for; take it out, or set correction.mixture = "none".'
+        )
     retriever = config.retriever
     if retriever.kind == "http":
         assert retriever.url is not None, "the recipe was checked: a server has a URL"
@@ -147,7 +153,7 @@ def read_inputs(request: TrainRequest) -> Inputs:
         train=load(config.data.train),
         dev=load(config.data.dev)[:limit],
         test=load(config.data.eval)[:limit],
-        hints=load_hints(config.probe.hints, codec=codec, removable=config.probe.transfer == "hint_free"),
+        hints=hints,
         model_path=model_path,
     )
 

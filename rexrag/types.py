@@ -269,6 +269,11 @@ class TrajectoryGroup:
         versions = [v for t in self.trajectories if (v := t.max_version) is not None]
         return max(versions, default=None)
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether its rows, masked ones left out, have equal rewards: nothing can be learnt from it."""
+        return len({row.reward for row in self.trajectories if not row.is_masked}) < 2
+
     def to_record_batch(self) -> pa.RecordBatch:
         """The group as one record batch of `GROUP_SCHEMA`."""
         rows = self.trajectories

@@ -173,4 +173,5 @@ def replay_settings(config: Config, *, folder: Path, questions: tuple[Question, 
         lease_deadline_s=replay.lease_deadline_s,
         max_attempts=replay.max_attempts,
         segment_bytes=replay.segment_mb << 20,
+        refill=replay.refill,
     )

@@ -114,11 +114,24 @@ def test_pool_facts() -> None:
         pool.logpmf(0)[0] = 0.0
 
 
-def test_empty_pools_and_hints_are_refused() -> None:
+def test_unusable_pools_are_refused() -> None:
     with pytest.raises(DataError, match="at least one"):
         HintPool([])
-    with pytest.raises(DataError, match="hint 1 has no tokens"):
-        HintPool([[1], []])
+    with pytest.raises(DataError, match="hint 0 has 1 tokens, it cannot keep 2"):
+        HintPool([[1]], kept=[2])
+    with pytest.raises(DataError, match="kept has 2 entries, the pool has 1"):
+        HintPool([[1]], kept=[0, 0])
+
+
+def test_a_fork_without_a_hint_is_a_hint_without_tokens(codec: Codec, tmp_path: Path) -> None:
+    file = tmp_path / "hints.txt"
+    file.write_text("|\n<think> | Next I need\n")
+    pool = load_hints(file, codec=codec, removable=True)
+    assert pool.has_empty
+    assert (pool.ids(0), pool.kept(0), pool.logpmf(0).tolist()) == ((), 0, [])
+    assert pool.log_probability(0) == pytest.approx(math.log(0.5))
+    assert [hint for _, hint in pool.find(pool.ids(1))] == [1]
+    assert not HintPool([[1]]).has_empty
 
 
 @settings(deadline=None)
@@ -181,7 +194,7 @@ def test_hints_that_leave_half_a_thought_are_refused_where_they_are_taken_out(
         load_hints(file, codec=codec, removable=True)
 
 
-@pytest.mark.parametrize(("bad", "match"), [("a | b | c", "more than one"), (" | ", "no text beside")])
+@pytest.mark.parametrize(("bad", "match"), [("a | b | c", "more than one")])
 def test_hints_with_misplaced_bars_are_refused(codec: Codec, tmp_path: Path, bad: str, match: str) -> None:
     file = tmp_path / "hints.txt"
     file.write_text(f"{bad}\n")

@@ -121,6 +121,7 @@ def test_values_out_of_bounds_are_explained(tmp_path: Path, word: str, parts: li
         (["reward.format_weight=0.1"], "reward.format_weight = 0.1"),
         (["replay.lease_timeout_s=9000"], "replay.lease_timeout_s = 9000"),
         (["prepare.index=bm25"], "prepare.index"),
+        (["replay.refill=true", "loss.preserve=1"], "loss.preserve = 1.0"),
         (["probe.transfer=hint_free"], 'probe.filter = "hint_logprob"'),
         (["correction.mixture=sequence", "loss.train_prefix=true"], "probe.filter = 'hint_logprob'"),
         (["correction.mixture=sequence", "probe.filter=none"], "loss.train_prefix = False"),

@@ -19,6 +19,7 @@ class DropReason(StrEnum):
     INVALID = "invalid"
     CORRUPT = "corrupt"
     LOST = "lost"
+    FLAT = "flat"
 
 
 class Then(StrEnum):

@@ -60,7 +60,7 @@ class ReplayActor:
         self._state.release(actor_id)
         self._wake()
 
-    async def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> Literal["accepted", "duplicate"]:
+    async def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> Literal["accepted", "duplicate", "flat"]:
         try:
             return self._state.append(actor_id, group_id=group_id, ipc=ipc)
         finally:

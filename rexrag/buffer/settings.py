@@ -16,6 +16,7 @@ class ReplaySettings:
     Attributes:
         num_steps: learner steps of the whole run: no group is issued that none of them will consume; None: no end.
         max_attempts: times that a question is asked again after its group was dropped, before it is given up.
+        refill: drop groups whose rows have equal rewards, and ask other questions in their place.
         segment_bytes: size at which the log begins a new segment.
     """
 
@@ -29,6 +30,7 @@ class ReplaySettings:
     max_attempts: int = 3
     segment_bytes: int = 64 << 20
     num_steps: int | None = None
+    refill: bool = False
 
     def __post_init__(self) -> None:
         if not self.questions:

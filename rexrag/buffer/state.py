@@ -33,7 +33,7 @@ class Journal(Protocol):
 
 def what_then(group: Group | None, reason: DropReason, *, max_attempts: int | None = None) -> Then:
     """What becomes of a dropped group's question; `lost` counts as no attempt."""
-    if group is None or not group.question:
+    if group is None or not group.question or reason is DropReason.FLAT:
         return Then.ELSEWHERE
     if reason is DropReason.LOST or max_attempts is None or group.attempt < max_attempts:
         return Then.AGAIN
@@ -128,8 +128,10 @@ class ReplayState:
         self._leases.release(actor_id)
         self._held.pop(actor_id, None)
 
-    def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> Literal["accepted", "duplicate"]:
+    def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> Literal["accepted", "duplicate", "flat"]:
         """Store a finished group; it is durable when this returns. The first one wins, whoever holds the lease.
+
+        A flat group is dropped where `refill` is set: another question is asked in its place.
 
         Raises:
             UnknownLeaseError: the group was never issued, or was dropped.
@@ -147,6 +149,9 @@ class ReplayState:
         except ValueError:
             self._drop_open(actor_id, group, DropReason.INVALID)
             raise
+        if self._settings.refill and parsed.is_flat:
+            self._drop([group], DropReason.FLAT)
+            return "flat"
         finish = Finish(
             group_id=group_id,
             epoch=group.epoch,

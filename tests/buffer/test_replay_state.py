@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -153,6 +154,28 @@ def test_broken_groups_are_asked_again_and_given_up_in_the_end() -> None:
     assert rig.lease(1)[0].question != question
     with pytest.raises(UnknownLeaseError):
         rig.append(lease)
+
+
+def test_refilling_drops_groups_without_a_signal_and_asks_other_questions() -> None:
+    rig = Rig(groups_per_step=1, refill=True)
+    (flat,) = rig.lease(1)
+    assert rig.append(flat) == "flat"
+    assert rig.state.take(1, rho=None) is None
+    assert rig.state.accounting() == {"issued": 1, "consumed": 0, "dropped": {"flat": 1}, "pending": 0, "given_up": 0}
+    with pytest.raises(UnknownLeaseError, match="was dropped"):
+        rig.append(flat)
+    (other,) = rig.lease(1)
+    assert other.question.key != flat.question.key
+    assert rig.state.append("a", group_id=other.group_id, ipc=with_two_rewards(other)) == "accepted"
+    assert rig.step(1) == (other.group_id,)
+    again = restart(rig.settings, rig.journal, clock=rig.clock, incarnation="2", resume_step=1)
+    assert again.accounting()["dropped"] == {"flat": 1}
+
+
+def with_two_rewards(lease: GroupLease) -> bytes:
+    group = make_group(lease.group_id, lease.question.key)
+    rows = (group.trajectories[0], replace(group.trajectories[1], reward=0.0))
+    return batch_to_ipc(replace(group, trajectories=rows).to_record_batch())
 
 
 def test_unknown_groups_and_reasons_are_refused() -> None:
