@@ -37,107 +37,34 @@ MIDDLE: Final = "1e-4"
 WORLD: Final = {"one_hop": 0.4, "train_one_hop": 0.2, "dev": 250, "test": 400}
 SETTINGS: Final = ("eval.every=3", "eval.max_questions=400", "train.checkpoint_every=36", "train.keep_checkpoints=1")
 
+NONE: Final = ("method=rex", "correction.mixture=none", "probe.filter=none")
+EXACT: Final = (
+    "method=rex", "correction.mixture=sequence", "probe.filter=none", "loss.train_prefix=true", "loss.baseline=loo",
+)  # fmt: skip
+
 METHODS: Final[dict[str, tuple[str, ...]]] = {
     "grpo": ("method=grpo",),
+    "grpo, refilled": ("method=grpo", "replay.refill=true", "train.groups_per_step=12"),
+    "fork without a hint": (*NONE, "probe.hints={folder}/no-hint.txt"),
     "paper": ("method=rex",),
-    "none": ("method=rex", "correction.mixture=none"),
-    "free": ("method=rex", "correction.mixture=none", "probe.filter=none", "probe.transfer=hint_free"),
-    "free-p.1": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=0.1",
+    "exact": EXACT,
+    "exact, hint-free": (*EXACT, "probe.transfer=hint_free"),
+    "token, floor .5": ("method=rex", "correction.floor=0.5"),
+    "none": (*NONE, "probe.filter=hint_logprob"),
+    "none, target": (*NONE, "probe.filter=hint_logprob", "loss.baseline=target"),
+    "none, dead groups": (*NONE, "probe.filter=hint_logprob", "probe.dead_end=group"),
+    "hint-free": (*NONE, "probe.transfer=hint_free"),
+    "paper, preserving": ("method=rex", "loss.preserve=3"),
+    "none, preserving": (*NONE, "probe.filter=hint_logprob", "loss.preserve=3"),
+    "hint-free, preserving": (*NONE, "probe.transfer=hint_free", "loss.preserve=3"),
+    "hint-free, target, preserving": (
+        *NONE, "probe.transfer=hint_free", "loss.baseline=target", "loss.preserve=3",
     ),
-    "free-p.3": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=0.3",
-    ),
-    "free-p1": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=1",
-    ),
-    "free-p3": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=3",
-    ),
-    "free-p10": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=10",
-    ),
-    "none-p3": ("method=rex", "correction.mixture=none", "loss.preserve=3"),
-    "free-s1": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=1",
-    ),
-    "free-s3": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=3",
-    ),
-    "free-s10": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=10",
-    ),
-    "free-s3-target": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=3",
-        "loss.baseline=target",
-    ),
-    "none-s3": ("method=rex", "correction.mixture=none", "loss.preserve=3"),
-    "free-s1-target": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=1",
-        "loss.baseline=target",
-    ),
-    "free-s3-target-s0": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=3",
-        "loss.baseline=target",
-        "replay.max_staleness=0",
-    ),
-    "free-s3-target-group": (
-        "method=rex",
-        "correction.mixture=none",
-        "probe.filter=none",
-        "probe.transfer=hint_free",
-        "loss.preserve=3",
-        "loss.baseline=target",
-        "probe.dead_end=group",
-    ),
-}
-"""Name -> settings over the recipe."""
-OURS: Final = "none"
-AS_MANY_ROLLOUTS: Final = frozenset({"grpo"})
+    "grpo, preserving": ("method=grpo", "loss.preserve=3"),
+}  # fmt: skip
+"""Name -> settings over the recipe; {folder} is where the study's own files are."""
+OURS: Final = "none, preserving"
+AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving"})
 """Methods without probes: their groups grow until they spend what `OURS` spends."""
 
 SEEDS: Final = {"methods": range(5), "depths": range(3)}
@@ -153,7 +80,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.depth}-{self.seed}"
+        return f"{self.method.replace(', ', '+').replace(' ', '-')}-{self.depth}-{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +175,8 @@ def run(cell: Cell, *, work: Path) -> None:
         return
     command = [sys.executable, "-m", "rexrag", "train", "--run-dir", str(folder)]
     if not (folder / "run.json").exists():
-        words = list(METHODS[cell.method])
+        (work / "no-hint.txt").write_text("|\n")
+        words = [word.format(folder=work.resolve()) for word in METHODS[cell.method]]
         if cell.method in AS_MANY_ROLLOUTS:
             words.append(f"rollout.group_size={as_many_rollouts(cell, work=work)}")
         recipe = work / "prepared" / f"{cell.depth}-{cell.seed}" / "recipe.toml"
@@ -285,14 +213,16 @@ def read(cell: Cell, *, work: Path) -> Row:
     depth = json.loads((work / "prepared" / f"{cell.depth}-{cell.seed}" / "warmstart" / "warmstart.json").read_text())
     escape = escape_step([step["target/em"] for step in steps], before=before["em"], after=after["em"])
     until = steps[:escape]
+    group_size = round(sum(step["target/count"] for step in steps) / sum(step["group/count"] for step in steps))
+    num_dropped = json.loads((folder / "accounting.json").read_text())["dropped"].get("flat", 0)
     ess = [value for step in steps if (value := step["weight/ess_probe"]) is not None]
     return Row(
         method=cell.method,
         depth=cell.depth,
         seed=cell.seed,
         think=depth["depth"]["think_median"],
-        group_size=round(sum(step["target/count"] for step in steps) / sum(step["group/count"] for step in steps)),
-        rollouts=num_rollouts(steps),
+        group_size=group_size,
+        rollouts=num_rollouts(steps) + num_dropped * group_size,
         seconds=round(sum(step["time/step_s"] for step in steps), 1),
         em_before=before["em"],
         em_after=after["em"],
