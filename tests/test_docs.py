@@ -10,7 +10,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 from pydantic.fields import FieldInfo
 
-from rexrag.config import KEYS, METHODS, Config
+from rexrag.config import KEYS, METHOD_ADVICE, METHODS, Config
 from rexrag.data.check import check_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,10 +73,15 @@ def test_every_setting_is_documented_as_the_code_says() -> None:
 
 def test_method_sets_are_documented_as_the_code_says() -> None:
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `([^`]+)` \| ([^|]*) \| ([^|]*) \|$", text, re.MULTILINE)
-    expected = [(key, set_value("grpo", key), set_value("rex", key)) for key in METHODS["rex"]]
-    assert METHODS["grpo"].keys() <= METHODS["rex"].keys()
-    assert rows == expected
+    section = text.partition("`method` stands for:")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    keys = METHODS["rex"].keys()
+    assert rows == [f"| `{key}` | {' | '.join(set_value(method, key) for method in METHODS)} |" for key in keys]
+    assert all(values.keys() == keys for name, values in METHODS.items() if name != "grpo")
+    assert METHODS["grpo"].keys() <= keys
+    advice = [f"- `{method}`: {text}" for method, text in METHOD_ADVICE.items()]
+    assert [line for line in section.splitlines() if line.startswith("- ")] == advice
+    assert METHOD_ADVICE.keys() == METHODS.keys()
 
 
 def set_value(method: str, key: str) -> str:

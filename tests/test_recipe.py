@@ -100,7 +100,7 @@ def test_unknown_key_in_a_recipe_and_in_an_unknown_table(tmp_path: Path) -> None
         ("correction.mixture=trajectory", ["correction.mixture", "'token', 'sequence' or 'none'"]),
         ("loss.preserve=-1", ["loss.preserve = -1", "greater than or equal to 0"]),
         ("rollout.engine=vllm", ["rollout.engine", "'torch'"]),
-        ("method=dapo", ["method", "'grpo' or 'rex'"]),
+        ("method=dapo", ["method", "'grpo', 'rex', 'exact' or 'escape'"]),
     ],
 )
 def test_values_out_of_bounds_are_explained(tmp_path: Path, word: str, parts: list[str]) -> None:
