@@ -113,6 +113,8 @@ class Row:
     reflects: float
     ess_probe: float | None
     target_em: list[float]
+    dev_steps: list[int]
+    one_hop_em: list[float]
 
 
 def main() -> None:
@@ -209,7 +211,8 @@ def read(cell: Cell, *, work: Path) -> Row:
     folder = work / "runs" / cell.name
     evaluations, steps = lines(folder / "eval.jsonl"), lines(folder / "metrics.jsonl")
     before, after = [line for line in evaluations if line["split"] == "test"]
-    one_hop = [line["by_hops"]["1"]["em"] for line in evaluations if line["split"] == "dev"]
+    dev = [line for line in evaluations if line["split"] == "dev"]
+    one_hop = [line["by_hops"]["1"]["em"] for line in dev]
     depth = json.loads((work / "prepared" / f"{cell.depth}-{cell.seed}" / "warmstart" / "warmstart.json").read_text())
     escape = escape_step([step["target/em"] for step in steps], before=before["em"], after=after["em"])
     until = steps[:escape]
@@ -235,6 +238,8 @@ def read(cell: Cell, *, work: Path) -> Row:
         reflects=statistics.fmean(step["target/reflect_rate"] for step in steps[-5:]),
         ess_probe=statistics.fmean(ess) if ess else None,
         target_em=[round(step["target/em"], 4) for step in steps],
+        dev_steps=[line["step"] for line in dev],
+        one_hop_em=one_hop,
     )
 
 
@@ -294,6 +299,7 @@ def write(path: Path, rows: Sequence[Row], *, head: str) -> None:
         "commit": head,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine(),
+        "middle": MIDDLE,
         "rows": [asdict(row) for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
