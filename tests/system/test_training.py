@@ -181,3 +181,25 @@ def test_a_run_folder_in_use_is_refused(recipe: Path, tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.communicate(timeout=60)
+
+
+def test_exact_weights_of_hint_free_probes(recipe: Path, tmp_path: Path) -> None:
+    """What actors score, groups carry and the learner weighs, through all processes, with weights that change."""
+    words = ["method=exact", "probe.transfer=hint_free", "probe.rate=1", "weights.inflight=recompute", "train.steps=2"]
+    run = tmp_path / "run"
+    run_rexrag("train", recipe, "--run-dir", run, *(part for word in words for part in ("--set", word)))
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line[keys.MIXTURE_ALPHA] for line in lines] == [0.5, 0.5]
+    for line in lines:
+        assert (line[keys.PROBE_COUNT] or 0) > 0
+        assert 0 < (line[keys.WEIGHT_MAX] or 0) <= 2.0 * 2.0 + 1e-6  # 1/(1 − α) times the cap on staleness
+    assert_books_balance(run)
+
+
+def test_refilling_gives_the_learner_informative_groups_alone(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["method=grpo", "replay.refill=true", "train.groups_per_step=3", "train.steps=2", "reward.kind=em + format"]
+    run_rexrag("train", recipe, "--run-dir", run, *(part for word in words for part in ("--set", word)))
+    assert [line[keys.GROUP_INFORMATIVE] for line in read_lines(run / "metrics.jsonl")] == [1.0, 1.0]
+    accounting = assert_books_balance(run)
+    assert accounting["consumed"] == 6
