@@ -37,36 +37,32 @@ MIDDLE: Final = "1e-4"
 WORLD: Final = {"one_hop": 0.4, "train_one_hop": 0.2, "dev": 250, "test": 400}
 SETTINGS: Final = ("eval.every=3", "eval.max_questions=400", "train.checkpoint_every=36", "train.keep_checkpoints=1")
 
-NONE: Final = ("method=rex", "correction.mixture=none", "probe.filter=none")
-EXACT: Final = (
-    "method=rex", "correction.mixture=sequence", "probe.filter=none", "loss.train_prefix=true", "loss.baseline=loo",
-)  # fmt: skip
-
+NONE: Final = ("method=rex", "correction.mixture=none")
+HINT_FREE: Final = ("probe.transfer=hint_free", "probe.filter=none")
 METHODS: Final[dict[str, tuple[str, ...]]] = {
+    "escape": ("method=escape",),
+    "none": NONE,
+    "paper": ("method=rex",),
     "grpo": ("method=grpo",),
     "grpo, refilled": ("method=grpo", "replay.refill=true", "train.groups_per_step=12"),
-    "fork without a hint": (*NONE, "probe.hints={folder}/no-hint.txt"),
-    "paper": ("method=rex",),
-    "exact": EXACT,
-    "exact, hint-free": (*EXACT, "probe.transfer=hint_free"),
-    "token, floor .5": ("method=rex", "correction.floor=0.5"),
-    "none": (*NONE, "probe.filter=hint_logprob"),
-    "none, target": (*NONE, "probe.filter=hint_logprob", "loss.baseline=target"),
-    "none, dead groups": (*NONE, "probe.filter=hint_logprob", "probe.dead_end=group"),
-    "hint-free": (*NONE, "probe.transfer=hint_free"),
+    "fork without a hint": (*NONE, "probe.filter=none", "probe.hints={folder}/no-hint.txt"),
+    "exact": ("method=exact",),
+    "exact, hint-free": ("method=exact", "probe.transfer=hint_free"),
+    "hint-free": (*NONE, *HINT_FREE),
+    "hint-free, preserving": ("method=escape", *HINT_FREE),
     "paper, preserving": ("method=rex", "loss.preserve=3"),
-    "none, preserving": (*NONE, "probe.filter=hint_logprob", "loss.preserve=3"),
-    "hint-free, preserving": (*NONE, "probe.transfer=hint_free", "loss.preserve=3"),
-    "hint-free, target, preserving": (
-        *NONE, "probe.transfer=hint_free", "loss.baseline=target", "loss.preserve=3",
-    ),
     "grpo, preserving": ("method=grpo", "loss.preserve=3"),
-}  # fmt: skip
+    "paper, floor 0.5": ("method=rex", "correction.floor=0.5"),
+    "none, baseline target": (*NONE, "loss.baseline=target"),
+    "none, dead groups only": (*NONE, "probe.dead_end=group"),
+    "none, half the learning rate": (*NONE, "optimizer.learning_rate=2e-4"),
+}
 """Name -> settings over the recipe; {folder} is where the study's own files are."""
-OURS: Final = "none, preserving"
+OURS: Final = "escape"
 AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving"})
 """Methods without probes: their groups grow until they spend what `OURS` spends."""
 
+ON_EVERY_DEPTH: Final = frozenset({"escape", "none", "paper", "grpo"})
 SEEDS: Final = {"methods": range(5), "depths": range(3)}
 
 
@@ -129,11 +125,12 @@ def main() -> None:
     words = parser.parse_args()
     cells = plan(words.study, only=words.only, seeds=words.seeds)
     head = commit()
-    for depth, seed in sorted({(cell.depth, cell.seed) for cell in cells}):
-        prepared_recipe(depth, seed=seed, work=words.work)
     with ThreadPoolExecutor(words.jobs) as pool:
-        for wave in ([c for c in cells if c.method not in AS_MANY_ROLLOUTS], cells):
-            list(pool.map(lambda cell: run(cell, work=words.work), wave))
+        for depth, seed in dict.fromkeys((cell.depth, cell.seed) for cell in cells):
+            prepared_recipe(depth, seed=seed, work=words.work)
+            here = [cell for cell in cells if (cell.depth, cell.seed) == (depth, seed)]
+            for wave in ([cell for cell in here if cell.method not in AS_MANY_ROLLOUTS], here):
+                list(pool.map(lambda cell: run(cell, work=words.work), wave))
     rows = [read(cell, work=words.work) for cell in cells]
     write(words.out, rows, head=head)
     print(table(rows))
@@ -144,7 +141,7 @@ def plan(studies: Sequence[str], *, only: Sequence[str], seeds: Sequence[int] | 
     cells = {
         Cell(method=method, depth=depth, seed=seed)
         for study in studies
-        for method in only
+        for method in (only if study == "methods" else [name for name in only if name in ON_EVERY_DEPTH])
         for depth in ([MIDDLE] if study == "methods" else DECISION_WEIGHTS)
         for seed in (SEEDS[study] if seeds is None else seeds)
     }
