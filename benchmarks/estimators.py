@@ -1,11 +1,12 @@
 """Which method leaves a dead end, at what cost, and what it forgets on the way: the study of docs/estimators.md.
 
-    python benchmarks/estimators.py --work DIR [--study methods depths] [--only NAME ...] [--jobs 2] [--out FILE.json]
+    python benchmarks/estimators.py --work DIR [--study methods depths model] [--only NAME ...] [--out FILE.json]
 
-On the invented world of `recipes/synthetic.toml`, at dead ends of five depths. The runs of a depth and seed share one
-world and one warm start. A run that is there is only read, one that was interrupted goes on where it stopped, so the
-command may be given again until the tables are whole. GRPO beside a method gets the group size that spends as many
-rollouts as that method's run of the same depth and seed (targets and probes), rounded to the nearest.
+`methods` and `depths`: the invented world of `recipes/synthetic.toml`, every method at one depth of the dead end, the
+main ones at five. `model`: the real language model of `recipes/quickstart.toml`, the main methods at two depths. The
+runs of a world, depth and seed share one warm start. A run that is there is only read, one that was interrupted goes
+on where it stopped, so the command may be given again until the tables are whole. GRPO beside a method gets the group
+size that spends as many rollouts as that method's run of the same depth and seed (targets and probes), rounded.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,13 +31,46 @@ from rexrag.progress import Progress
 from rexrag.recipe import Recipe, flatten, load_recipe, make_config, prepared_values, resolved_toml
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-RECIPE: Final = ROOT / "recipes" / "synthetic.toml"
 
-DECISION_WEIGHTS: Final = {"1e-1": 0.3, "1e-2": 0.03, "1e-3": 0.002, "1e-4": 0.0002, "1e-5": 0.0}
-"""Depth, the probability of going on after the warm start in round numbers -> the dial that makes it."""
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Where a method is tried.
+
+    Attributes:
+        depths: name of a dead end's depth, the probability of going on after the warm start in round numbers -> the
+            dial that makes it.
+        size: further dials. settings: over the recipe.
+        threads: of the warm start. jobs: runs at once.
+    """
+
+    recipe: Path
+    depths: dict[str, float]
+    size: dict[str, float]
+    settings: tuple[str, ...]
+    threads: int
+    jobs: int
+
+
+WORLDS: Final = {
+    "synthetic": World(
+        recipe=ROOT / "recipes" / "synthetic.toml",
+        depths={"1e-1": 0.3, "1e-2": 0.03, "1e-3": 0.002, "1e-4": 0.0002, "1e-5": 0.0},
+        size={"one_hop": 0.4, "train_one_hop": 0.2, "dev": 250, "test": 400},
+        settings=("eval.every=3", "train.checkpoint_every=36", "train.keep_checkpoints=1"),
+        threads=1,
+        jobs=2,
+    ),
+    "model": World(
+        recipe=ROOT / "recipes" / "quickstart.toml",
+        depths={"2e-4": 0.0, "2e-3": 0.01},
+        size={"demonstrations": 480, "test": 200, "dev": 40, "train_one_hop": 0.2},
+        settings=("eval.every=3",),
+        threads=2,
+        jobs=1,
+    ),
+}
 MIDDLE: Final = "1e-4"
-WORLD: Final = {"one_hop": 0.4, "train_one_hop": 0.2, "dev": 250, "test": 400}
-SETTINGS: Final = ("eval.every=3", "eval.max_questions=400", "train.checkpoint_every=36", "train.keep_checkpoints=1")
 
 NONE: Final = ("method=rex", "correction.mixture=none")
 HINT_FREE: Final = ("probe.transfer=hint_free", "probe.filter=none")
@@ -62,21 +97,25 @@ OURS: Final = "escape"
 AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving"})
 """Methods without probes: their groups grow until they spend what `OURS` spends."""
 
-ON_EVERY_DEPTH: Final = frozenset({"escape", "none", "paper", "grpo"})
-SEEDS: Final = {"methods": range(5), "depths": range(3)}
+MAIN: Final = ("escape", "none", "paper", "grpo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One run of the study."""
 
+    world: str
     method: str
     depth: str
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.method.replace(', ', '+').replace(' ', '-')}-{self.depth}-{self.seed}"
+        return f"{self.world}-{self.method.replace(', ', '+').replace(' ', '-')}-{self.depth}-{self.seed}"
+
+    @property
+    def prepared(self) -> str:
+        return f"{self.world}-{self.depth}-{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +130,7 @@ class Row:
         seconds: of the training steps, evaluations left out; two runs share the machine.
     """
 
+    world: str
     method: str
     depth: str
     seed: int
@@ -113,58 +153,75 @@ class Row:
     one_hop_em: list[float]
 
 
+STUDIES: Final[dict[str, list[tuple[str, range, tuple[str, ...]]]]] = {
+    "methods": [(MIDDLE, range(5), tuple(METHODS))],
+    "depths": [(depth, range(3), MAIN) for depth in WORLDS["synthetic"].depths],
+    "model": [("2e-4", range(3), MAIN), ("2e-3", range(3), ("escape", "none"))],
+}
+"""Study -> (depth, seeds, methods)."""
+
+
 def main() -> None:
     """Run what is missing, write the figures, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--study", nargs="+", choices=SEEDS, default=list(SEEDS))
+    parser.add_argument("--study", nargs="+", choices=STUDIES, default=["methods", "depths"])
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", help="in place of the study's")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of those of the study")
+    parser.add_argument("--read", action="store_true", help="run nothing, read what is finished")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "estimators.json")
     words = parser.parse_args()
     cells = plan(words.study, only=words.only, seeds=words.seeds)
     head = commit()
-    with ThreadPoolExecutor(words.jobs) as pool:
-        for depth, seed in dict.fromkeys((cell.depth, cell.seed) for cell in cells):
-            prepared_recipe(depth, seed=seed, work=words.work)
-            here = [cell for cell in cells if (cell.depth, cell.seed) == (depth, seed)]
-            for wave in ([cell for cell in here if cell.method not in AS_MANY_ROLLOUTS], here):
-                list(pool.map(lambda cell: run(cell, work=words.work), wave))
-    rows = [read(cell, work=words.work) for cell in cells]
+    if not words.read:
+        for key in dict.fromkeys(cell.prepared for cell in cells):
+            run_all([cell for cell in cells if cell.prepared == key], work=words.work)
+    finished = [cell for cell in plan(list(STUDIES)) if is_done(words.work / "runs" / cell.name)]
+    rows = [read(cell, work=words.work) for cell in finished]
     write(words.out, rows, head=head)
     print(table(rows))
 
 
-def plan(studies: Sequence[str], *, only: Sequence[str], seeds: Sequence[int] | None) -> list[Cell]:
-    """All runs of the studies, each once, by depth and seed."""
-    cells = {
-        Cell(method=method, depth=depth, seed=seed)
+def plan(
+    studies: Sequence[str], *, only: Sequence[str] = tuple(METHODS), seeds: Sequence[int] | None = None
+) -> list[Cell]:
+    """All runs of the studies, each once, those of a world, depth and seed together."""
+    cells = dict.fromkeys(
+        Cell(world="model" if study == "model" else "synthetic", method=method, depth=depth, seed=seed)
         for study in studies
-        for method in (only if study == "methods" else [name for name in only if name in ON_EVERY_DEPTH])
-        for depth in ([MIDDLE] if study == "methods" else DECISION_WEIGHTS)
-        for seed in (SEEDS[study] if seeds is None else seeds)
-    }
+        for depth, all_seeds, methods in STUDIES[study]
+        for seed in all_seeds
+        for method in methods
+        if method in only and (seeds is None or seed in seeds)
+    )
     order = list(METHODS)
-    return sorted(cells, key=lambda cell: (cell.depth != MIDDLE, cell.seed, cell.depth, order.index(cell.method)))
+    return sorted(cells, key=lambda c: (c.world, c.depth != MIDDLE, c.seed, c.depth, order.index(c.method)))
 
 
-def prepared_recipe(depth: str, *, seed: int, work: Path) -> Path:
-    """World, index and warm start of a depth and seed, made once; the recipe that uses them."""
-    folder = work / "prepared" / f"{depth}-{seed}"
+def run_all(cells: Sequence[Cell], *, work: Path) -> None:
+    """Runs that share a warm start; those whose size hangs on another one after it."""
+    prepare_start(cells[0], work=work)
+    with ThreadPoolExecutor(WORLDS[cells[0].world].jobs) as pool:
+        for wave in ([cell for cell in cells if cell.method not in AS_MANY_ROLLOUTS], cells):
+            list(pool.map(lambda cell: run(cell, work=work), wave))
+
+
+def prepare_start(cell: Cell, *, work: Path) -> None:
+    """World, index and warm start, made once; `recipe.toml` beside them uses them."""
+    world = WORLDS[cell.world]
+    folder = work / "prepared" / cell.prepared
     path = folder / "recipe.toml"
     if path.exists():
-        return path
-    size = ", ".join(f"{k} = {v}" for k, v in {**WORLD, "decision_weight": DECISION_WEIGHTS[depth]}.items())
-    words = [*SETTINGS, f"train.seed={seed}", f"prepare.world_size={{ {size} }}"]
-    recipe = load_recipe(RECIPE, overrides=words)
+        return
+    size = ", ".join(f"{k} = {v}" for k, v in {**world.size, "decision_weight": world.depths[cell.depth]}.items())
+    words = [*world.settings, f"train.seed={cell.seed}", f"prepare.world_size={{ {size} }}"]
+    recipe = load_recipe(world.recipe, overrides=words)
     with Progress() as progress:
-        prepare(recipe.config, folder=folder, num_threads=1, progress=progress)
+        prepare(recipe.config, folder=folder, num_threads=world.threads, progress=progress)
     values = {k: v for k, v in flatten(recipe.config).items() if not k.startswith("prepare.")}
     values |= prepared_values(recipe.config, prepared=folder.resolve())
     sources = dict.fromkeys(flatten(recipe.config), "study")
     path.write_text(resolved_toml(Recipe(name="study", config=make_config(values, sources=sources), sources=sources)))
-    return path
 
 
 def run(cell: Cell, *, work: Path) -> None:
@@ -178,7 +235,7 @@ def run(cell: Cell, *, work: Path) -> None:
         words = [word.format(folder=work.resolve()) for word in METHODS[cell.method]]
         if cell.method in AS_MANY_ROLLOUTS:
             words.append(f"rollout.group_size={as_many_rollouts(cell, work=work)}")
-        recipe = work / "prepared" / f"{cell.depth}-{cell.seed}" / "recipe.toml"
+        recipe = work / "prepared" / cell.prepared / "recipe.toml"
         command += [str(recipe), *(word for setting in words for word in ("--set", setting))]
     print(f"{time.strftime('%H:%M:%S')} {cell.name}", file=sys.stderr, flush=True)
     log = work / "logs" / f"{cell.name}.log"
@@ -191,7 +248,7 @@ def run(cell: Cell, *, work: Path) -> None:
 
 def as_many_rollouts(cell: Cell, *, work: Path) -> int:
     """Targets per question that spend the rollouts of `OURS` at the same depth and seed."""
-    other = work / "runs" / Cell(method=OURS, depth=cell.depth, seed=cell.seed).name
+    other = work / "runs" / replace(cell, method=OURS).name
     if not is_done(other):
         raise SystemExit(f"{cell.name} needs the run of {OURS} beside it; leave --only out, or name both")
     steps = lines(other / "metrics.jsonl")
@@ -201,7 +258,7 @@ def as_many_rollouts(cell: Cell, *, work: Path) -> int:
 
 def is_done(folder: Path) -> bool:
     path = folder / "run.json"
-    return path.exists() and json.loads(path.read_text())["status"] == "finished"
+    return path.exists() and bool(json.loads(path.read_text())["status"] == "finished")
 
 
 def read(cell: Cell, *, work: Path) -> Row:
@@ -210,13 +267,14 @@ def read(cell: Cell, *, work: Path) -> Row:
     before, after = [line for line in evaluations if line["split"] == "test"]
     dev = [line for line in evaluations if line["split"] == "dev"]
     one_hop = [line["by_hops"]["1"]["em"] for line in dev]
-    depth = json.loads((work / "prepared" / f"{cell.depth}-{cell.seed}" / "warmstart" / "warmstart.json").read_text())
+    depth = json.loads((work / "prepared" / cell.prepared / "warmstart" / "warmstart.json").read_text())
     escape = escape_step([step["target/em"] for step in steps], before=before["em"], after=after["em"])
     until = steps[:escape]
     group_size = round(sum(step["target/count"] for step in steps) / sum(step["group/count"] for step in steps))
     num_dropped = json.loads((folder / "accounting.json").read_text())["dropped"].get("flat", 0)
     ess = [value for step in steps if (value := step["weight/ess_probe"]) is not None]
     return Row(
+        world=cell.world,
         method=cell.method,
         depth=cell.depth,
         seed=cell.seed,
@@ -256,15 +314,14 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line per depth and method, mean ± standard deviation over seeds."""
-    titles = ["depth", "method", "seeds", "EM before", "EM after", "1/2/3 hops after", "escape at step"]
-    titles += ["worst 1 hop", "reflects", "rollouts", "ESS of probes"]
+    """Markdown: a line per world, depth and method, mean ± standard deviation over seeds."""
+    titles = ["world", "depth", "method", "seeds", "EM before", "EM after", "1/2/3 hops after", "escape at step"]
+    titles += ["rollouts", "s", "worst 1 hop", "reflects", "all rollouts", "ESS of probes"]
     out = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for depth in DECISION_WEIGHTS:
-        for method in METHODS:
-            mine = [row for row in rows if (row.depth, row.method) == (depth, method)]
-            if mine:
-                out.append(f"| {' | '.join([depth, method, *cells_of(mine)])} |")
+    for world, depth, method in product(WORLDS, dict.fromkeys(row.depth for row in rows), METHODS):
+        mine = [row for row in rows if (row.world, row.depth, row.method) == (world, depth, method)]
+        if mine:
+            out.append(f"| {' | '.join([world, depth, method, *cells_of(mine)])} |")
     return "\n".join(out)
 
 
@@ -278,11 +335,20 @@ def cells_of(rows: Sequence[Row]) -> list[str]:
         spread(row.em_after for row in rows),
         hops,
         escapes,
+        typical(row.escape_rollouts for row in rows),
+        typical(row.escape_s for row in rows),
         spread(row.worst_one_hop for row in rows),
         spread(row.reflects for row in rows),
         f"{statistics.fmean(row.rollouts for row in rows):.0f}",
         f"{statistics.fmean(ess):.2f}" if ess else "",
     ]
+
+
+def typical(values: Iterable[float | None]) -> str:
+    """The median of the runs that escape; a dash where fewer than half do."""
+    numbers = list(values)
+    known = [value for value in numbers if value is not None]
+    return f"{statistics.median(known):.0f}" if 2 * len(known) > len(numbers) else "–"
 
 
 def spread(values: Iterable[float]) -> str:

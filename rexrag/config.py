@@ -350,7 +350,17 @@ def _prepare_problems(prepare: PrepareConfig) -> list[str]:
 
 
 METHODS: Final[dict[str, dict[str, object]]] = {
-    "grpo": {"probe.rate": 0.0, "correction.mixture": "none"},
+    "grpo": {
+        "probe.rate": 0.0,
+        "probe.transfer": "hinted",
+        "probe.dead_end": "rollout",
+        "probe.filter": "hint_logprob",
+        "correction.mixture": "none",
+        "correction.floor": 0.0,
+        "loss.baseline": "joint",
+        "loss.train_prefix": False,
+        "loss.preserve": 0.0,
+    },
     "rex": {
         "probe.rate": 0.5,
         "probe.transfer": "hinted",
