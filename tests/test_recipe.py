@@ -51,7 +51,7 @@ def test_precedence_default_method_recipe_set(tmp_path: Path) -> None:
 def test_method_on_the_command_line_replaces_the_recipes_keys_of_its_set(tmp_path: Path) -> None:
     text = 'method = "rex"\n[probe]\nrate = 0.25\n[correction]\nmixture = "token"\nfloor = 1.0'
     grpo = load(tmp_path, text, "method=grpo").config
-    assert (grpo.probe.rate, grpo.correction.mixture, grpo.correction.floor) == (0.0, "none", 1.0)
+    assert (grpo.probe.rate, grpo.correction.mixture, grpo.correction.floor) == (0.0, "none", 0.0)
     rex = load(tmp_path, text, "method=rex", "correction.floor=0.5").config
     assert (rex.probe.rate, rex.correction.floor) == (0.5, 0.5)
 
