@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from learner_builders import POOL, probe, trajectory
 
 from rexrag.learner.correction import CorrectionSettings, importance_weight, mixture_logprob, token_probe_logprob
-from rexrag.learner.loss import LossSettings
+from rexrag.learner.loss import LossSettings, policy_loss
 from rexrag.learner.mixture import MixtureWeigher, ProbeSettings
 from rexrag.types import Origin, Trajectory
 
@@ -86,6 +86,34 @@ def test_mixture_is_finite_and_bounds_the_weight(pairs: list[tuple[float, float]
     assert ((behavior - log_q).exp() <= 1 / (1 - alpha) + 1e-9).all()
     expected = [math.log((1 - alpha) * math.exp(b) + alpha * math.exp(p)) for b, p in pairs]
     assert log_q.tolist() == pytest.approx(expected, abs=1e-9)
+
+
+@given(st.lists(st.tuples(LOGPROBS, LOGPROBS | st.just(-INF)), min_size=1), st.floats(0.0, 0.99))
+@settings(deadline=None, max_examples=100)
+def test_single_precision_is_near_double(pairs: list[tuple[float, float]], alpha: float) -> None:
+    wide, narrow = (
+        [torch.tensor(column, dtype=dtype) for column in zip(*pairs, strict=True)]
+        for dtype in (torch.float64, torch.float32)
+    )
+    exact, rounded = mixture_logprob(*wide, alpha), mixture_logprob(*narrow, alpha)
+    assert rounded.dtype is torch.float32
+    assert rounded.tolist() == pytest.approx(exact.tolist(), rel=1e-5, abs=1e-5)
+    ratio = (wide[0] - exact).clamp(min=-20.0)
+    weight = importance_weight(ratio.float(), bound="none")
+    assert weight.tolist() == pytest.approx(importance_weight(ratio, bound="none").tolist(), rel=1e-5)
+
+
+def test_no_gradient_flows_into_the_weights() -> None:
+    behavior = torch.zeros(2, requires_grad=True)
+    logprob = torch.full((2,), -1.0, requires_grad=True)
+    weight = importance_weight(logprob - behavior)
+    loss = policy_loss(
+        logprob, proximal_logprob=logprob, advantage=torch.ones(2), weight=weight, settings=LossSettings()
+    ).loss.sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert behavior.grad is None
+    assert logprob.grad is not None
+    assert logprob.grad.tolist() == pytest.approx((-weight.detach()).tolist())
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.0, 1.5, NAN])
