@@ -349,62 +349,6 @@ def _prepare_problems(prepare: PrepareConfig) -> list[str]:
     ]
 
 
-METHODS: Final[dict[str, dict[str, object]]] = {
-    "grpo": {
-        "probe.rate": 0.0,
-        "probe.transfer": "hinted",
-        "probe.dead_end": "rollout",
-        "probe.filter": "hint_logprob",
-        "correction.mixture": "none",
-        "correction.floor": 0.0,
-        "loss.baseline": "joint",
-        "loss.train_prefix": False,
-        "loss.preserve": 0.0,
-    },
-    "rex": {
-        "probe.rate": 0.5,
-        "probe.transfer": "hinted",
-        "probe.dead_end": "rollout",
-        "probe.filter": "hint_logprob",
-        "correction.mixture": "token",
-        "correction.floor": 0.0,
-        "loss.baseline": "joint",
-        "loss.train_prefix": False,
-        "loss.preserve": 0.0,
-    },
-    "exact": {
-        "probe.rate": 0.5,
-        "probe.transfer": "hinted",
-        "probe.dead_end": "rollout",
-        "probe.filter": "none",
-        "correction.mixture": "sequence",
-        "correction.floor": 0.0,
-        "loss.baseline": "loo",
-        "loss.train_prefix": True,
-        "loss.preserve": 0.0,
-    },
-    "escape": {
-        "probe.rate": 0.5,
-        "probe.transfer": "hinted",
-        "probe.dead_end": "rollout",
-        "probe.filter": "hint_logprob",
-        "correction.mixture": "none",
-        "correction.floor": 0.0,
-        "loss.baseline": "joint",
-        "loss.train_prefix": False,
-        "loss.preserve": 3.0,
-    },
-}
-"""What `method` stands for: dotted key -> value."""
-
-METHOD_ADVICE: Final = {
-    "grpo": "Plain GRPO, no probes: where the policy finds right answers by itself now and then.",
-    "rex": "REX-RAG as published: to compare with it.",
-    "exact": "Weights that give the on-policy gradient: where bias matters more than getting out of a dead end.",
-    "escape": "Probes at full weight, and what was right is kept: out of dead ends; also where none is known.",
-}
-"""When to take which method."""
-
 TABLES: Final[tuple[str, ...]] = tuple(name for name in Config.model_fields if name != "method")
 KEYS: Final[tuple[str, ...]] = (
     "method",

@@ -18,8 +18,9 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from rexrag.config import KEYS, METHODS, TABLES, Config
+from rexrag.config import KEYS, TABLES, Config
 from rexrag.errors import ConfigError
+from rexrag.methods import METHODS
 
 _PATH_KEYS: Final = frozenset(
     {"data.train", "data.dev", "data.eval", "retriever.path", "probe.hints", "env.prompt_file", "model.path"}

@@ -10,8 +10,9 @@ from typing import Literal, get_args, get_origin
 import pytest
 from pydantic.fields import FieldInfo
 
-from rexrag.config import KEYS, METHOD_ADVICE, METHODS, Config
+from rexrag.config import KEYS, Config
 from rexrag.data.check import check_file
+from rexrag.methods import METHOD_ADVICE, METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

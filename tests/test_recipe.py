@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rexrag.config import KEYS, METHODS, Config
+from rexrag.config import KEYS, Config
 from rexrag.errors import ConfigError
+from rexrag.methods import METHODS
 from rexrag.recipe import (
     Recipe,
     check_runnable,
