@@ -79,7 +79,7 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "none": NONE,
     "paper": ("method=rex",),
     "grpo": ("method=grpo",),
-    "grpo, refilled": ("method=grpo", "replay.refill=true", "train.groups_per_step=12"),
+    "grpo, refilled": ("method=grpo", "replay.refill=true", "train.groups_per_step=5"),
     "fork without a hint": (*NONE, "probe.filter=none", "probe.hints={folder}/no-hint.txt"),
     "exact": ("method=exact",),
     "exact, hint-free": ("method=exact", "probe.transfer=hint_free"),
