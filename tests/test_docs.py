@@ -82,6 +82,8 @@ def test_method_sets_are_documented_as_the_code_says() -> None:
     advice = [f"- `{method}`: {text}" for method, text in METHOD_ADVICE.items()]
     assert [line for line in section.splitlines() if line.startswith("- ")] == advice
     assert METHOD_ADVICE.keys() == METHODS.keys()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert all(f"| `{method}` | {text} |" in readme for method, text in METHOD_ADVICE.items())
 
 
 def set_value(method: str, key: str) -> str:
