@@ -97,7 +97,7 @@ OURS: Final = "escape"
 AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving"})
 """Methods without probes: their groups grow until they spend what `OURS` spends."""
 
-MAIN: Final = ("escape", "none", "paper", "grpo")
+MAIN: Final = ("escape", "none", "paper", "grpo", "exact, hint-free")
 
 
 @dataclass(frozen=True, kw_only=True)
