@@ -87,6 +87,8 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "hint-free, preserving": ("method=escape", *HINT_FREE),
     "paper, preserving": ("method=rex", "loss.preserve=3"),
     "grpo, preserving": ("method=grpo", "loss.preserve=3"),
+    "grpo, baseline loo": ("method=grpo", "loss.baseline=loo"),
+    "escape, baseline loo": ("method=escape", "loss.baseline=loo"),
     "paper, floor 0.5": ("method=rex", "correction.floor=0.5"),
     "none, baseline target": (*NONE, "loss.baseline=target"),
     "none, dead groups only": (*NONE, "probe.dead_end=group"),
@@ -94,7 +96,7 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
 }
 """Name -> settings over the recipe; {folder} is where the study's own files are."""
 OURS: Final = "escape"
-AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving"})
+AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving", "grpo, baseline loo"})
 """Methods without probes: their groups grow until they spend what `OURS` spends."""
 
 MAIN: Final = ("escape", "none", "paper", "grpo", "exact, hint-free")
