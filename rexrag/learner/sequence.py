@@ -29,7 +29,7 @@ def sequence_log_weights(
     transfer: Transfer,
     rates: BranchRates,
 ) -> Tensor:
-    """[N] log w_mix, float64, at most −log(1 − α).
+    """[N] log w_mix, float64, at most −log(1 − α); −∞ where no target could have drawn a hint-free probe's branch.
 
     Args:
         probe_rate: p, at which dead ends are probed.
@@ -41,7 +41,10 @@ def sequence_log_weights(
     if transfer == "hint_free":
         log_ratios = [_hint_free_log_ratio(row, hints=hints, branch=branch, rates=rates) for row in rows]
         log_ratio = torch.tensor(log_ratios, dtype=torch.float64)
-        return -mixture_logprob(torch.zeros_like(log_ratio), log_ratio, alpha)
+        by_probes_alone = torch.isposinf(log_ratio)
+        log_ratio = log_ratio.masked_fill(by_probes_alone, 0.0)
+        weights = -mixture_logprob(torch.zeros_like(log_ratio), log_ratio, alpha)
+        return weights.masked_fill(by_probes_alone, -math.inf)
     behavior = torch.from_numpy(np.concatenate([row.behavior_logprob for row in rows])).double()
     offsets = torch.tensor(np.cumsum([0, *(len(row.token_ids) for row in rows)]))
     found = [(n, d) for n, row in enumerate(rows) for d in decompositions(row, hints=hints, branch=branch)]
@@ -66,7 +69,8 @@ def _hint_free_log_ratio(trajectory: Trajectory, *, hints: HintPool, branch: Bra
     """Log of φ_j·π_v(suffix | hint) over r(j|y)·π_v(suffix): probe over target, given the branch and the hint.
 
     A probe has its own branch; a target's was drawn uniformly from J(y), and so r = 1/|J(y)|. −∞ where no probe with
-    that hint writes the row.
+    that hint writes the row; +∞ where r is 0: the probe's action opens before its hint and closes after it, so its
+    branch is no position of the finished row.
     """
     positions = list(branch_positions(trajectory, branch=branch))
     scores = trajectory.alternative_logprob
@@ -86,6 +90,8 @@ def _hint_free_log_ratio(trajectory: Trajectory, *, hints: HintPool, branch: Bra
         target, probe, in_hint = _sum(trajectory.behavior_logprob[start:]), _sum(scores[start:]), 0
     at = next((at for at in positions if at.position == start), None)
     if at is None:
+        if trajectory.kind is Kind.PROBE:
+            return math.inf
         raise ValueError(f"token {start} is no branch position of its row")
     log_r = -math.log(len(positions) - in_hint)
     return math.log(rates.phi(trajectory, at)) - log_r + probe - target

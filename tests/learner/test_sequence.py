@@ -115,6 +115,25 @@ def test_hint_free_weights_by_hand() -> None:
         log_weights(target(), transfer="hint_free")
 
 
+def test_a_probe_whose_action_opens_before_its_hint_has_weight_zero() -> None:
+    free = np.array([0, 0, 0, 0, 0, 0, -1, -1], np.float32)
+    row = probe(hint_id=0, action_starts=[3], alternative_logprob=free, score_version=0)  # the branch is at 4
+    assert log_weights(row, target_with_draw(), transfer="hint_free")[0] == -INF
+    with pytest.raises(ValueError, match="token 5 is no branch position"):
+        log_weights(target_with_draw(branch=2), transfer="hint_free")
+
+
+def target_with_draw(branch: int = 0) -> Trajectory:
+    scores = np.array([0, 0, 0, -1, -1, -1], np.float32)
+    return target(
+        action_starts=[4],
+        alternative_logprob=scores,
+        alternative_branch=branch,
+        alternative_hint_id=0,
+        score_version=0,
+    )
+
+
 def test_rates_are_counted_by_turn_and_the_token_before() -> None:
     parts = [(Origin.POLICY, [10, 11]), (Origin.ENV, [9]), (Origin.POLICY, [10, 12])]
     failed = trajectory(parts, action_starts=[4, 7], branch_point=4)  # forks before its action, token 7
