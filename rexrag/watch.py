@@ -81,7 +81,7 @@ def _low_ess(metrics: Metrics) -> str | None:
             return (
                 f"the effective sample size of the {whose} is {value:.2f}, below {MIN_ESS}: few tokens carry the "
                 "gradient. Lower replay.max_staleness or optimizer.learning_rate; where only probes are low, their "
-                'hints are too unlikely for exact weights: take method = "free", or raise correction.floor'
+                'hints are too unlikely for exact weights: take method = "escape", or raise correction.floor'
             )
     return None
 

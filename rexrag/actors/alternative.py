@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from rexrag.actors.draft import Alternative, Draft
 from rexrag.actors.engine import Engine, GenerateRequest
+from rexrag.env.branch import Branch, branch_positions
 from rexrag.hints import HintPool
 
 
@@ -29,31 +30,28 @@ async def score_probe(engine: Engine, draft: Draft, *, hints: HintPool, cache_sa
 
 
 async def score_target(
-    engine: Engine, draft: Draft, *, hints: HintPool, cache_salt: str, rng: random.Random
+    engine: Engine, draft: Draft, *, hints: HintPool, branch: Branch, cache_salt: str, rng: random.Random
 ) -> Alternative:
     """What follows a branch position of a target, drawn uniformly, as if a hint, drawn from the pool, stood there.
 
-    Without scores where the target does not go on with what stays of that hint: no such probe leads to it.
+    Without scores where the target does not go on with what stays of that hint: no such probe leads to it. Without a
+    draw where the target has no turn.
     """
+    positions = branch_positions([turn.start for turn in draft.turns], draft.action_starts, branch=branch)
+    if not positions:
+        return Alternative()
     hint_id = hints.sample(rng)
-    at = rng.choice(branch_positions(draft))
-    branch = at - draft.prompt_length
+    _, at = rng.choice(positions)
+    drawn = at - draft.prompt_length
     hint, kept = hints.ids(hint_id), hints.kept(hint_id)
     start = at + kept
     if tuple(draft.token_ids[at:start]) != hint[:kept]:
-        return Alternative(branch=branch, hint_id=hint_id)
+        return Alternative(branch=drawn, hint_id=hint_id)
     if start == draft.length:
-        return Alternative(branch=branch, hint_id=hint_id, start=start, scores=(), version=draft.versions[-1])
+        return Alternative(branch=drawn, hint_id=hint_id, start=start, scores=(), version=draft.versions[-1])
     ids = [*draft.token_ids[:at], *hint, *draft.token_ids[start:]]
     scores, version = await _score(engine, ids, start=at + len(hint), cache_salt=cache_salt)
-    return Alternative(branch=branch, hint_id=hint_id, start=start, scores=scores, version=version)
-
-
-def branch_positions(draft: Draft) -> list[int]:
-    """J of §4: of each turn its start, up to the first token of its action, or its end where it has none."""
-    starts = [turn.start for turn in draft.turns]
-    pairs = zip(starts, draft.action_starts, strict=True)
-    return [position for start, last in pairs for position in range(start, last + 1)]
+    return Alternative(branch=drawn, hint_id=hint_id, start=start, scores=scores, version=version)
 
 
 async def _score(engine: Engine, ids: Sequence[int], *, start: int, cache_salt: str) -> tuple[list[float], int]:

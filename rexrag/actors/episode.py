@@ -279,7 +279,14 @@ class _Episode:
             return await score_probe(runner._engine, draft, hints=runner._hints, cache_salt=self.salt)
         if draft.parent is None and scored == "all":
             rng = random.Random(draw_seed(self._settings.seed, *self._names, "alternative"))
-            return await score_target(runner._engine, draft, hints=runner._hints, cache_salt=self.salt, rng=rng)
+            return await score_target(
+                runner._engine,
+                draft,
+                hints=runner._hints,
+                branch=self._settings.branch,
+                cache_salt=self.salt,
+                rng=rng,
+            )
         return None
 
     @property

@@ -7,11 +7,27 @@ from typing import Literal
 
 from rexrag.types import Turn
 
+Branch = Literal["answer", "turn"]
+
+
+def branch_positions(
+    turn_starts: Sequence[int], action_starts: Sequence[int], *, branch: Branch
+) -> list[tuple[int, int]]:
+    """J of §4, all (turn, position) at which a row could have been forked, in order.
+
+    Of each turn its start, and with `answer` what follows up to its action's first token, its end where it has none.
+    """
+    return [
+        (turn, position)
+        for turn, (start, last) in enumerate(zip(turn_starts, action_starts, strict=True))
+        for position in range(start, start + 1 if branch == "turn" else last + 1)
+    ]
+
 
 def branch_point(
     turns: Sequence[Turn],
     *,
-    branch: Literal["answer", "turn"],
+    branch: Branch,
     prompt_length: int,
     length: int,
     max_turns: int,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
+from rexrag.env.branch import Branch
+from rexrag.env.branch import branch_positions as positions_of
 from rexrag.hints import HintPool
 from rexrag.types import Kind, Trajectory
 
-Branch = Literal["answer", "turn"]
 Place = tuple[int, int]
 """(turn, the token before the position): what φ is estimated by."""
 
@@ -32,10 +33,9 @@ class BranchPosition:
 
 def branch_positions(trajectory: Trajectory, *, branch: Branch) -> Iterator[BranchPosition]:
     """J(y): of each turn its start, and with `answer` all positions up to its action's first token or its end."""
-    starts = trajectory.turn_starts.tolist()
-    for turn, (start, last) in enumerate(zip(starts, trajectory.action_starts.tolist(), strict=True)):
-        for position in range(start, start + 1 if branch == "turn" else last + 1):
-            yield BranchPosition(position, turn)
+    starts, actions = trajectory.turn_starts.tolist(), trajectory.action_starts.tolist()
+    for turn, position in positions_of(starts, actions, branch=branch):
+        yield BranchPosition(position, turn)
 
 
 @dataclass(frozen=True)

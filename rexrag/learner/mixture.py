@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from rexrag.env.branch import Branch
 from rexrag.hints import HintPool
-from rexrag.learner.branches import Branch, BranchRates
+from rexrag.learner.branches import BranchRates
 from rexrag.learner.correction import CorrectionSettings, importance_weight, mixture_logprob, token_probe_logprob
 from rexrag.learner.filter import FilterKind
 from rexrag.learner.loss import LossSettings

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rexrag.env.branch import Branch
 from rexrag.hints import HintPool
-from rexrag.learner.branches import Branch, BranchRates, branch_positions, decompositions
+from rexrag.learner.branches import BranchRates, branch_positions, decompositions
 from rexrag.learner.correction import mixture_logprob, sequence_probe_logprob
 from rexrag.learner.view import Transfer, hint_span
 from rexrag.types import FloatArray, Kind, Trajectory
@@ -82,6 +83,8 @@ def _hint_free_log_ratio(trajectory: Trajectory, *, hints: HintPool, branch: Bra
         # In the row without the hint the forked turn has that many fewer positions.
         in_hint = sum(start < at.position <= start + end - goes for at in positions)
     else:
+        if not positions:
+            return -math.inf
         if trajectory.alternative_branch is None:
             raise ValueError("a target without alternative_branch cannot be weighted with hint_free transfer")
         start = trajectory.prompt_length + trajectory.alternative_branch

@@ -291,6 +291,20 @@ def test_a_probe_is_scored_without_the_part_of_its_hint_that_goes(codec: Codec, 
     assert probe.score_version == VERSION.step
 
 
+def test_with_turns_as_branches_a_target_draws_the_start_of_one(codec: Codec, retriever: BM25Retriever) -> None:
+    for seed in range(5):
+        group, _ = run(codec, retriever, DEAD_END, scored="all", seed=seed, probe_rate=0.0, branch="turn")
+        for row in group.trajectories:
+            assert row.alternative_branch is not None
+            assert row.prompt_length + row.alternative_branch in row.turn_starts
+
+
+def test_a_target_without_a_turn_draws_nothing(codec: Codec, retriever: BM25Retriever) -> None:
+    prompt = len(render_prompt(lease().question.question, codec=codec))
+    group, _ = run(codec, retriever, DEAD_END, scored="all", max_trajectory_tokens=prompt, probe_rate=0.0)
+    assert [(row.num_turns, row.alternative_branch) for row in group.trajectories] == [(0, None), (0, None)]
+
+
 def test_a_target_is_scored_with_a_hint_where_it_goes_on_like_one(codec: Codec, retriever: BM25Retriever) -> None:
     thoughts = {**DEAD_END, "": FIRST}
     groups = [run(codec, retriever, thoughts, scored="all", seed=seed, probe_rate=0.0) for seed in range(20)]
