@@ -51,8 +51,9 @@ class Objective:
         def per_token(values: Callable[[PreparedRow], npt.NDArray[np.generic]]) -> Tensor:
             return torch.from_numpy(np.concatenate([values(row) for row in rows])).to(device)
 
+        counts = torch.tensor([len(row.view.trained) for row in rows], device=device)
+
         def per_row(values: Callable[[PreparedRow], float]) -> Tensor:
-            counts = torch.tensor([len(row.view.trained) for row in rows], device=device)
             return torch.tensor([values(row) for row in rows], device=device).repeat_interleave(counts)
 
         self._denominator = denominator
@@ -69,9 +70,7 @@ class Objective:
         self._unfloored = per_token(lambda row: row.unfloored_weight)
         self._row_log_ratio = None
         if proximal_logprob is not None:
-            rows_E = torch.arange(len(rows), device=device).repeat_interleave(
-                torch.tensor([len(row.view.trained) for row in rows], device=device)
-            )
+            rows_E = torch.arange(len(rows), device=device).repeat_interleave(counts)
             sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
             sums.index_add_(0, rows_E, (proximal_logprob - self._behavior).double())
             self._row_log_ratio = sums[rows_E].to(self._behavior.dtype)
