@@ -74,6 +74,7 @@ MIDDLE: Final = "1e-4"
 
 NONE: Final = ("method=rex", "correction.mixture=none")
 HINT_FREE: Final = ("probe.transfer=hint_free", "probe.filter=none")
+HALF: Final = "optimizer.learning_rate=2e-4"
 METHODS: Final[dict[str, tuple[str, ...]]] = {
     "escape": ("method=escape",),
     "none": NONE,
@@ -92,11 +93,13 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "paper, floor 0.5": ("method=rex", "correction.floor=0.5"),
     "none, baseline target": (*NONE, "loss.baseline=target"),
     "none, dead groups only": (*NONE, "probe.dead_end=group"),
-    "none, half the learning rate": (*NONE, "optimizer.learning_rate=2e-4"),
+    "none, half the learning rate": (*NONE, HALF),
+    "paper, half the learning rate": ("method=rex", HALF),
+    "grpo, half the learning rate": ("method=grpo", HALF),
 }
 """Name -> settings over the recipe; {folder} is where the study's own files are."""
 OURS: Final = "escape"
-AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving", "grpo, baseline loo"})
+AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving", "grpo, baseline loo", "grpo, half the learning rate"})
 """Methods without probes: their groups grow until they spend what `OURS` spends."""
 
 MAIN: Final = ("escape", "none", "paper", "grpo", "exact, hint-free")
