@@ -84,22 +84,19 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "fork without a hint": (*NONE, "probe.filter=none", "probe.hints={folder}/no-hint.txt"),
     "exact": ("method=exact",),
     "exact, hint-free": ("method=exact", "probe.transfer=hint_free"),
-    "hint-free": (*NONE, *HINT_FREE),
     "hint-free, preserving": ("method=escape", *HINT_FREE),
     "paper, preserving": ("method=rex", "loss.preserve=3"),
     "grpo, preserving": ("method=grpo", "loss.preserve=3"),
-    "grpo, baseline loo": ("method=grpo", "loss.baseline=loo"),
-    "escape, baseline loo": ("method=escape", "loss.baseline=loo"),
     "paper, floor 0.5": ("method=rex", "correction.floor=0.5"),
     "none, baseline target": (*NONE, "loss.baseline=target"),
-    "none, dead groups only": (*NONE, "probe.dead_end=group"),
+    "escape, dead groups only": ("method=escape", "probe.dead_end=group"),
     "none, half the learning rate": (*NONE, HALF),
     "paper, half the learning rate": ("method=rex", HALF),
     "grpo, half the learning rate": ("method=grpo", HALF),
 }
 """Name -> settings over the recipe; {folder} is where the study's own files are."""
 OURS: Final = "escape"
-AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving", "grpo, baseline loo", "grpo, half the learning rate"})
+AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving", "grpo, half the learning rate"})
 """Methods without probes: their groups grow until they spend what `OURS` spends."""
 
 MAIN: Final = ("escape", "none", "paper", "grpo", "exact, hint-free")

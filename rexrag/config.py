@@ -194,6 +194,9 @@ class LearnerConfig(Section):
 class OptimizerConfig(Section):
     learning_rate: float = Field(1e-6, gt=0, le=1, description="Peak learning rate of AdamW.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    decay_steps: int = Field(
+        0, ge=0, description="Steps after the warm-up in which it falls linearly to a tenth, 0: it stays."
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="First moment's decay.")
     beta2: float = Field(0.99, ge=0, lt=1, description="Second moment's decay.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")

@@ -141,6 +141,7 @@ def learner_settings(config: Config, *, fastest_dtype: str) -> LearnerSettings:
         optimizer=OptimizerSettings(
             learning_rate=optimizer.learning_rate,
             warmup_steps=optimizer.warmup_steps,
+            decay_steps=optimizer.decay_steps,
             beta1=optimizer.beta1,
             beta2=optimizer.beta2,
             weight_decay=optimizer.weight_decay,

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and a clipped gradient norm; its state as plain tensors."""
+"""AdamW with a linear schedule and a clipped gradient norm; its state as plain tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 _MOMENTS: Final = ("step", "exp_avg", "exp_avg_sq")
+_LAST_SHARE: Final = 0.1
+"""Of the learning rate, where its decay ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,7 @@ class OptimizerSettings:
 
     learning_rate: float = 1e-6
     warmup_steps: int = 0
+    decay_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.99
     weight_decay: float = 0.0
@@ -46,9 +49,12 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the next update."""
-        warmup = self._settings.warmup_steps
-        return self._settings.learning_rate * (min(1.0, (self.num_updates + 1) / warmup) if warmup else 1.0)
+        """Learning rate of the next update: it rises over the warm-up, then falls to a tenth, where it has a decay."""
+        peak, warmup, decay = self._settings.learning_rate, self._settings.warmup_steps, self._settings.decay_steps
+        if self.num_updates < warmup:
+            return peak * (self.num_updates + 1) / warmup
+        gone = min(1.0, (self.num_updates + 1 - warmup) / decay) if decay else 0.0
+        return peak * (1.0 - (1.0 - _LAST_SHARE) * gone)
 
     def clip(self) -> float:
         """Scale the gradients to at most `max_grad_norm`; the global norm before it, maybe not finite."""
