@@ -111,12 +111,13 @@ class Controller:
         self._fleet.run()
         if first == 0:
             self._evaluate("test")
+        if first == 0 or self._has_evaluation(first):
             self._evaluate("dev")
         self._progress.training(done=first, total=self._settings.num_steps)
         self._publish()
         while self._version.step < self._settings.num_steps:
             self._step(self._version.step + 1)
-        if self._version.step > 0:  # a resume at the last step is here because this was still to be done
+        if self._version.step > 0:
             self._evaluate("test")
 
     def save(self) -> None:
@@ -140,12 +141,15 @@ class Controller:
         self._version = WeightVersion(incarnation=self._version.incarnation, step=step)
         self._push(updated=result.updated)
         self._record(result, batch=batch, waited_s=waited_s, step_s=time.monotonic() - started)
-        last = step == self._settings.num_steps
-        if step % self._settings.checkpoint_every == 0 or last:
+        if step % self._settings.checkpoint_every == 0 or step == self._settings.num_steps:
             self._checkpoint()
-        if last or (self._settings.eval_every and step % self._settings.eval_every == 0):
+        if self._has_evaluation(step):
             self._evaluate("dev")
         self._publish()
+
+    def _has_evaluation(self, step: int) -> bool:
+        every = self._settings.eval_every
+        return step == self._settings.num_steps or (every > 0 and step % every == 0)
 
     def _take(self, step: int, *, rho: float) -> tuple[ObjectRef[Any], StepBatch]:
         """The step's batch, as a reference for the learner and as a value for samples."""
@@ -178,14 +182,14 @@ class Controller:
         self._wait(self._buffer.publish.remote(self._version), what=f"the buffer hears of {self._version}")
 
     def _evaluate(self, split: str) -> None:
-        """Greedy episodes of a split under the current version: a line of `eval.jsonl`.
+        """Greedy episodes of a split under the current version: a line of `eval.jsonl`, unless it has one.
 
         Where an actor dies meanwhile, the evaluation begins again on the actors that there are then.
         """
         questions = self._questions[split]
-        if not questions:
-            return
         started, step = time.monotonic(), self._version.step
+        if not questions or split in self._run_folder.evaluated(step):
+            return
         self._progress.stage(f"evaluating {len(questions)} {split} questions at step {step}")
         for attempt in range(MAX_EVAL_ATTEMPTS):
             try:

@@ -198,6 +198,11 @@ class RunFolder:
                     lost_file.writelines(lost)
                 write_atomic(path, "".join(kept))
 
+    def evaluated(self, step: int) -> frozenset[str]:
+        """Splits that have a line of this step in `eval.jsonl`."""
+        text = self.eval.read_text(encoding="utf-8", errors="replace") if self.eval.exists() else ""
+        return frozenset(str(json.loads(line)["split"]) for line in text.splitlines() if _step_of(line) == step)
+
     def remove_unused(self) -> None:
         """Remove a run that has come to nothing: no step, no checkpoint, nothing prepared, measured or logged."""
         used = (self.prepared, self.checkpoints, self.buffer, self.tensorboard)

@@ -131,6 +131,14 @@ def test_later_lines_are_cut_and_kept_as_lost(tmp_path: Path) -> None:
     assert len((run.root / "metrics.lost.jsonl").read_text().splitlines()) == 4
 
 
+def test_what_is_evaluated_is_known_but_for_a_torn_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert run.evaluated(0) == frozenset()
+    append(run.eval, {"split": "test", "step": 0}, {"split": "dev", "step": 0}, '{"split": "dev", "step": 2')
+    assert run.evaluated(0) == {"test", "dev"}
+    assert run.evaluated(2) == frozenset()
+
+
 def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     commit(run, 20)

@@ -108,10 +108,13 @@ def test_killed_rollout_actor_costs_nothing(recipe: Path, tmp_path: Path) -> Non
     assert assert_books_balance(run)["consumed"] == 6 * 8
 
 
-@pytest.mark.parametrize("title", ["ray::LearnerActor", "ray::ReplayActor"])
-def test_death_of_learner_or_buffer_ends_the_run_and_resume_goes_on(recipe: Path, tmp_path: Path, title: str) -> None:
+@pytest.mark.parametrize(("title", "checkpoint_every"), [("ray::LearnerActor", 2), ("ray::ReplayActor", 200)])
+def test_death_of_learner_or_buffer_ends_the_run_and_resume_goes_on(
+    recipe: Path, tmp_path: Path, title: str, checkpoint_every: int
+) -> None:
     run = tmp_path / "run"
-    process = start_rexrag("train", recipe, "--run-dir", run, "--set", "train.steps=200", "--set", "eval.every=0")
+    words = ["train.steps=200", "eval.every=0", f"train.checkpoint_every={checkpoint_every}"]
+    process = start_rexrag("train", recipe, "--run-dir", run, *(f"--set={word}" for word in words))
     try:
         wait_for(lambda: num_steps(run) >= 3, process=process)
         (part,) = child_of(process, title=title)
@@ -121,11 +124,13 @@ def test_death_of_learner_or_buffer_ends_the_run_and_resume_goes_on(recipe: Path
         process.kill()
     assert process.returncode == 1, errors
     assert "died" in errors
-    saved = max(int(path.name[5:]) for path in (run / "checkpoints").iterdir())
-    if title == "ray::LearnerActor":
-        run_rexrag("train", "--run-dir", run, "--set", f"train.steps={saved + 1}")
-        assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, saved + 2))
-        assert_books_balance(run)
+    saved = max((int(path.name[5:]) for path in (run / "checkpoints").iterdir()), default=0)
+    assert (saved > 0) == (checkpoint_every == 2)
+    run_rexrag("train", "--run-dir", run, "--set", f"train.steps={saved + 1}")
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, saved + 2))
+    evaluations = [(line["split"], line["step"]) for line in read_lines(run / "eval.jsonl")]
+    assert evaluations == [("test", 0), ("dev", 0), ("dev", saved + 1), ("test", saved + 1)]
+    assert_books_balance(run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
