@@ -20,17 +20,15 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
+from estimators_tables import FIGURES, MAIN, MIDDLE, OURS, ROOT, Row, tables
 from machine import commit, machine
 
 from rexrag.prepare import prepare
 from rexrag.progress import Progress
 from rexrag.recipe import Recipe, flatten, load_recipe, make_config, prepared_values, resolved_toml
-
-ROOT: Final = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +68,6 @@ WORLDS: Final = {
         jobs=1,
     ),
 }
-MIDDLE: Final = "1e-4"
-
 NONE: Final = ("method=rex", "correction.mixture=none")
 HINT_FREE: Final = ("probe.transfer=hint_free", "probe.filter=none")
 HALF: Final = "optimizer.learning_rate=2e-4"
@@ -95,11 +91,8 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "grpo, half the learning rate": ("method=grpo", HALF),
 }
 """Name -> settings over the recipe; {folder} is where the study's own files are."""
-OURS: Final = "escape"
 AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving", "grpo, half the learning rate"})
 """Methods without probes: their groups grow until they spend what `OURS` spends."""
-
-MAIN: Final = ("escape", "none", "paper", "grpo", "exact, hint-free")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,41 +113,6 @@ class Cell:
         return f"{self.world}-{self.depth}-{self.seed}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What one run came to. EM is greedy; `escape_step` is the first step at which the mean sampled EM of three
-    steps reaches half of the final EM, None where the run gains less than .1.
-
-    Attributes:
-        worst_one_hop: lowest minus first EM on the one-hop dev questions.
-        reflects: share of targets that wrote the words of a hint, mean of the last five steps.
-        ess_probe: effective sample size of the probes' tokens, mean over steps with probes.
-        seconds: of the training steps, evaluations left out; two runs share the machine.
-    """
-
-    world: str
-    method: str
-    depth: str
-    seed: int
-    think: float
-    group_size: int
-    rollouts: int
-    seconds: float
-    em_before: float
-    em_after: float
-    by_hops_before: dict[str, float]
-    by_hops_after: dict[str, float]
-    worst_one_hop: float
-    escape_step: int | None
-    escape_rollouts: int | None
-    escape_s: float | None
-    reflects: float
-    ess_probe: float | None
-    target_em: list[float]
-    dev_steps: list[int]
-    one_hop_em: list[float]
-
-
 STUDIES: Final[dict[str, list[tuple[str, range, tuple[str, ...]]]]] = {
     "methods": [(MIDDLE, range(5), tuple(METHODS))],
     "depths": [(depth, range(3), MAIN) for depth in WORLDS["synthetic"].depths],
@@ -171,7 +129,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", help="of those of the study")
     parser.add_argument("--read", action="store_true", help="run nothing, read what is finished")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "estimators.json")
+    parser.add_argument("--out", type=Path, default=FIGURES)
     words = parser.parse_args()
     cells = plan(words.study, only=words.only, seeds=words.seeds)
     head = commit()
@@ -181,7 +139,7 @@ def main() -> None:
     finished = [cell for cell in plan(list(STUDIES)) if is_done(words.work / "runs" / cell.name)]
     rows = [read(cell, work=words.work) for cell in finished]
     write(words.out, rows, head=head)
-    print(table(rows))
+    print("\n\n".join(tables(rows)))
 
 
 def plan(
@@ -315,56 +273,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line per world, depth and method, mean ± standard deviation over seeds."""
-    titles = ["world", "depth", "method", "seeds", "EM before", "EM after", "1/2/3 hops after", "escape at step"]
-    titles += ["rollouts", "s", "worst 1 hop", "reflects", "all rollouts", "ESS of probes"]
-    out = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    for world, depth, method in product(WORLDS, dict.fromkeys(row.depth for row in rows), METHODS):
-        mine = [row for row in rows if (row.world, row.depth, row.method) == (world, depth, method)]
-        if mine:
-            out.append(f"| {' | '.join([world, depth, method, *cells_of(mine)])} |")
-    return "\n".join(out)
-
-
-def cells_of(rows: Sequence[Row]) -> list[str]:
-    hops = "/".join(f"{statistics.fmean(row.by_hops_after[h] for row in rows):.2f}" for h in ("1", "2", "3"))
-    escapes = " ".join("–" if row.escape_step is None else str(row.escape_step) for row in rows)
-    ess = [row.ess_probe for row in rows if row.ess_probe is not None]
-    return [
-        str(len(rows)),
-        spread(row.em_before for row in rows),
-        spread(row.em_after for row in rows),
-        hops,
-        escapes,
-        typical(row.escape_rollouts for row in rows),
-        typical(row.escape_s for row in rows),
-        spread(row.worst_one_hop for row in rows),
-        spread(row.reflects for row in rows),
-        f"{statistics.fmean(row.rollouts for row in rows):.0f}",
-        f"{statistics.fmean(ess):.2f}" if ess else "",
-    ]
-
-
-def typical(values: Iterable[float | None]) -> str:
-    """The median of the runs that escape; a dash where fewer than half do."""
-    numbers = list(values)
-    known = [value for value in numbers if value is not None]
-    return f"{statistics.median(known):.0f}" if 2 * len(known) > len(numbers) else "–"
-
-
-def spread(values: Iterable[float]) -> str:
-    numbers = list(values)
-    deviation = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
-    return f"{statistics.fmean(numbers):.2f}{deviation}"
-
-
 def write(path: Path, rows: Sequence[Row], *, head: str) -> None:
     result = {
         "commit": head,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine(),
-        "middle": MIDDLE,
         "rows": [asdict(row) for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

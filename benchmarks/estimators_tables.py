@@ -1,0 +1,232 @@
+"""The tables of docs/estimators.md, from the figures that `estimators.py` wrote.
+
+python benchmarks/estimators_tables.py [--figures FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+FIGURES: Final = ROOT / "benchmarks" / "results" / "estimators.json"
+OURS: Final = "escape"
+MIDDLE: Final = "1e-4"
+BASELINES: Final = ("grpo", "paper")
+MAIN: Final = (OURS, "none", *BASELINES, "exact, hint-free")
+"""Methods that are tried at every depth."""
+STUDENT_95: Final = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
+"""Two-sided 95% quantiles of Student's t by degrees of freedom."""
+WORST_ONE_HOP: Final = -0.05
+MOST_REFLECTING: Final = 0.2
+LATER_THAN_NONE: Final = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What one run came to. EM is greedy; `escape_step` is the first step at which the mean sampled EM of three
+    steps reaches half of the final EM, None where the run gains less than .1.
+
+    Attributes:
+        think: probability of going on after the warm start, median of dev questions.
+        worst_one_hop: lowest minus first EM on the one-hop dev questions.
+        reflects: share of targets that wrote the words of a hint, mean of the last five steps.
+        ess_probe: effective sample size of the probes' tokens, mean over steps with probes.
+        seconds: of the training steps, evaluations left out; runs may share the machine.
+    """
+
+    world: str
+    method: str
+    depth: str
+    seed: int
+    think: float
+    group_size: int
+    rollouts: int
+    seconds: float
+    em_before: float
+    em_after: float
+    by_hops_before: dict[str, float]
+    by_hops_after: dict[str, float]
+    worst_one_hop: float
+    escape_step: int | None
+    escape_rollouts: int | None
+    escape_s: float | None
+    reflects: float
+    ess_probe: float | None
+    target_em: list[float]
+    dev_steps: list[int]
+    one_hop_em: list[float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figures", type=Path, default=FIGURES)
+    print("\n\n".join(tables(load(parser.parse_args().figures))))
+
+
+def load(path: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+
+
+def tables(rows: Sequence[Row]) -> list[str]:
+    """All tables that these rows fill, Markdown."""
+    made = []
+    for world in dict.fromkeys(row.world for row in rows):
+        mine = [row for row in rows if row.world == world]
+        if world == "synthetic":
+            made.append(methods_table([row for row in mine if row.depth == MIDDLE]))
+        made += [depths_table(mine), goals_table(mine)]
+    return made
+
+
+def methods_table(rows: Sequence[Row]) -> str:
+    """A line per method, all at one depth."""
+    titles = ["method", "seeds", "EM after", "1 / 2 / 3 hops", "worst one-hop change", "half of it at step"]
+    titles += ["rollouts until then", "seconds until then", "all rollouts", "all seconds", "ESS of probes"]
+    lines = []
+    for method, mine in by_method(rows):
+        ess = [row.ess_probe for row in mine if row.ess_probe is not None]
+        lines.append(
+            [
+                method,
+                str(len(mine)),
+                estimate(row.em_after for row in mine),
+                by_hops(mine),
+                estimate(row.worst_one_hop for row in mine),
+                steps(mine),
+                typical(row.escape_rollouts for row in mine),
+                typical(row.escape_s for row in mine),
+                thousands(statistics.fmean(row.rollouts for row in mine)),
+                f"{statistics.fmean(row.seconds for row in mine):.0f}",
+                decimal(statistics.fmean(ess)) if ess else "",
+            ]
+        )
+    return markdown(titles, lines)
+
+
+def depths_table(rows: Sequence[Row]) -> str:
+    """A line per depth and method of those that are tried at more than one depth."""
+    titles = ["P(going on)", "method", "seeds", "EM before", "EM after", "1 / 2 / 3 hops", "worst one-hop change"]
+    titles += ["half of it at step", "all rollouts"]
+    lines = [
+        [
+            f"{statistics.fmean(row.think for row in mine):.0e}",
+            method,
+            str(len(mine)),
+            decimal(statistics.fmean(row.em_before for row in mine)),
+            estimate(row.em_after for row in mine),
+            by_hops(mine),
+            estimate(row.worst_one_hop for row in mine),
+            steps(mine),
+            thousands(statistics.fmean(row.rollouts for row in mine)),
+        ]
+        for _, at_depth in by_depth(rows)
+        for method, mine in by_method([row for row in at_depth if row.method in MAIN])
+    ]
+    return markdown(titles, lines)
+
+
+def goals_table(rows: Sequence[Row]) -> str:
+    """Whether ours is the best at each depth, and harmless: a line per depth."""
+    titles = ["P(going on)", "best other method", f"`{OURS}` − it, EM", f"`{OURS}` − better of GRPO and paper, EM"]
+    titles += ["worst one-hop change of any seed", "reflecting, most of any seed", "steps later than `none`"]
+    lines = []
+    for depth, at_depth in by_depth(rows):
+        ours = {row.seed: row for row in at_depth if row.method == OURS}
+        others = [method for method, _ in by_method(at_depth) if method in MAIN and method != OURS]
+        if not ours or not others:
+            continue
+        best = best_of(at_depth, others)
+        baselines = [method for method in others if method in BASELINES]
+        lines.append(
+            [
+                depth,
+                best,
+                estimate(gains(at_depth, best)),
+                estimate(gains(at_depth, best_of(at_depth, baselines))) if baselines else "",
+                decimal(min(row.worst_one_hop for row in ours.values())),
+                decimal(max(row.reflects for row in ours.values())),
+                later_than_none(at_depth),
+            ]
+        )
+    return markdown(titles, lines)
+
+
+def best_of(rows: Sequence[Row], methods: Iterable[str]) -> str:
+    """The method with the highest mean EM."""
+    return max(methods, key=lambda method: statistics.fmean(row.em_after for row in rows if row.method == method))
+
+
+def gains(rows: Sequence[Row], method: str) -> list[float]:
+    """EM of ours minus that of the method, seed by seed."""
+    theirs = {row.seed: row.em_after for row in rows if row.method == method}
+    return [row.em_after - theirs[row.seed] for row in rows if row.method == OURS and row.seed in theirs]
+
+
+def later_than_none(rows: Sequence[Row]) -> str:
+    theirs = {row.seed: row.escape_step for row in rows if row.method == "none"}
+    ours = {row.seed: row.escape_step for row in rows if row.method == OURS}
+    both = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    return " ".join("–" if a is None or b is None else f"{a - b:+d}" for a, b in both)
+
+
+def by_method(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    for method in dict.fromkeys(row.method for row in rows):
+        yield method, [row for row in rows if row.method == method]
+
+
+def by_depth(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Shallow first."""
+    for depth in sorted({row.depth for row in rows}, key=float, reverse=True):
+        yield depth, [row for row in rows if row.depth == depth]
+
+
+def estimate(values: Iterable[float]) -> str:
+    """Mean and half the width of its 95% interval over seeds."""
+    numbers = list(values)
+    return decimal(statistics.fmean(numbers)) + (f" ± {decimal(interval(numbers))}" if len(numbers) > 1 else "")
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95% interval of the mean (Student's t)."""
+    return STUDENT_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def by_hops(rows: Sequence[Row]) -> str:
+    return " / ".join(decimal(statistics.fmean(row.by_hops_after[hops] for row in rows)) for hops in ("1", "2", "3"))
+
+
+def steps(rows: Sequence[Row]) -> str:
+    """Step of each seed's escape."""
+    return " ".join("–" if row.escape_step is None else str(row.escape_step) for row in rows)
+
+
+def typical(values: Iterable[float | None]) -> str:
+    """The median of the runs that escape; a dash where half of them or fewer do."""
+    numbers = list(values)
+    known = [value for value in numbers if value is not None]
+    return thousands(statistics.median(known)) if 2 * len(known) > len(numbers) else "–"
+
+
+def decimal(value: float) -> str:
+    """Two decimals without the leading zero, a true minus."""
+    return f"{value:.2f}".replace("-0.", "−.").replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
+
+
+def thousands(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [titles, ["---"] * len(titles), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+if __name__ == "__main__":
+    main()
