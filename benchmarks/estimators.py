@@ -5,8 +5,8 @@
 `methods` and `depths`: the invented world of `recipes/synthetic.toml`, every method at one depth of the dead end, the
 main ones at five. `model`: the real language model of `recipes/quickstart.toml`, the main methods at two depths. The
 runs of a world, depth and seed share one warm start. A run that is there is only read, one that was interrupted goes
-on where it stopped, so the command may be given again until the tables are whole. GRPO beside a method gets the group
-size that spends as many rollouts as that method's run of the same depth and seed (targets and probes), rounded.
+on where it stopped, so the command may be given again until the tables are whole. GRPO gets the group size that spends
+in a step as many rollouts as `escape` does at the same depth and seed (targets and probes), rounded.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "none": NONE,
     "paper": ("method=rex",),
     "grpo": ("method=grpo",),
+    "grpo, as many seconds": ("method=grpo",),
     "grpo, refilled": ("method=grpo", "replay.refill=true", "train.groups_per_step=5"),
     "fork without a hint": (*NONE, "probe.filter=none", "probe.hints={folder}/no-hint.txt"),
     "exact": ("method=exact",),
@@ -91,8 +92,10 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "grpo, half the learning rate": ("method=grpo", HALF),
 }
 """Name -> settings over the recipe; {folder} is where the study's own files are."""
-AS_MANY_ROLLOUTS: Final = frozenset({"grpo", "grpo, preserving", "grpo, half the learning rate"})
-"""Methods without probes: their groups grow until they spend what `OURS` spends."""
+AS_MANY_SECONDS: Final = "grpo, as many seconds"
+"""Plain GRPO with as many steps as fit into the time of `OURS`."""
+AS_MANY_ROLLOUTS: Final = frozenset({"grpo", AS_MANY_SECONDS, "grpo, preserving", "grpo, half the learning rate"})
+"""Methods without probes: their groups grow until they spend in a step what `OURS` spends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +137,8 @@ def main() -> None:
     cells = plan(words.study, only=words.only, seeds=words.seeds)
     head = commit()
     if not words.read:
-        for key in dict.fromkeys(cell.prepared for cell in cells):
-            run_all([cell for cell in cells if cell.prepared == key], work=words.work)
+        for world in dict.fromkeys(cell.world for cell in cells):
+            run_all([cell for cell in cells if cell.world == world], work=words.work)
     finished = [cell for cell in plan(list(STUDIES)) if is_done(words.work / "runs" / cell.name)]
     rows = [read(cell, work=words.work) for cell in finished]
     write(words.out, rows, head=head)
@@ -159,11 +162,18 @@ def plan(
 
 
 def run_all(cells: Sequence[Cell], *, work: Path) -> None:
-    """Runs that share a warm start; those whose size hangs on another one after it."""
-    prepare_start(cells[0], work=work)
+    """All runs of a world; those that share a warm start follow one another, as later ones need earlier ones."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.prepared, []).append(cell)
     with ThreadPoolExecutor(WORLDS[cells[0].world].jobs) as pool:
-        for wave in ([cell for cell in cells if cell.method not in AS_MANY_ROLLOUTS], cells):
-            list(pool.map(lambda cell: run(cell, work=work), wave))
+        list(pool.map(lambda group: run_one_by_one(group, work=work), groups.values()))
+
+
+def run_one_by_one(cells: Sequence[Cell], *, work: Path) -> None:
+    prepare_start(cells[0], work=work)
+    for cell in cells:
+        run(cell, work=work)
 
 
 def prepare_start(cell: Cell, *, work: Path) -> None:
@@ -195,6 +205,8 @@ def run(cell: Cell, *, work: Path) -> None:
         words = [word.format(folder=work.resolve()) for word in METHODS[cell.method]]
         if cell.method in AS_MANY_ROLLOUTS:
             words.append(f"rollout.group_size={as_many_rollouts(cell, work=work)}")
+        if cell.method == AS_MANY_SECONDS:
+            words.append(f"train.steps={as_many_seconds(cell, work=work)}")
         recipe = work / "prepared" / cell.prepared / "recipe.toml"
         command += [str(recipe), *(word for setting in words for word in ("--set", setting))]
     print(f"{time.strftime('%H:%M:%S')} {cell.name}", file=sys.stderr, flush=True)
@@ -208,12 +220,22 @@ def run(cell: Cell, *, work: Path) -> None:
 
 def as_many_rollouts(cell: Cell, *, work: Path) -> int:
     """Targets per question that spend the rollouts of `OURS` at the same depth and seed."""
-    other = work / "runs" / replace(cell, method=OURS).name
-    if not is_done(other):
-        raise SystemExit(f"{cell.name} needs the run of {OURS} beside it; leave --only out, or name both")
-    steps = lines(other / "metrics.jsonl")
-    groups = sum(step["group/count"] for step in steps)
-    return max(2, round(num_rollouts(steps) / groups))
+    steps = steps_of(replace(cell, method=OURS), work=work)
+    return max(2, round(num_rollouts(steps) / sum(step["group/count"] for step in steps)))
+
+
+def as_many_seconds(cell: Cell, *, work: Path) -> int:
+    """Steps that take plain GRPO the time of `OURS`, by their mean at the same depth and seed."""
+    ours, grpo = (steps_of(replace(cell, method=method), work=work) for method in (OURS, "grpo"))
+    return round(len(grpo) * seconds(ours) / seconds(grpo))
+
+
+def steps_of(cell: Cell, *, work: Path) -> list[dict[str, Any]]:
+    """The finished run's steps."""
+    folder = work / "runs" / cell.name
+    if not is_done(folder):
+        raise SystemExit(f"{cell.name} must be finished before what is measured by it; name its method in --only, too")
+    return lines(folder / "metrics.jsonl")
 
 
 def is_done(folder: Path) -> bool:
@@ -241,7 +263,7 @@ def read(cell: Cell, *, work: Path) -> Row:
         think=depth["depth"]["think_median"],
         group_size=group_size,
         rollouts=num_rollouts(steps) + num_dropped * group_size,
-        seconds=round(sum(step["time/step_s"] for step in steps), 1),
+        seconds=round(seconds(steps), 1),
         em_before=before["em"],
         em_after=after["em"],
         by_hops_before={hops: part["em"] for hops, part in before["by_hops"].items()},
@@ -249,7 +271,7 @@ def read(cell: Cell, *, work: Path) -> Row:
         worst_one_hop=min(one_hop) - one_hop[0],
         escape_step=escape,
         escape_rollouts=None if escape is None else num_rollouts(until),
-        escape_s=None if escape is None else round(sum(step["time/step_s"] for step in until), 1),
+        escape_s=None if escape is None else round(seconds(until), 1),
         reflects=statistics.fmean(step["target/reflect_rate"] for step in steps[-5:]),
         ess_probe=statistics.fmean(ess) if ess else None,
         target_em=[round(step["target/em"], 4) for step in steps],
@@ -267,6 +289,10 @@ def escape_step(sampled: Sequence[float], *, before: float, after: float) -> int
 
 def num_rollouts(steps: Iterable[dict[str, Any]]) -> int:
     return round(sum(step["target/count"] + step["probe/count"] for step in steps))
+
+
+def seconds(steps: Iterable[dict[str, Any]]) -> float:
+    return float(sum(step["time/step_s"] for step in steps))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
