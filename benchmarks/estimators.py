@@ -221,7 +221,8 @@ def run(cell: Cell, *, work: Path) -> None:
 def as_many_rollouts(cell: Cell, *, work: Path) -> int:
     """Targets per question that spend the rollouts of `OURS` at the same depth and seed."""
     steps = steps_of(replace(cell, method=OURS), work=work)
-    return max(2, round(num_rollouts(steps) / sum(step["group/count"] for step in steps)))
+    num_groups = float(sum(step["group/count"] for step in steps))
+    return max(2, round(num_rollouts(steps) / num_groups))
 
 
 def as_many_seconds(cell: Cell, *, work: Path) -> int:
@@ -288,7 +289,7 @@ def escape_step(sampled: Sequence[float], *, before: float, after: float) -> int
 
 
 def num_rollouts(steps: Iterable[dict[str, Any]]) -> int:
-    return round(sum(step["target/count"] + step["probe/count"] for step in steps))
+    return int(sum(step["target/count"] + step["probe/count"] for step in steps))
 
 
 def seconds(steps: Iterable[dict[str, Any]]) -> float:

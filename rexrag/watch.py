@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,15 +15,74 @@ import rexrag.metrics as keys
 
 Metrics = Mapping[str, float | None]
 
-MIN_ESS: Final = 0.1
-MAX_TRUNCATED_SHARE: Final = 0.1
-MAX_REFLECT_RATE: Final = 0.2
-MAX_MISMATCH_KL: Final = 0.01
 MAX_LOGPROB_FALL: Final = 1.5
 """Factor by which correct rows may be less likely (in nats a token) than in the steps before."""
 _LEAST_FALL: Final = 0.05
 _WINDOW: Final = 10
 _LEAST_HISTORY: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A bound of one metric. `advice` may name {value} and {bound}."""
+
+    key: str
+    metric: str
+    bound: float
+    is_upper: bool
+    advice: str
+
+    def broken_by(self, value: float | None) -> str | None:
+        """What to tell where the value is beyond the bound."""
+        if value is None or (value <= self.bound if self.is_upper else value >= self.bound):
+            return None
+        return self.advice.format(value=value, bound=self.bound)
+
+
+RULES: Final = (
+    Rule(
+        key=keys.WARNING_ESS,
+        metric=keys.WEIGHT_ESS_TARGET,
+        bound=0.1,
+        is_upper=False,
+        advice="the effective sample size of the targets is {value:.2f}, below {bound}: few tokens carry the gradient. "
+        "Lower replay.max_staleness or optimizer.learning_rate",
+    ),
+    Rule(
+        key=keys.WARNING_ESS,
+        metric=keys.WEIGHT_ESS_PROBE,
+        bound=0.1,
+        is_upper=False,
+        advice="the effective sample size of the probes is {value:.2f}, below {bound}: few tokens carry their "
+        "gradient. "
+        "Lower replay.max_staleness or optimizer.learning_rate; where that of the targets is not low, the hints are "
+        'too unlikely for exact weights: take method = "escape", or raise correction.floor',
+    ),
+    Rule(
+        key=keys.WARNING_TRUNCATION,
+        metric=keys.WEIGHT_TRUNCATED_SHARE,
+        bound=0.1,
+        is_upper=True,
+        advice="{value:.0%} of the staleness weights were cut to correction.cap, more than {bound:.0%}: rollouts are "
+        "too old for the steps that the policy takes. Lower replay.max_staleness or optimizer.learning_rate",
+    ),
+    Rule(
+        key=keys.WARNING_REFLECTING,
+        metric=keys.TARGET_REFLECT_RATE,
+        bound=0.2,
+        is_upper=True,
+        advice="{value:.0%} of the targets write a hint by themselves, more than {bound:.0%}: the policy learns the "
+        'hints\' words. Set probe.transfer = "hint_free" with probe.filter = "none", or lower probe.rate',
+    ),
+    Rule(
+        key=keys.WARNING_MISMATCH,
+        metric=keys.POLICY_MISMATCH_KL,
+        bound=0.01,
+        is_upper=True,
+        advice="engine and learner disagree: mismatch_kl is {value:.3f}, more than {bound}. Set rollout.dtype and "
+        'learner.autocast to one precision, "float32" if it stays, and weights.inflight = "recompute"',
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +106,15 @@ class Watch:
 
     def look(self, metrics: Metrics) -> tuple[dict[str, float], list[Warned]]:
         """Flags of all warnings for this step, and the warnings that it begins."""
-        rules: dict[str, Callable[[Metrics], str | None]] = {
-            keys.WARNING_ESS: _low_ess,
-            keys.WARNING_TRUNCATION: _much_truncation,
-            keys.WARNING_REFLECTING: _probes_take_over,
-            keys.WARNING_FORGETTING: self._forgets,
-            keys.WARNING_MISMATCH: _mismatch,
-        }
-        found = {key: text for key, rule in rules.items() if (text := rule(metrics)) is not None}
+        told = [(rule.key, rule.broken_by(metrics.get(rule.metric))) for rule in RULES]
+        told.append((keys.WARNING_FORGETTING, self._forgets(metrics)))
+        found: dict[str, str] = {}
+        for key, text in told:
+            if text is not None:
+                found.setdefault(key, text)
         begun = [Warned(key=key, text=text) for key, text in found.items() if key not in self._lasting]
         self._lasting = set(found)
-        return {key: float(key in found) for key in rules}, begun
+        return {key: float(key in found) for key, _ in told}, begun
 
     def _forgets(self, metrics: Metrics) -> str | None:
         now = metrics.get(keys.POLICY_CORRECT_LOGPROB)
@@ -72,46 +129,3 @@ class Watch:
             "moves away from what it did right. Lower optimizer.learning_rate or optimizer.max_grad_norm, or raise "
             "loss.preserve"
         )
-
-
-def _low_ess(metrics: Metrics) -> str | None:
-    for key, whose in ((keys.WEIGHT_ESS_TARGET, "targets"), (keys.WEIGHT_ESS_PROBE, "probes")):
-        value = metrics.get(key)
-        if value is not None and value < MIN_ESS:
-            return (
-                f"the effective sample size of the {whose} is {value:.2f}, below {MIN_ESS}: few tokens carry the "
-                "gradient. Lower replay.max_staleness or optimizer.learning_rate; where only probes are low, their "
-                'hints are too unlikely for exact weights: take method = "escape", or raise correction.floor'
-            )
-    return None
-
-
-def _much_truncation(metrics: Metrics) -> str | None:
-    value = metrics.get(keys.WEIGHT_TRUNCATED_SHARE)
-    if value is None or value <= MAX_TRUNCATED_SHARE:
-        return None
-    return (
-        f"{value:.0%} of the staleness weights were cut to correction.cap, more than {MAX_TRUNCATED_SHARE:.0%}: "
-        "rollouts are too old for the steps that the policy takes. Lower replay.max_staleness or "
-        "optimizer.learning_rate"
-    )
-
-
-def _probes_take_over(metrics: Metrics) -> str | None:
-    value = metrics.get(keys.TARGET_REFLECT_RATE)
-    if value is None or value <= MAX_REFLECT_RATE:
-        return None
-    return (
-        f"{value:.0%} of the targets write a hint by themselves, more than {MAX_REFLECT_RATE:.0%}: the policy learns "
-        'the hints\' words. Set probe.transfer = "hint_free" with probe.filter = "none", or lower probe.rate'
-    )
-
-
-def _mismatch(metrics: Metrics) -> str | None:
-    value = metrics.get(keys.POLICY_MISMATCH_KL)
-    if value is None or value <= MAX_MISMATCH_KL:
-        return None
-    return (
-        f"engine and learner disagree: mismatch_kl is {value:.3f}, more than {MAX_MISMATCH_KL}. Set rollout.dtype and "
-        'learner.autocast to one precision, "float32" if it stays, and weights.inflight = "recompute"'
-    )

@@ -276,6 +276,16 @@ def test_warm_up_counts_updates(tmp_path: Path) -> None:
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3])
 
 
+def test_decay_falls_to_a_tenth_after_the_warm_up(tmp_path: Path) -> None:
+    config = settings(optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=1, decay_steps=3))
+    learner = core(tmp_path, settings=config)
+    rates = []
+    for step in range(1, 6):
+        groups = random_groups(version=learner.num_steps)
+        rates.append(learner.step(step_batch(groups, step=step)).metrics[keys.LEARNING_RATE])
+    assert rates == pytest.approx([1e-3, 7e-4, 4e-4, 1e-4, 1e-4])
+
+
 def test_training_makes_good_rows_likelier(tmp_path: Path) -> None:
     learner = core(tmp_path, settings=settings(optimizer=OptimizerSettings(learning_rate=3e-3)))
     seen = [learner.step(step_batch(random_groups(), step=s)).metrics[keys.POLICY_CORRECT_LOGPROB] for s in range(1, 3)]

@@ -128,7 +128,7 @@ def test_death_of_learner_or_buffer_ends_the_run_and_resume_goes_on(
     assert (saved > 0) == (checkpoint_every == 2)
     run_rexrag("train", "--run-dir", run, "--set", f"train.steps={saved + 1}")
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, saved + 2))
-    evaluations = [(line["split"], line["step"]) for line in read_lines(run / "eval.jsonl")]
+    evaluations = [(str(line["split"]), line["step"]) for line in read_lines(run / "eval.jsonl")]
     assert evaluations == [("test", 0), ("dev", 0), ("dev", saved + 1), ("test", saved + 1)]
     assert_books_balance(run)
 
