@@ -18,7 +18,7 @@ Legend: R rows, P parameters of the policy.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -125,7 +125,7 @@ class Toy:
         for switch in SWITCHES:
             forked: defaultdict[Tokens, float] = defaultdict(float)
             reached: defaultdict[Tokens, float] = defaultdict(float)
-            for tokens, turns in self._targets:
+            for tokens, turns in self.targets:
                 probability = np.exp(self._sampled(tokens, range(1, len(tokens)), switch).sum())
                 at = self._fork(turns, len(tokens))
                 for length in range(1, len(tokens) + 1):
@@ -149,7 +149,7 @@ class Toy:
         found = []
         for switch in SWITCHES:
             share = 1.0 / len(SWITCHES)
-            for tokens, turns in self._targets:
+            for tokens, turns in self.targets:
                 sampled = self._sampled(tokens, range(1, len(tokens)), switch)
                 probability = share * float(np.exp(sampled.sum()))
                 at = self._fork(turns, len(tokens))
@@ -165,7 +165,7 @@ class Toy:
         return found
 
     @cached_property
-    def _targets(self) -> list[tuple[Tokens, list[Turn]]]:
+    def targets(self) -> list[tuple[Tokens, list[Turn]]]:
         return self._complete((PROMPT,), [])
 
     def _complete(
@@ -216,7 +216,7 @@ class Toy:
     ) -> list[EnumeratedRow]:
         """Of every prefix that is forked: each hint, and all ways to go on."""
         parents: dict[Tokens, list[Turn]] = {}
-        for tokens, turns in self._targets:
+        for tokens, turns in self.targets:
             at = self._fork(turns, len(tokens))
             if at is not None:
                 parents.setdefault(tokens[:at], [turn for turn in turns if turn.end <= at])
@@ -351,75 +351,3 @@ def _shifted(turn: Turn, at: int, by: int) -> Turn:
 def prefix_turn_start(prefix: Tokens) -> int:
     """First token of the turn that `prefix` is in."""
     return max(i for i, token in enumerate(prefix) if token in (PROMPT, ENV)) + 1
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ScoredTokens:
-    """Tokens with the place of their parameters: what ∇ log π of them is made of.
-
-    Attributes:
-        place: [E] index of the token's place among all contexts; token: [E].
-    """
-
-    place: npt.NDArray[np.int64]
-    token: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, tokens: Tokens, at: Sequence[int]) -> ScoredTokens:
-        """The tokens at the positions `at` of a row."""
-        places = [place(tokens[:i]) for i in at]
-        shape = (MAX_LENGTH, 5, 5)
-        index = np.ravel_multi_index(np.array(places, np.int64).reshape(-1, 3).T, shape)
-        return cls(place=np.asarray(index, np.int64), token=np.array([tokens[i] for i in at], np.int64))
-
-    @classmethod
-    def join(cls, parts: Sequence[ScoredTokens]) -> ScoredTokens:
-        return cls(
-            place=np.concatenate([part.place for part in parts]), token=np.concatenate([part.token for part in parts])
-        )
-
-    def logprobs(self, policy: Policy) -> Floats:
-        """[E]."""
-        found: Floats = policy.logprobs.reshape(-1, VOCABULARY)[self.place, self.token]
-        return found
-
-    def gradient(self, policy: Policy, factors: Floats) -> Floats:
-        """[P] Σ factors·∇ log π."""
-        probabilities = np.exp(policy.logprobs.reshape(-1, VOCABULARY))
-        num_places = len(probabilities)
-        total = np.zeros((num_places, VOCABULARY))
-        np.add.at(total, (self.place, self.token), factors)
-        total -= np.bincount(self.place, factors, num_places)[:, None] * probabilities
-        return total.ravel()
-
-    def squared_norms(self, policy: Policy) -> Floats:
-        """[E] of each token's ∇ log π; the tokens of a row have no parameter in common."""
-        probabilities = np.exp(policy.logprobs.reshape(-1, VOCABULARY))[self.place]
-        own = probabilities[np.arange(len(self.token)), self.token]
-        norms: Floats = (probabilities**2).sum(axis=1) - 2.0 * own + 1.0
-        return norms
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moments:
-    """Of a gradient estimate per target. `second` sums the squared norms of its rows: a probe counts apart."""
-
-    mean: Floats
-    second: float
-
-    @property
-    def deviation(self) -> float:
-        return float(np.sqrt(self.second - (self.mean**2).sum()))
-
-
-def on_policy(toy: Toy, advantage: Callable[[float], float]) -> Moments:
-    """Of targets alone, sampled by the learner's policy: ∇ E[A]."""
-    mean = np.zeros(toy.learner.logits.size)
-    second = 0.0
-    for tokens, _ in toy._targets:
-        scored = ScoredTokens.of(tokens, [i for i, token in enumerate(tokens) if token < ENV])
-        probability = float(np.exp(scored.logprobs(toy.learner).sum()))
-        factor = advantage(toy.reward(tokens))
-        mean += scored.gradient(toy.learner, np.full(len(scored.token), probability * factor))
-        second += probability * factor**2 * float(scored.squared_norms(toy.learner).sum())
-    return Moments(mean=mean, second=second)

@@ -12,7 +12,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from enumeration import EnumeratedRow, ExactRates, Moments, ScoredTokens, Tokens, Toy, on_policy
+from enumerated_gradient import Moments, ScoredTokens, on_policy
+from enumeration import EnumeratedRow, ExactRates, Tokens, Toy
 
 from rexrag.learner.advantage import Baseline, group_advantages
 from rexrag.learner.branches import BranchPosition, BranchRates, branch_positions, place_of
