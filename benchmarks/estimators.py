@@ -119,9 +119,9 @@ class Cell:
 STUDIES: Final[dict[str, list[tuple[str, range, tuple[str, ...]]]]] = {
     "methods": [(MIDDLE, range(5), tuple(METHODS))],
     "depths": [(depth, range(3), MAIN) for depth in WORLDS["synthetic"].depths],
-    "model": [("2e-4", range(3), MAIN), ("2e-3", range(3), ("escape", "none"))],
+    "model": [("2e-4", range(3, 6), MAIN), ("2e-3", range(3, 6), ("escape", "none"))],
 }
-"""Study -> (depth, seeds, methods)."""
+"""Study -> (depth, seeds, methods). Settings were chosen on other seeds: 10 to 13, of the model 0 to 2."""
 
 
 def main() -> None:

@@ -54,9 +54,7 @@ def em_table(before: Line, after: Line, *, split: str) -> Table:
     table.add_column("")
     table.add_column("before")
     table.add_column(f"after step {after['step']}")
-    table.add_row(
-        "all", *(f"{line['em']:.2f} [{line['em_low']:.2f}, {line['em_high']:.2f}]" for line in (before, after))
-    )
+    table.add_row("all", _with_interval(before), _with_interval(after))
     for hops, row in before["by_hops"].items():
         later = after["by_hops"].get(hops)
         if later is not None:
