@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -251,7 +253,8 @@ def read(cell: Cell, *, work: Path) -> Row:
     dev = [line for line in evaluations if line["split"] == "dev"]
     one_hop = [line["by_hops"]["1"]["em"] for line in dev]
     depth = json.loads((work / "prepared" / cell.prepared / "warmstart" / "warmstart.json").read_text())
-    escape = escape_step([step["target/em"] for step in steps], before=before["em"], after=after["em"])
+    dev_steps, dev_em = [line["step"] for line in dev], [line["em"] for line in dev]
+    escape = half_way(dev_steps, dev_em) if after["em"] >= before["em"] + 0.1 else None
     until = steps[:escape]
     group_size = round(sum(step["target/count"] for step in steps) / sum(step["group/count"] for step in steps))
     num_dropped = json.loads((folder / "accounting.json").read_text())["dropped"].get("flat", 0)
@@ -271,21 +274,24 @@ def read(cell: Cell, *, work: Path) -> Row:
         by_hops_after={hops: part["em"] for hops, part in after["by_hops"].items()},
         worst_one_hop=min(one_hop) - one_hop[0],
         escape_step=escape,
-        escape_rollouts=None if escape is None else num_rollouts(until),
+        escape_rollouts=None if escape is None or num_dropped else num_rollouts(until),
         escape_s=None if escape is None else round(seconds(until), 1),
         reflects=statistics.fmean(step["target/reflect_rate"] for step in steps[-5:]),
         ess_probe=statistics.fmean(ess) if ess else None,
         target_em=[round(step["target/em"], 4) for step in steps],
-        dev_steps=[line["step"] for line in dev],
+        dev_steps=dev_steps,
+        dev_em=dev_em,
         one_hop_em=one_hop,
     )
 
 
-def escape_step(sampled: Sequence[float], *, before: float, after: float) -> int | None:
-    if after < before + 0.1:
-        return None
-    means = [statistics.fmean(sampled[max(0, i - 2) : i + 1]) for i in range(len(sampled))]
-    return next((step for step, mean in enumerate(means, start=1) if mean >= after / 2), None)
+def half_way(steps: Sequence[int], values: Sequence[float]) -> int | None:
+    """First step at which a line through the values is half-way from the first to the last, if that is higher."""
+    half = (values[0] + values[-1]) / 2
+    for (left, low), (right, high) in pairwise(zip(steps, values, strict=True)):
+        if low < half <= high:
+            return left + math.ceil((right - left) * (half - low) / (high - low))
+    return None
 
 
 def num_rollouts(steps: Iterable[dict[str, Any]]) -> int:

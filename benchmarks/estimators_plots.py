@@ -48,17 +48,19 @@ def main() -> None:
 
 
 def curves(rows: Sequence[Row], *, path: Path) -> None:
-    """Sampled EM over all questions, and greedy EM on one-hop dev questions, step by step: mean over seeds."""
+    """EM on all and on the one-hop dev questions, step by step: mean over seeds."""
     figure, (left, right) = plt.subplots(1, 2, figsize=WIDTH_HEIGHT, layout="constrained")
     for method, mine in by_method(rows):
-        em = [statistics.fmean(values) for values in zip(*(row.target_em for row in mine), strict=True)]
-        left.plot(range(1, len(em) + 1), em, label=f"{method} ({len(mine)} seeds)")
-        one_hop = [statistics.fmean(values) for values in zip(*(row.one_hop_em for row in mine), strict=True)]
-        right.plot(mine[0].dev_steps, one_hop)
-    left.set(xlabel="learner step", ylabel="EM of sampled targets", title=f"P(going on) about {MIDDLE}")
-    right.set(xlabel="learner step", ylabel="EM, one-hop questions (dev, greedy)", ylim=(0, 1))
+        left.plot(mine[0].dev_steps, means([row.dev_em for row in mine]), label=f"{method} ({len(mine)} seeds)")
+        right.plot(mine[0].dev_steps, means([row.one_hop_em for row in mine]))
+    left.set(xlabel="learner step", ylabel="EM, all dev questions", ylim=(0, 1))
+    right.set(xlabel="learner step", ylabel="EM, one-hop dev questions", ylim=(0, 1))
     left.legend(fontsize=8)
     save(figure, path)
+
+
+def means(curves: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(values) for values in zip(*curves, strict=True)]
 
 
 def depths(rows: Sequence[Row], *, path: Path) -> None:
@@ -83,9 +85,9 @@ def depths(rows: Sequence[Row], *, path: Path) -> None:
 def bars(axes: Any, found: Sequence[tuple[str, Sequence[float]]], **style: str) -> None:  # noqa: ANN401
     """Means with 95% intervals, those of one run left out."""
     found = [(depth, values) for depth, values in found if len(values) > 1]
-    means = [statistics.fmean(values) for _, values in found]
+    heights = [statistics.fmean(values) for _, values in found]
     widths = [interval(values) for _, values in found]
-    axes.errorbar([depth for depth, _ in found], means, yerr=widths, capsize=2, **style)
+    axes.errorbar([depth for depth, _ in found], heights, yerr=widths, capsize=2, **style)
 
 
 def save(figure: Any, path: Path) -> None:  # noqa: ANN401  matplotlib's stubs leave it open

@@ -30,11 +30,12 @@ LATER_THAN_NONE: Final = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one run came to. EM is greedy; `escape_step` is the first step at which the mean sampled EM of three
-    steps reaches half of the final EM, None where the run gains less than .1.
+    """What one run came to. EM is greedy.
 
     Attributes:
         think: probability of going on after the warm start, median of dev questions.
+        escape_step: first step at which EM on dev questions, a line between evaluations, is half-way from the first to
+            the last evaluation; None where EM on test questions rises by less than .1.
         worst_one_hop: lowest minus first EM on the one-hop dev questions.
         reflects: share of targets that wrote the words of a hint, mean of the last five steps.
         ess_probe: effective sample size of the probes' tokens, mean over steps with probes.
@@ -61,6 +62,7 @@ class Row:
     ess_probe: float | None
     target_em: list[float]
     dev_steps: list[int]
+    dev_em: list[float]
     one_hop_em: list[float]
 
 
@@ -87,7 +89,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
 
 def methods_table(rows: Sequence[Row]) -> str:
     """A line per method, all at one depth."""
-    titles = ["method", "seeds", "EM after", "1 / 2 / 3 hops", "worst one-hop change", "half of it at step"]
+    titles = ["method", "seeds", "EM after", "1 / 2 / 3 hops", "worst one-hop change", "half-way at step"]
     titles += ["rollouts until then", "seconds until then", "all rollouts", "all seconds", "ESS of probes"]
     lines = []
     for method, mine in by_method(rows):
@@ -113,10 +115,10 @@ def methods_table(rows: Sequence[Row]) -> str:
 def depths_table(rows: Sequence[Row]) -> str:
     """A line per depth and method of those that are tried at more than one depth."""
     titles = ["P(going on)", "method", "seeds", "EM before", "EM after", "1 / 2 / 3 hops", "worst one-hop change"]
-    titles += ["half of it at step", "all rollouts"]
+    titles += ["half-way at step", "all rollouts"]
     lines = [
         [
-            f"{statistics.fmean(row.think for row in mine):.0e}",
+            depth,
             method,
             str(len(mine)),
             decimal(statistics.fmean(row.em_before for row in mine)),
@@ -126,7 +128,7 @@ def depths_table(rows: Sequence[Row]) -> str:
             steps(mine),
             thousands(statistics.fmean(row.rollouts for row in mine)),
         ]
-        for _, at_depth in by_depth(rows)
+        for depth, at_depth in by_depth(rows)
         for method, mine in by_method([row for row in at_depth if row.method in MAIN])
     ]
     return markdown(titles, lines)
