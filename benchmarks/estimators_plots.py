@@ -26,7 +26,6 @@ from estimators_tables import (
     by_depth,
     by_method,
     gains,
-    interval,
     load,
 )
 
@@ -66,28 +65,35 @@ def means(curves: Sequence[Sequence[float]]) -> list[float]:
 def depths(rows: Sequence[Row], *, path: Path) -> None:
     """EM after training over the depth of the dead end, and ours minus the better baseline at equal rollouts."""
     figure, (left, right) = plt.subplots(1, 2, figsize=WIDTH_HEIGHT, layout="constrained")
-    for method, mine in by_method(rows):
-        found = [(depth, [row.em_after for row in at_depth]) for depth, at_depth in by_depth(mine)]
-        bars(left, found, label=method)
-    better = [
-        (depth, gains(at_depth, best_of(at_depth, BASELINES)))
-        for depth, at_depth in by_depth(rows)
-        if {OURS, *BASELINES} <= {row.method for row in at_depth}
-    ]
-    bars(right, better, color="black")
+    names = [depth for depth, _ in by_depth(rows)]
+    for i, (method, mine) in enumerate(by_method(rows)):
+        found = [[row.em_after for row in at_depth] for _, at_depth in by_depth(mine)]
+        points(left, found, color=f"C{i}", shift=0.06 * i, label=method)
+    better = [gains(at_depth, best_of(at_depth, BASELINES)) for _, at_depth in by_depth(rows)]
+    points(right, better, color="black")
     right.axhline(0.0, color="grey", linewidth=0.8)
-    left.set(xlabel="P(going on) after the warm start, about", ylabel="EM after training", ylim=(0, 1))
-    right.set(xlabel="P(going on) after the warm start, about", ylabel=f"{OURS} − better of {' and '.join(BASELINES)}")
+    left.set(ylabel="EM after training", ylim=(0, 1))
+    right.set(ylabel=f"{OURS} − better of {' and '.join(BASELINES)}")
+    for axes in (left, right):
+        axes.set(xlabel="P(going on) after the warm start, about")
+        axes.set_xticks(range(len(names)), names)
     left.legend(fontsize=8)
     save(figure, path)
 
 
-def bars(axes: Any, found: Sequence[tuple[str, Sequence[float]]], **style: str) -> None:  # noqa: ANN401
-    """Means with 95% intervals, those of one run left out."""
-    found = [(depth, values) for depth, values in found if len(values) > 1]
-    heights = [statistics.fmean(values) for _, values in found]
-    widths = [interval(values) for _, values in found]
-    axes.errorbar([depth for depth, _ in found], heights, yerr=widths, capsize=2, **style)
+def points(  # matplotlib's stubs leave axes open
+    axes: Any,  # noqa: ANN401
+    found: Sequence[Sequence[float]],
+    *,
+    color: str,
+    shift: float = 0.0,
+    label: str | None = None,
+) -> None:
+    """A point per seed, a line through the means."""
+    for i, values in enumerate(found):
+        axes.plot([i + shift] * len(values), values, "o", color=color, markersize=3, alpha=0.6)
+    places = [i + shift for i in range(len(found))]
+    axes.plot(places, [statistics.fmean(values) for values in found], color=color, label=label)
 
 
 def save(figure: Any, path: Path) -> None:  # noqa: ANN401  matplotlib's stubs leave it open
