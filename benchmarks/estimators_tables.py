@@ -23,9 +23,7 @@ MAIN: Final = (OURS, "none", *BASELINES)
 """Methods that are tried at every depth."""
 STUDENT_95: Final = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 """Two-sided 95% quantiles of Student's t by degrees of freedom."""
-WORST_ONE_HOP: Final = -0.05
-MOST_REFLECTING: Final = 0.2
-LATER_THAN_NONE: Final = 5
+ROUNDING: Final = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +81,13 @@ def tables(rows: Sequence[Row]) -> list[str]:
         mine = [row for row in rows if row.world == world]
         if world == "synthetic":
             made.append(methods_table([row for row in mine if row.depth == MIDDLE]))
-        made += [depths_table(mine), goals_table(mine)]
+        made += [depths_table(mine), goals_table(mine), harm_table(mine)]
     return made
 
 
 def methods_table(rows: Sequence[Row]) -> str:
     """A line per method, all at one depth."""
-    titles = ["method", "seeds", "EM after", "1 / 2 / 3 hops", "worst one-hop change", "half-way at step"]
+    titles = ["method", "EM after", f"`{OURS}` − it", "1 / 2 / 3 hops", "worst one-hop change", "half-way at step"]
     titles += ["rollouts until then", "seconds until then", "all rollouts", "all seconds", "ESS of probes"]
     lines = []
     for method, mine in by_method(rows):
@@ -97,10 +95,10 @@ def methods_table(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 method,
-                str(len(mine)),
                 estimate(row.em_after for row in mine),
+                "" if method == OURS else estimate(gains(rows, method)),
                 by_hops(mine),
-                estimate(row.worst_one_hop for row in mine),
+                by_seed(row.worst_one_hop for row in mine),
                 steps(mine),
                 typical(row.escape_rollouts for row in mine),
                 typical(row.escape_s for row in mine),
@@ -114,17 +112,17 @@ def methods_table(rows: Sequence[Row]) -> str:
 
 def depths_table(rows: Sequence[Row]) -> str:
     """A line per depth and method of those that are tried at more than one depth."""
-    titles = ["P(going on)", "method", "seeds", "EM before", "EM after", "1 / 2 / 3 hops", "worst one-hop change"]
-    titles += ["half-way at step", "all rollouts"]
+    titles = ["P(going on)", "method", "EM before", "EM after", f"`{OURS}` − it", "1 / 2 / 3 hops"]
+    titles += ["worst one-hop change", "half-way at step", "all rollouts"]
     lines = [
         [
             depth,
             method,
-            str(len(mine)),
             decimal(statistics.fmean(row.em_before for row in mine)),
             estimate(row.em_after for row in mine),
+            "" if method == OURS else by_seed(gains(at_depth, method)),
             by_hops(mine),
-            estimate(row.worst_one_hop for row in mine),
+            by_seed(row.worst_one_hop for row in mine),
             steps(mine),
             thousands(statistics.fmean(row.rollouts for row in mine)),
         ]
@@ -136,7 +134,7 @@ def depths_table(rows: Sequence[Row]) -> str:
 
 def goals_table(rows: Sequence[Row]) -> str:
     """Whether ours is the best at each depth, and harmless: a line per depth."""
-    titles = ["P(going on)", "best other method", f"`{OURS}` − it, EM", f"`{OURS}` − better of GRPO and paper, EM"]
+    titles = ["P(going on)", "best other method", f"`{OURS}` − it", f"`{OURS}` − better of GRPO and paper"]
     titles += ["worst one-hop change of any seed", "reflecting, most of any seed", "steps later than `none`"]
     lines = []
     for depth, at_depth in by_depth(rows):
@@ -157,6 +155,24 @@ def goals_table(rows: Sequence[Row]) -> str:
                 later_than_none(at_depth),
             ]
         )
+    return markdown(titles, lines)
+
+
+def harm_table(rows: Sequence[Row]) -> str:
+    """In how many runs one-hop questions suffer, over all depths: a line per method."""
+    titles = [
+        "method",
+        "runs",
+        "EM on one-hop dev questions falls by more than .05",
+        "by more than .4",
+        "by more than .05 in the end",
+    ]
+    lines = []
+    for method, mine in by_method([row for row in rows if row.method in MAIN]):
+        falls = [row.worst_one_hop for row in mine]
+        counts = [sum(fall < -most - ROUNDING for fall in falls) for most in (0.05, 0.4)]
+        last = sum(row.one_hop_em[-1] - row.one_hop_em[0] < -0.05 - ROUNDING for row in mine)
+        lines.append([method, *(str(count) for count in (len(mine), *counts, last))])
     return markdown(titles, lines)
 
 
@@ -202,6 +218,10 @@ def interval(values: Sequence[float]) -> float:
 
 def by_hops(rows: Sequence[Row]) -> str:
     return " / ".join(decimal(statistics.fmean(row.by_hops_after[hops] for row in rows)) for hops in ("1", "2", "3"))
+
+
+def by_seed(values: Iterable[float]) -> str:
+    return " ".join(decimal(value) for value in values)
 
 
 def steps(rows: Sequence[Row]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -126,6 +128,15 @@ def test_cited_sections_exist() -> None:
     }
     assert cited
     assert cited <= numbers
+
+
+def test_tables_of_the_study_are_those_of_its_figures() -> None:
+    path = ROOT / "benchmarks" / "estimators_tables.py"
+    made = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60).stdout
+    page = (DOCS / "estimators.md").read_text(encoding="utf-8")
+    tables = made.strip().split("\n\n")
+    assert len(tables) >= 4
+    assert all(table in page for table in tables)
 
 
 def test_examples_of_data_files_are_valid(tmp_path: Path) -> None:
