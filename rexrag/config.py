@@ -125,7 +125,7 @@ class ProbeConfig(Section):
 
 class CorrectionConfig(Section):
     mixture: Literal["token", "sequence", "none"] = Field(
-        "token",
+        "none",
         description="Weights for probe mixing: the paper's per token, the exact ones per trajectory, or none.",
     )
     bound: Literal["truncate", "mask", "none"] = Field(
@@ -150,7 +150,7 @@ class LossConfig(Section):
     train_hints: bool = Field(True, description="Hint tokens carry loss.")
     train_prefix: bool = Field(False, description="A probe's prefix carries loss too, beside its parent's.")
     preserve: float = Field(
-        0.0, ge=0, le=1000, description="Weight of the penalty on what solved groups lose in likelihood; 0: none."
+        3.0, ge=0, le=1000, description="Weight of the penalty on what solved groups lose in likelihood; 0: none."
     )
     preserve_rows: int = Field(16, ge=1, le=64, description="Rows of solved groups that a step trains on for that.")
 
@@ -241,7 +241,7 @@ class Config(Section):
     """All settings of a run."""
 
     method: Literal["grpo", "rex", "exact", "escape"] = Field(
-        "rex", description="Vetted set of switches; single keys override it."
+        "escape", description="Vetted set of switches; single keys override it."
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -57,11 +57,11 @@ def test_method_on_the_command_line_replaces_the_recipes_keys_of_its_set(tmp_pat
     assert (rex.probe.rate, rex.correction.floor) == (0.5, 0.5)
 
 
-def test_method_sets_hold_known_keys_and_the_default_is_rex() -> None:
+def test_method_sets_hold_known_keys_and_defaults_are_those_of_the_default_method() -> None:
     for values in METHODS.values():
         assert set(values) <= set(KEYS)
         make_config(values, sources={})
-    assert {key: flatten(Config())[key] for key in METHODS["rex"]} == METHODS["rex"]
+    assert {key: flatten(Config())[key] for key in METHODS[Config().method]} == METHODS[Config().method]
 
 
 @pytest.mark.parametrize(
