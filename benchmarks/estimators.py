@@ -278,7 +278,6 @@ def read(cell: Cell, *, work: Path) -> Row:
         escape_s=None if escape is None else round(seconds(until), 1),
         reflects=statistics.fmean(step["target/reflect_rate"] for step in steps[-5:]),
         ess_probe=statistics.fmean(ess) if ess else None,
-        target_em=[round(step["target/em"], 4) for step in steps],
         dev_steps=dev_steps,
         dev_em=dev_em,
         one_hop_em=one_hop,

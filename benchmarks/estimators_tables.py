@@ -34,6 +34,7 @@ class Row:
         think: probability of going on after the warm start, median of dev questions.
         escape_step: first step at which EM on dev questions, a line between evaluations, is half-way from the first to
             the last evaluation; None where EM on test questions rises by less than .1.
+        escape_rollouts, escape_s: up to that step; no rollouts where groups were dropped on the way (refilled).
         worst_one_hop: lowest minus first EM on the one-hop dev questions.
         reflects: share of targets that wrote the words of a hint, mean of the last five steps.
         ess_probe: effective sample size of the probes' tokens, mean over steps with probes.
@@ -58,7 +59,6 @@ class Row:
     escape_s: float | None
     reflects: float
     ess_probe: float | None
-    target_em: list[float]
     dev_steps: list[int]
     dev_em: list[float]
     one_hop_em: list[float]
