@@ -111,14 +111,13 @@ class Controller:
         self._fleet.run()
         if first == 0:
             self._evaluate("test")
-        if first == 0 or self._has_evaluation(first):
+        if self._has_evaluation(first):
             self._evaluate("dev")
         self._progress.training(done=first, total=self._settings.num_steps)
         self._publish()
         while self._version.step < self._settings.num_steps:
             self._step(self._version.step + 1)
-        if self._version.step > 0:
-            self._evaluate("test")
+        self._evaluate("test")
 
     def save(self) -> None:
         """A checkpoint of the last finished step, unless there is one."""
@@ -148,8 +147,9 @@ class Controller:
         self._publish()
 
     def _has_evaluation(self, step: int) -> bool:
+        """Whether the dev questions are evaluated at this step: first, last, and every so often."""
         every = self._settings.eval_every
-        return step == self._settings.num_steps or (every > 0 and step % every == 0)
+        return step in (0, self._settings.num_steps) or (every > 0 and step % every == 0)
 
     def _take(self, step: int, *, rho: float) -> tuple[ObjectRef[Any], StepBatch]:
         """The step's batch, as a reference for the learner and as a value for samples."""

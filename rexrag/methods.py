@@ -4,51 +4,30 @@ from __future__ import annotations
 
 from typing import Final
 
+_GRPO: Final[dict[str, object]] = {
+    "probe.rate": 0.0,
+    "probe.transfer": "hinted",
+    "probe.dead_end": "rollout",
+    "probe.filter": "hint_logprob",
+    "correction.mixture": "none",
+    "correction.floor": 0.0,
+    "loss.baseline": "joint",
+    "loss.train_prefix": False,
+    "loss.preserve": 0.0,
+}
+_REX: Final = {**_GRPO, "probe.rate": 0.5, "correction.mixture": "token"}
+
 METHODS: Final[dict[str, dict[str, object]]] = {
-    "grpo": {
-        "probe.rate": 0.0,
-        "probe.transfer": "hinted",
-        "probe.dead_end": "rollout",
-        "probe.filter": "hint_logprob",
-        "correction.mixture": "none",
-        "correction.floor": 0.0,
-        "loss.baseline": "joint",
-        "loss.train_prefix": False,
-        "loss.preserve": 0.0,
-    },
-    "rex": {
-        "probe.rate": 0.5,
-        "probe.transfer": "hinted",
-        "probe.dead_end": "rollout",
-        "probe.filter": "hint_logprob",
-        "correction.mixture": "token",
-        "correction.floor": 0.0,
-        "loss.baseline": "joint",
-        "loss.train_prefix": False,
-        "loss.preserve": 0.0,
-    },
+    "grpo": _GRPO,
+    "rex": _REX,
     "exact": {
-        "probe.rate": 0.5,
-        "probe.transfer": "hinted",
-        "probe.dead_end": "rollout",
+        **_REX,
         "probe.filter": "none",
         "correction.mixture": "sequence",
-        "correction.floor": 0.0,
         "loss.baseline": "loo",
         "loss.train_prefix": True,
-        "loss.preserve": 0.0,
     },
-    "escape": {
-        "probe.rate": 0.5,
-        "probe.transfer": "hinted",
-        "probe.dead_end": "rollout",
-        "probe.filter": "hint_logprob",
-        "correction.mixture": "none",
-        "correction.floor": 0.0,
-        "loss.baseline": "joint",
-        "loss.train_prefix": False,
-        "loss.preserve": 3.0,
-    },
+    "escape": {**_REX, "correction.mixture": "none", "loss.preserve": 3.0},
 }
 """What `method` stands for: dotted key -> value."""
 

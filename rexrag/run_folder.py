@@ -200,8 +200,7 @@ class RunFolder:
 
     def evaluated(self, step: int) -> frozenset[str]:
         """Splits that have a line of this step in `eval.jsonl`."""
-        text = self.eval.read_text(encoding="utf-8", errors="replace") if self.eval.exists() else ""
-        return frozenset(str(json.loads(line)["split"]) for line in text.splitlines() if _step_of(line) == step)
+        return frozenset(str(line["split"]) for line in read_jsonl(self.eval) if line["step"] == step)
 
     def remove_unused(self) -> None:
         """Remove a run that has come to nothing: no step, no checkpoint, nothing prepared, measured or logged."""
