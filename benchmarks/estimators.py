@@ -4,9 +4,10 @@
 
 `methods` and `depths`: the invented world of `recipes/synthetic.toml`, every method at one depth of the dead end, the
 main ones at five. `model`: the real language model of `recipes/quickstart.toml`, the main methods at two depths. The
-runs of a world, depth and seed share one warm start. A run that is there is only read, one that was interrupted goes
-on where it stopped, so the command may be given again until the tables are whole. GRPO gets the group size that spends
-in a step as many rollouts as `escape` does at the same depth and seed (targets and probes), rounded.
+runs of a world, depth and seed share one warm start. A run whose row is in FILE.json is not made again (remove the row
+to have it made), one that was interrupted goes on where it stopped, so the command may be given again until the tables
+are whole. GRPO gets the group size that spends in a step as many rollouts as `escape` does at the same depth and seed
+(targets and probes), rounded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from estimators_tables import FIGURES, MAIN, MIDDLE, OURS, ROOT, Row, tables
+from estimators_tables import FIGURES, MAIN, MIDDLE, OURS, ROOT, Row, load, tables
 from machine import commit, machine
 
 from rexrag.prepare import prepare
@@ -133,18 +135,13 @@ def main() -> None:
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=["methods", "depths"])
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", help="of those of the study")
-    parser.add_argument("--read", action="store_true", help="run nothing, read what is finished")
     parser.add_argument("--out", type=Path, default=FIGURES)
     words = parser.parse_args()
+    study = Study(work=words.work, out=words.out)
     cells = plan(words.study, only=words.only, seeds=words.seeds)
-    head = commit()
-    if not words.read:
-        for world in dict.fromkeys(cell.world for cell in cells):
-            run_all([cell for cell in cells if cell.world == world], work=words.work)
-    finished = [cell for cell in plan(list(STUDIES)) if is_done(words.work / "runs" / cell.name)]
-    rows = [read(cell, work=words.work) for cell in finished]
-    write(words.out, rows, head=head)
-    print("\n\n".join(tables(rows)))
+    for world in dict.fromkeys(cell.world for cell in cells):
+        study.run_all([cell for cell in cells if cell.world == world])
+    print("\n\n".join(tables(study.rows())))
 
 
 def plan(
@@ -163,19 +160,55 @@ def plan(
     return sorted(cells, key=lambda c: (c.world, c.depth != MIDDLE, c.seed, c.depth, order.index(c.method)))
 
 
-def run_all(cells: Sequence[Cell], *, work: Path) -> None:
-    """All runs of a world; those that share a warm start follow one another, as later ones need earlier ones."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.prepared, []).append(cell)
-    with ThreadPoolExecutor(WORLDS[cells[0].world].jobs) as pool:
-        list(pool.map(lambda group: run_one_by_one(group, work=work), groups.values()))
+class Study:
+    """Runs and their rows. Several threads run cells at once; one warm start's runs are those of one thread."""
 
+    def __init__(self, *, work: Path, out: Path) -> None:
+        self._work, self._out = work, out
+        self._head = commit()
+        self._lock = threading.Lock()
+        self._rows = {cell_of(row): row for row in (load(out) if out.exists() else [])}
 
-def run_one_by_one(cells: Sequence[Cell], *, work: Path) -> None:
-    prepare_start(cells[0], work=work)
-    for cell in cells:
-        run(cell, work=work)
+    def rows(self) -> list[Row]:
+        """In the order of the plan."""
+        return [self._rows[cell] for cell in plan(list(STUDIES)) if cell in self._rows]
+
+    def run_all(self, cells: Sequence[Cell]) -> None:
+        """All runs of a world; those that share a warm start follow one another, as later ones need earlier ones."""
+        groups: dict[str, list[Cell]] = {}
+        for cell in cells:
+            if cell not in self._rows:
+                groups.setdefault(cell.prepared, []).append(cell)
+        if groups:
+            with ThreadPoolExecutor(WORLDS[cells[0].world].jobs) as pool:
+                list(pool.map(self._run_one_by_one, groups.values()))
+
+    def _run_one_by_one(self, cells: Sequence[Cell]) -> None:
+        prepare_start(cells[0], work=self._work)
+        for cell in cells:
+            run(cell, settings=self._settings(cell), work=self._work)
+            row = read(cell, work=self._work, head=self._head)
+            with self._lock:
+                self._rows[cell] = row
+                write(self._out, self.rows())
+
+    def _settings(self, cell: Cell) -> list[str]:
+        """Over the recipe beside the warm start."""
+        words = [word.format(folder=self._work.resolve()) for word in METHODS[cell.method]]
+        if cell.method in AS_MANY_ROLLOUTS:
+            ours = self._row(replace(cell, method=OURS))
+            words.append(f"rollout.group_size={max(2, round(ours.rollouts / ours.groups))}")
+        if cell.method == AS_MANY_SECONDS:
+            grpo = self._row(replace(cell, method="grpo"))
+            words.append(f"train.steps={round(grpo.steps * ours.seconds / grpo.seconds)}")
+        return words
+
+    def _row(self, cell: Cell) -> Row:
+        if cell not in self._rows:
+            raise SystemExit(
+                f"{cell.name} must be finished before what is measured by it; name its method in --only, too"
+            )
+        return self._rows[cell]
 
 
 def prepare_start(cell: Cell, *, work: Path) -> None:
@@ -196,7 +229,7 @@ def prepare_start(cell: Cell, *, work: Path) -> None:
     path.write_text(resolved_toml(Recipe(name="study", config=make_config(values, sources=sources), sources=sources)))
 
 
-def run(cell: Cell, *, work: Path) -> None:
+def run(cell: Cell, *, settings: Sequence[str], work: Path) -> None:
     """Train, or go on, unless the run is finished."""
     folder = work / "runs" / cell.name
     if is_done(folder):
@@ -204,13 +237,8 @@ def run(cell: Cell, *, work: Path) -> None:
     command = [sys.executable, "-m", "rexrag", "train", "--run-dir", str(folder)]
     if not (folder / "run.json").exists():
         (work / "no-hint.txt").write_text("|\n")
-        words = [word.format(folder=work.resolve()) for word in METHODS[cell.method]]
-        if cell.method in AS_MANY_ROLLOUTS:
-            words.append(f"rollout.group_size={as_many_rollouts(cell, work=work)}")
-        if cell.method == AS_MANY_SECONDS:
-            words.append(f"train.steps={as_many_seconds(cell, work=work)}")
         recipe = work / "prepared" / cell.prepared / "recipe.toml"
-        command += [str(recipe), *(word for setting in words for word in ("--set", setting))]
+        command += [str(recipe), *(word for setting in settings for word in ("--set", setting))]
     print(f"{time.strftime('%H:%M:%S')} {cell.name}", file=sys.stderr, flush=True)
     log = work / "logs" / f"{cell.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -220,33 +248,17 @@ def run(cell: Cell, *, work: Path) -> None:
         raise SystemExit(f"{cell.name} ended with status {done.returncode}; see {log}")
 
 
-def as_many_rollouts(cell: Cell, *, work: Path) -> int:
-    """Targets per question that spend the rollouts of `OURS` at the same depth and seed."""
-    steps = steps_of(replace(cell, method=OURS), work=work)
-    num_groups = float(sum(step["group/count"] for step in steps))
-    return max(2, round(num_rollouts(steps) / num_groups))
-
-
-def as_many_seconds(cell: Cell, *, work: Path) -> int:
-    """Steps that take plain GRPO the time of `OURS`, by their mean at the same depth and seed."""
-    ours, grpo = (steps_of(replace(cell, method=method), work=work) for method in (OURS, "grpo"))
-    return round(len(grpo) * seconds(ours) / seconds(grpo))
-
-
-def steps_of(cell: Cell, *, work: Path) -> list[dict[str, Any]]:
-    """The finished run's steps."""
-    folder = work / "runs" / cell.name
-    if not is_done(folder):
-        raise SystemExit(f"{cell.name} must be finished before what is measured by it; name its method in --only, too")
-    return lines(folder / "metrics.jsonl")
-
-
 def is_done(folder: Path) -> bool:
     path = folder / "run.json"
     return path.exists() and bool(json.loads(path.read_text())["status"] == "finished")
 
 
-def read(cell: Cell, *, work: Path) -> Row:
+def cell_of(row: Row) -> Cell:
+    return Cell(world=row.world, method=row.method, depth=row.depth, seed=row.seed)
+
+
+def read(cell: Cell, *, work: Path, head: str) -> Row:
+    """What the finished run came to."""
     folder = work / "runs" / cell.name
     evaluations, steps = lines(folder / "eval.jsonl"), lines(folder / "metrics.jsonl")
     before, after = [line for line in evaluations if line["split"] == "test"]
@@ -256,7 +268,8 @@ def read(cell: Cell, *, work: Path) -> Row:
     dev_steps, dev_em = [line["step"] for line in dev], [line["em"] for line in dev]
     escape = half_way(dev_steps, dev_em) if after["em"] >= before["em"] + 0.1 else None
     until = steps[:escape]
-    group_size = round(sum(step["target/count"] for step in steps) / sum(step["group/count"] for step in steps))
+    num_groups = round(sum(step["group/count"] for step in steps))
+    group_size = round(sum(step["target/count"] for step in steps) / num_groups)
     num_dropped = json.loads((folder / "accounting.json").read_text())["dropped"].get("flat", 0)
     ess = [value for step in steps if (value := step["weight/ess_probe"]) is not None]
     return Row(
@@ -264,8 +277,11 @@ def read(cell: Cell, *, work: Path) -> Row:
         method=cell.method,
         depth=cell.depth,
         seed=cell.seed,
+        commit=head,
         think=depth["depth"]["think_median"],
         group_size=group_size,
+        steps=len(steps),
+        groups=num_groups + num_dropped,
         rollouts=num_rollouts(steps) + num_dropped * group_size,
         seconds=round(seconds(steps), 1),
         em_before=before["em"],
@@ -305,15 +321,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write(path: Path, rows: Sequence[Row], *, head: str) -> None:
-    result = {
-        "commit": head,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": machine(),
-        "rows": [asdict(row) for row in rows],
-    }
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Whole or not at all: the rows are the memory of the study."""
+    result = {"machine": machine(), "rows": [asdict(row) for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(path)
 
 
 if __name__ == "__main__":

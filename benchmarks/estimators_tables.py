@@ -31,6 +31,7 @@ class Row:
     """What one run came to. EM is greedy.
 
     Attributes:
+        commit: of the code that ran. groups: questions asked, of all steps.
         think: probability of going on after the warm start, median of dev questions.
         escape_step: first step at which EM on dev questions, a line between evaluations, is half-way from the first to
             the last evaluation; None where EM on test questions rises by less than .1.
@@ -45,8 +46,11 @@ class Row:
     method: str
     depth: str
     seed: int
+    commit: str
     think: float
     group_size: int
+    steps: int
+    groups: int
     rollouts: int
     seconds: float
     em_before: float
