@@ -150,7 +150,10 @@ class LossConfig(Section):
     train_hints: bool = Field(True, description="Hint tokens carry loss.")
     train_prefix: bool = Field(False, description="A probe's prefix carries loss too, beside its parent's.")
     preserve: float = Field(
-        3.0, ge=0, le=1000, description="Weight of the penalty on what solved groups lose in likelihood; 0: none."
+        3.0,
+        ge=0,
+        le=1000,
+        description="Weight of the penalty on what solved groups lose in likelihood; 0: none, above it no step goes against them.",
     )
     preserve_rows: int = Field(16, ge=1, le=64, description="Rows of solved groups that a step trains on for that.")
 

@@ -113,6 +113,11 @@ LOSS_DUAL_CLIP_SHARE: Final = _metric("loss/dual_clip_share", "Share of tokens o
 PRESERVE_LOSS: Final = _metric(
     "preserve/loss", "Penalty on what the kept rows of solved groups lost in likelihood, its weight included (§7)."
 )
+PRESERVE_COSINE: Final = _metric(
+    "preserve/cosine",
+    "Cosine between the gradients of the objective and of that penalty; below 0 the step would undo what was right, "
+    "and that part of it is taken out (§7).",
+)
 PRESERVE_ROWS: Final = _metric("preserve/rows", "Rows of solved groups that are kept for it.")
 POLICY_ENTROPY: Final = _metric("policy/entropy", "Mean entropy at the trained positions, nats.")
 POLICY_KL_REF: Final = _metric(

@@ -1,9 +1,10 @@
 """What the policy gets right is kept: rows of solved groups whose likelihood may not fall (§7).
 
 A group that is all right has no advantage, so nothing holds the policy there while other questions pull it elsewhere.
-A sample of such rows is kept from the whole run; each step that updates the policy also trains on some of them.
+A sample of such rows is kept from the whole run. Each step that updates the policy takes out of its gradient what would
+make some of them less likely, and raises again what has become so.
 
-Legend: E trained tokens of all rows.
+Legend: E trained tokens of all rows, P parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rexrag.learner.packing import PackRow
 from rexrag.types import FloatArray, IntArray, Origin, Trajectory, TrajectoryGroup
@@ -118,3 +119,42 @@ def pack_rows(rows: Sequence[PreservedRow]) -> list[PackRow]:
 def decrease_penalty(logprob: Tensor, *, kept_logprob: Tensor) -> Tensor:
     """[E] max(0, log π_kept − log π_θ): how much less likely a token is than when the row was kept."""
     return torch.relu(kept_logprob - logprob)
+
+
+def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """[P] The gradients at hand, which the parameters no longer have."""
+    gradients = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return gradients
+
+
+def join_gradients(parameters: Sequence[nn.Parameter], *, objective: Sequence[Tensor | None]) -> float | None:
+    """Join the parameters' gradient q, of the penalty, with that of the objective, g, in place (§7):
+
+        g − min(0, g·q)/‖q‖² · q  +  min(1, ‖g‖/‖q‖) · q
+
+    The first two terms are the projection of A-GEM (Chaudhry et al. 2019, arXiv 1812.00420, equation 11): to first
+    order such a step takes no likelihood from the kept rows. The third gives back what they have lost, with at most
+    the objective's own size, or it would be the whole of a step that is clipped.
+
+    Returns: the cosine between g and q; None where one of them is 0, where g alone is left.
+    """
+    pairs = [(g, p.grad) for p, g in zip(parameters, objective, strict=True)]
+    norm, penalty_norm = _norm([g for g, _ in pairs]), _norm([q for _, q in pairs])
+    if not norm or not penalty_norm:
+        for p, g in zip(parameters, objective, strict=True):
+            p.grad = g
+        return None
+    dot = sum(float(torch.dot(g.flatten(), q.flatten())) for g, q in pairs if g is not None and q is not None)
+    factor = min(1.0, norm / penalty_norm) - min(0.0, dot) / penalty_norm**2
+    for p, g in zip(parameters, objective, strict=True):
+        if p.grad is not None:
+            p.grad.mul_(factor)
+        if g is not None:
+            p.grad = g if p.grad is None else p.grad.add_(g)
+    return dot / (norm * penalty_norm)
+
+
+def _norm(gradients: Sequence[Tensor | None]) -> float:
+    return float(nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]))

@@ -28,6 +28,7 @@ class StepReport:
     success: float
     loss: float
     preserve_loss: float | None
+    preserve_cosine: float | None
     num_preserved: int
     grad_norm: float | None
     learning_rate: float
@@ -82,6 +83,7 @@ def _update_metrics(report: StepReport) -> Metrics:
         keys.FILTER_KEPT: float(prepared.num_kept_probes),
         keys.LOSS_TOTAL: report.loss if report.trained else None,
         keys.PRESERVE_LOSS: report.preserve_loss,
+        keys.PRESERVE_COSINE: report.preserve_cosine,
         keys.PRESERVE_ROWS: float(report.num_preserved),
         keys.GRAD_NORM: report.grad_norm,
         keys.LEARNING_RATE: report.learning_rate if report.updated else None,

@@ -1,7 +1,8 @@
 """One optimizer step, without Ray: groups in, weights changed, metrics out (§4 to §9).
 
 StepBatch ─▶ groups ─▶ ages asserted ─▶ filter, advantages, mixture weights ─▶ packing
-          ─▶ per micro-batch: log-probs, staleness weights, loss, backward ─▶ clip ─▶ AdamW ─▶ StepResult
+          ─▶ per micro-batch: log-probs, staleness weights, loss, backward
+          ─▶ what was right is preserved ─▶ clip ─▶ AdamW ─▶ StepResult
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from rexrag.learner.objective import Objective
 from rexrag.learner.optimizer import Optimizer, OptimizerSettings
 from rexrag.learner.packing import PackedBatch, PackRow, pack
 from rexrag.learner.prepare import PreparedRow, PreparedStep, check_ages, prepare_step
-from rexrag.learner.preserving import PreservingSet, decrease_penalty, pack_rows
+from rexrag.learner.preserving import PreservingSet, decrease_penalty, join_gradients, pack_rows, take_gradients
 from rexrag.learner.report import StepReport, step_metrics
 from rexrag.learner.token_metrics import TokenRecord
 from rexrag.learner.trainer_state import TrainerState
@@ -69,6 +70,8 @@ class _Pass:
     """What the forward and backward passes of a step came to."""
 
     loss: float = 0.0
+    preserve_loss: float | None = None
+    preserve_cosine: float | None = None
     records: list[TokenRecord] = field(default_factory=list)
     num_micro_batches: int = 0
     num_packed_tokens: int = 0
@@ -150,8 +153,8 @@ class LearnerCore:
         learning_rate = self._optimizer.learning_rate
         before_update = time.perf_counter()
         done = self._forward_backward(rows, denominator=self._denominator(prepared))
-        preserve_loss = self._preserve() if rows and math.isfinite(done.loss) else None
-        done.loss += preserve_loss or 0.0
+        if rows and math.isfinite(done.loss):
+            self._preserve(done)
         grad_norm, is_bad = self._finish_update(done, has_rows=bool(rows))
         update_s = time.perf_counter() - before_update
         self._success = updated_success(self._success, right=prepared.num_right_probes, probes=prepared.num_probes)
@@ -167,7 +170,8 @@ class LearnerCore:
             rho=rho,
             success=self._success,
             loss=done.loss,
-            preserve_loss=preserve_loss,
+            preserve_loss=done.preserve_loss,
+            preserve_cosine=done.preserve_cosine,
             num_preserved=len(self._preserving.rows),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
@@ -258,13 +262,15 @@ class LearnerCore:
                 break
         return done
 
-    def _preserve(self) -> float | None:
-        """Backward pass of the penalty on what solved groups have lost in likelihood; its loss, None without rows."""
+    def _preserve(self, done: _Pass) -> None:
+        """Change the gradient at hand by that of the penalty on what solved groups have lost in likelihood."""
         loss = self._settings.loss
         rows = self._preserving.draw(loss.preserve_rows, step=self.num_steps + 1)
         num_tokens = sum(len(row.trained) for row in rows)
         if not rows:
-            return None
+            return
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        objective = take_gradients(parameters)
         total = 0.0
         for micro in pack(pack_rows(rows), budget=self._settings.micro_batch_tokens, device=self._device):
             kept = torch.from_numpy(np.concatenate([rows[i].logprob for i in micro.rows])).to(self._device)
@@ -276,7 +282,9 @@ class LearnerCore:
 
             with self._autocast():
                 total += backward_in_chunks(self.model, micro, chunk_loss=penalty)
-        return total
+        done.preserve_cosine = join_gradients(parameters, objective=objective)
+        done.preserve_loss = total
+        done.loss += total
 
     def _finish_update(self, done: _Pass, *, has_rows: bool) -> tuple[float | None, bool]:
         """Update or discard; the gradient norm (None without a gradient), and whether something was not finite."""

@@ -24,7 +24,7 @@ import rexrag.metrics as keys
 from rexrag.learner.loss import LossSettings
 from rexrag.learner.mixture import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
-from rexrag.learner.preserving import KEPT_ROWS, PreservedRow, PreservingSet, decrease_penalty
+from rexrag.learner.preserving import KEPT_ROWS, PreservedRow, PreservingSet, decrease_penalty, join_gradients
 from rexrag.learner.step import LearnerSettings
 from rexrag.types import EndReason, Origin, TrajectoryGroup
 
@@ -76,6 +76,32 @@ def test_penalty_by_hand() -> None:
     assert decrease_penalty(torch.tensor([-3.0, -1.0, -0.5]), kept_logprob=kept).tolist() == [2.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("penalty", "joined"),
+    [
+        pytest.param([-3.0, 0.0], [-3.0, 4.0], id="the part against it is taken out, then it is added"),
+        pytest.param([-30.0, 0.0], [-5.0, 4.0], id="added with the size of the objective at most"),
+        pytest.param([3.0, 0.0], [6.0, 4.0], id="nothing is against it"),
+        pytest.param([0.0, 0.0], [3.0, 4.0], id="nothing was lost"),
+    ],
+)
+def test_joined_gradient_by_hand(penalty: list[float], joined: list[float]) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    for parameter, value in zip(parameters[:2], penalty, strict=True):
+        parameter.grad = torch.tensor([value])
+    cosine = join_gradients(parameters, objective=[torch.tensor([3.0]), torch.tensor([4.0]), None])
+    assert [float(p.grad) for p in parameters[:2] if p.grad is not None] == pytest.approx(joined)
+    assert parameters[2].grad is None
+    assert cosine == (pytest.approx(3.0 * penalty[0] / (5.0 * abs(penalty[0]))) if penalty[0] else None)
+
+
+def test_a_penalty_that_is_not_finite_leaves_no_finite_gradient() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([float("nan"), 1.0])
+    join_gradients([parameter], objective=[torch.ones(2)])
+    assert not parameter.grad.isfinite().any()
+
+
 def test_what_has_not_lost_likelihood_has_no_gradient(tmp_path: Path) -> None:
     groups = random_groups()
     plain = core(tmp_path, settings=settings(0.0))
@@ -89,7 +115,7 @@ def test_what_has_not_lost_likelihood_has_no_gradient(tmp_path: Path) -> None:
 
 
 def test_what_has_lost_likelihood_is_raised_again(tmp_path: Path) -> None:
-    """The gradient of the second step is that of the step without it and of the penalty, by an ordinary pass."""
+    """The gradient is joined of that of the step without the penalty and of the penalty's, by an ordinary pass."""
     groups = random_groups()
     row = solved(20).trajectories[0]
     likely = replace(row, behavior_logprob=np.where(row.has_density, -0.1, 0.0).astype(np.float32))
@@ -109,10 +135,15 @@ def test_what_has_lost_likelihood_is_raised_again(tmp_path: Path) -> None:
     loss = preserve * (-0.1 - logprob[at - 1, row.token_ids[at]]).clamp(min=0).mean()
     loss.backward()
     assert result.metrics[keys.PRESERVE_LOSS] == pytest.approx(float(loss.detach()), rel=1e-5)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        difference = gradients[1][name] - gradients[0][name]
-        assert float((difference - parameter.grad).norm() / parameter.grad.norm()) < 1e-4, name
+    names = [name for name, _ in model.named_parameters()]
+    plain, joined = (torch.cat([by_name[name].flatten() for name in names]) for by_name in gradients)
+    penalty = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    against = min(0.0, float(plain @ penalty)) / float(penalty @ penalty)
+    expected = plain + (min(1.0, float(plain.norm() / penalty.norm())) - against) * penalty
+    assert float((joined - expected).norm() / expected.norm()) < 1e-4
+    assert float((joined - plain).norm() / plain.norm()) > 0.1
+    cosine = float(plain @ penalty / (plain.norm() * penalty.norm()))
+    assert result.metrics[keys.PRESERVE_COSINE] == pytest.approx(cosine, abs=1e-4)
 
 
 def test_without_an_update_nothing_is_trained(tmp_path: Path) -> None:
