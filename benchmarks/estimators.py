@@ -67,7 +67,7 @@ WORLDS: Final = {
         recipe=ROOT / "recipes" / "quickstart.toml",
         depths={"2e-4": 0.0, "2e-3": 0.01},
         size={"demonstrations": 480, "test": 200, "dev": 40, "train_one_hop": 0.2},
-        settings=("eval.every=3",),
+        settings=("eval.every=3", "train.checkpoint_every=12", "train.keep_checkpoints=1"),
         threads=2,
         jobs=1,
     ),

@@ -153,7 +153,7 @@ class LossConfig(Section):
         3.0,
         ge=0,
         le=1000,
-        description="Weight of the penalty on what solved groups lose in likelihood; 0: none, above it no step goes against them.",
+        description="Weight of the penalty on likelihood that solved groups lose; 0: none. No step goes against them.",
     )
     preserve_rows: int = Field(16, ge=1, le=64, description="Rows of solved groups that a step trains on for that.")
 
