@@ -135,8 +135,8 @@ def join_gradients(parameters: Sequence[nn.Parameter], *, objective: Sequence[Te
         g − min(0, g·q)/‖q‖² · q  +  min(1, ‖g‖/‖q‖) · q
 
     The first two terms are the projection of A-GEM (Chaudhry et al. 2019, arXiv 1812.00420, equation 11): to first
-    order such a step takes no likelihood from the kept rows. The third gives back what they have lost, with at most
-    the objective's own size, or it would be the whole of a step that is clipped.
+    order a step along them does not raise the penalty. The third lowers it, with at most the objective's own size, or
+    giving back would be the whole of a step that is clipped.
 
     Returns: the cosine between g and q; None where one of them is 0, where g alone is left.
     """
