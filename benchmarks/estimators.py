@@ -6,8 +6,8 @@
 main ones at five. `model`: the real language model of `recipes/quickstart.toml`, the main methods at two depths. The
 runs of a world, depth and seed share one warm start. A run whose row is in FILE.json is not made again (remove the row
 to have it made), one that was interrupted goes on where it stopped, so the command may be given again until the tables
-are whole. GRPO gets the group size that spends in a step as many rollouts as `escape` does at the same depth and seed
-(targets and probes), rounded.
+are whole. GRPO gets the group size that spends in a step at least as many rollouts as `escape` does at the same depth
+and seed (targets and probes).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from estimators_tables import FIGURES, MAIN, MIDDLE, OURS, ROOT, Row, load, tables
+from estimators_tables import AT_ALL_DEPTHS, FIGURES, MAIN, MIDDLE, OURS, ROOT, Row, load, tables
 from machine import commit, machine
 
 from rexrag.prepare import prepare
@@ -88,9 +88,8 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "hint-free, preserving": ("method=escape", *HINT_FREE),
     "paper, preserving": ("method=rex", "loss.preserve=3"),
     "grpo, preserving": ("method=grpo", "loss.preserve=3"),
-    "paper, floor 0.5": ("method=rex", "correction.floor=0.5"),
     "none, baseline target": (*NONE, "loss.baseline=target"),
-    "escape, dead groups only": ("method=escape", "probe.dead_end=group"),
+    "escape, each dead rollout": ("method=escape", "probe.dead_end=rollout"),
     "none, half the learning rate": (*NONE, HALF),
     "paper, half the learning rate": ("method=rex", HALF),
     "grpo, half the learning rate": ("method=grpo", HALF),
@@ -122,7 +121,7 @@ class Cell:
 
 STUDIES: Final[dict[str, list[tuple[str, range, tuple[str, ...]]]]] = {
     "methods": [(MIDDLE, range(5), tuple(METHODS))],
-    "depths": [(depth, range(3), MAIN) for depth in WORLDS["synthetic"].depths],
+    "depths": [(depth, range(3), AT_ALL_DEPTHS) for depth in WORLDS["synthetic"].depths],
     "model": [("2e-4", range(3, 6), MAIN), ("2e-3", range(3, 6), ("escape", "none"))],
 }
 """Study -> (depth, seeds, methods). Settings were chosen on other seeds: 10 to 13, of the model 0 to 2."""
@@ -197,7 +196,7 @@ class Study:
         words = [word.format(folder=self._work.resolve()) for word in METHODS[cell.method]]
         if cell.method in AS_MANY_ROLLOUTS:
             ours = self._row(replace(cell, method=OURS))
-            words.append(f"rollout.group_size={max(2, round(ours.rollouts / ours.groups))}")
+            words.append(f"rollout.group_size={max(2, math.ceil(ours.rollouts / ours.groups))}")
         if cell.method == AS_MANY_SECONDS:
             grpo = self._row(replace(cell, method="grpo"))
             words.append(f"train.steps={round(grpo.steps * ours.seconds / grpo.seconds)}")
