@@ -166,6 +166,8 @@ class Study:
         self._work, self._out = work, out
         self._head = commit()
         self._lock = threading.Lock()
+        # torch's random numbers are one sequence per process: starts made at once would not be made twice alike.
+        self._preparing = threading.Lock()
         self._rows = {cell_of(row): row for row in (load(out) if out.exists() else [])}
 
     def rows(self) -> list[Row]:
@@ -183,13 +185,25 @@ class Study:
                 list(pool.map(self._run_one_by_one, groups.values()))
 
     def _run_one_by_one(self, cells: Sequence[Cell]) -> None:
-        prepare_start(cells[0], work=self._work)
+        with self._preparing:
+            prepare_start(cells[0], work=self._work)
+        self._check_start(cells[0])
         for cell in cells:
             run(cell, settings=self._settings(cell), work=self._work)
             row = read(cell, work=self._work, head=self._head)
             with self._lock:
                 self._rows[cell] = row
                 write(self._out, self.rows())
+
+    def _check_start(self, cell: Cell) -> None:
+        """A start that was made again must be the one that earlier rows began from: another CPU may round otherwise."""
+        think = depth_of(cell, work=self._work)
+        others = {row.think for row in self._rows.values() if cell_of(row).prepared == cell.prepared} - {think}
+        if others:
+            raise SystemExit(
+                f"the warm start of {cell.prepared} has P(going on) {think}, that of its rows in {self._out} "
+                f"{', '.join(map(str, others))}: remove these rows, they are from another start"
+            )
 
     def _settings(self, cell: Cell) -> list[str]:
         """Over the recipe beside the warm start."""
@@ -263,7 +277,6 @@ def read(cell: Cell, *, work: Path, head: str) -> Row:
     before, after = [line for line in evaluations if line["split"] == "test"]
     dev = [line for line in evaluations if line["split"] == "dev"]
     one_hop = [line["by_hops"]["1"]["em"] for line in dev]
-    depth = json.loads((work / "prepared" / cell.prepared / "warmstart" / "warmstart.json").read_text())
     dev_steps, dev_em = [line["step"] for line in dev], [line["em"] for line in dev]
     escape = half_way(dev_steps, dev_em) if after["em"] >= before["em"] + 0.1 else None
     until = steps[:escape]
@@ -277,7 +290,7 @@ def read(cell: Cell, *, work: Path, head: str) -> Row:
         depth=cell.depth,
         seed=cell.seed,
         commit=head,
-        think=depth["depth"]["think_median"],
+        think=depth_of(cell, work=work),
         group_size=group_size,
         steps=len(steps),
         groups=num_groups + num_dropped,
@@ -297,6 +310,12 @@ def read(cell: Cell, *, work: Path, head: str) -> Row:
         dev_em=dev_em,
         one_hop_em=one_hop,
     )
+
+
+def depth_of(cell: Cell, *, work: Path) -> float:
+    """Probability of going on after the warm start, median of dev questions."""
+    report = json.loads((work / "prepared" / cell.prepared / "warmstart" / "warmstart.json").read_text())
+    return float(report["depth"]["think_median"])
 
 
 def half_way(steps: Sequence[int], values: Sequence[float]) -> int | None:

@@ -134,9 +134,6 @@ class CorrectionConfig(Section):
     cap: float = Field(2.0, ge=1.0, description="Bound of `truncate`.")
     low: float = Field(0.5, gt=0, le=1.0, description="Lower bound of `mask`.")
     high: float = Field(2.0, ge=1.0, description="Upper bound of `mask`.")
-    floor: Share = Field(
-        0.0, description="Least weight of a successful probe's tokens in a group without a right target."
-    )
 
 
 class LossConfig(Section):

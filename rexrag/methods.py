@@ -10,7 +10,6 @@ _GRPO: Final[dict[str, object]] = {
     "probe.dead_end": "rollout",
     "probe.filter": "hint_logprob",
     "correction.mixture": "none",
-    "correction.floor": 0.0,
     "loss.baseline": "joint",
     "loss.train_prefix": False,
     "loss.preserve": 0.0,

@@ -99,7 +99,6 @@ WEIGHT_TRUNCATED_SHARE: Final = _metric(
     "weight/truncated_share", "Share of tokens whose staleness weight was cut to the cap."
 )
 WEIGHT_MASKED_SHARE: Final = _metric("weight/masked_share", "Share of tokens whose staleness weight was masked.")
-WEIGHT_FLOOR_BIAS: Final = _metric("weight/floor_bias", "Size of the floor's bias, Σ|w − w without floor| / Σw (§5b).")
 
 # Staleness of the step's tokens, in learner steps.
 STALENESS_MEAN: Final = _metric("staleness/mean", "Mean age of policy and hint tokens when consumed.")

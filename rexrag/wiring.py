@@ -125,7 +125,6 @@ def learner_settings(config: Config, *, fastest_dtype: str) -> LearnerSettings:
             cap=correction.cap,
             low=correction.low,
             high=correction.high,
-            floor=correction.floor,
         ),
         loss=LossSettings(
             baseline=loss.baseline,

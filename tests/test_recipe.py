@@ -50,11 +50,11 @@ def test_precedence_default_method_recipe_set(tmp_path: Path) -> None:
 
 
 def test_method_on_the_command_line_replaces_the_recipes_keys_of_its_set(tmp_path: Path) -> None:
-    text = 'method = "rex"\n[probe]\nrate = 0.25\n[correction]\nmixture = "token"\nfloor = 1.0'
+    text = 'method = "rex"\n[probe]\nrate = 0.25\n[correction]\nmixture = "sequence"'
     grpo = load(tmp_path, text, "method=grpo").config
-    assert (grpo.probe.rate, grpo.correction.mixture, grpo.correction.floor) == (0.0, "none", 0.0)
-    rex = load(tmp_path, text, "method=rex", "correction.floor=0.5").config
-    assert (rex.probe.rate, rex.correction.floor) == (0.5, 0.5)
+    assert (grpo.probe.rate, grpo.correction.mixture) == (0.0, "none")
+    rex = load(tmp_path, text, "method=rex", "correction.mixture=none").config
+    assert (rex.probe.rate, rex.correction.mixture) == (0.5, "none")
 
 
 def test_method_sets_hold_known_keys_and_defaults_are_those_of_the_default_method() -> None:
@@ -72,7 +72,7 @@ def test_method_sets_hold_known_keys_and_defaults_are_those_of_the_default_metho
         ("group_size=3", "rollout.group_size"),
         ("optimizer.lr=1", "optimizer.learning_rate"),
         ("learnig_rate=1", "optimizer.learning_rate"),
-        ("correction.fllor=1", "correction.floor"),
+        ("correction.cpa=1", "correction.cap"),
     ],
 )
 def test_unknown_keys_name_the_nearest_known_one(tmp_path: Path, word: str, expected: str) -> None:

@@ -30,7 +30,6 @@ class CorrectionSettings:
         mixture: `token`, the paper's mixture of targets and probes per token; `sequence`, one exact weight for a
             whole trajectory; `none`, every weight of it 1.
         bound, cap, low, high: what `importance_weight` does with the staleness weight.
-        floor: least mixture weight of a successful probe in a group without a correct target, in [0, 1].
     """
 
     mixture: Mixture = "token"
@@ -38,7 +37,6 @@ class CorrectionSettings:
     cap: float = 2.0
     low: float = 0.5
     high: float = 2.0
-    floor: float = 0.0
 
 
 def mixture_logprob(behavior_logprob: Tensor, probe_logprob: Tensor, alpha: float) -> Tensor:
@@ -79,7 +77,7 @@ def importance_weight(
     high: float = 2.0,
     floor: float | Tensor = 0.0,
 ) -> Tensor:
-    """exp(log_ratio), not below `floor`, then bounded; elementwise and finite (§5b, §6).
+    """exp(log_ratio), not below `floor`, then bounded; elementwise and finite (§5, §6).
 
     Args:
         log_ratio: log of wanted over sampled density; −∞ gives weight 0.

@@ -18,7 +18,7 @@ from rexrag.learner.filter import FilterKind
 from rexrag.learner.loss import LossSettings
 from rexrag.learner.sequence import sequence_log_weights
 from rexrag.learner.view import TrainingView, Transfer, training_view
-from rexrag.types import FloatArray, Kind, Trajectory
+from rexrag.types import FloatArray, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,10 @@ class MixtureWeigher:
             train_prefix=loss.train_prefix,
         )
 
-    def weights(self, row: Trajectory, view: TrainingView, *, may_floor: bool) -> tuple[FloatArray, FloatArray]:
-        """[E] with and without the floor, which acts on probes where `may_floor`."""
-        log_ratio = self._log_ratio(row, view)
-        floor = self._correction.floor if may_floor and row.kind is Kind.PROBE else 0.0
-        unfloored: FloatArray = importance_weight(log_ratio, bound="none").numpy()
-        weight: FloatArray = importance_weight(log_ratio, bound="none", floor=floor).numpy()
-        return weight, unfloored
+    def weights(self, row: Trajectory, view: TrainingView) -> FloatArray:
+        """[E] w_mix, unbounded: it is at most 1/(1−α)."""
+        weight: FloatArray = importance_weight(self._log_ratio(row, view), bound="none").numpy()
+        return weight
 
     def _log_ratio(self, row: Trajectory, view: TrainingView) -> torch.Tensor:
         behavior = torch.from_numpy(view.behavior_logprob)

@@ -67,7 +67,6 @@ class Objective:
         self._is_policy = per_token(lambda row: row.view.is_policy)
         self._is_current = per_token(lambda row: row.view.policy_version == version)
         self._mixture = per_token(lambda row: row.mixture_weight)
-        self._unfloored = per_token(lambda row: row.unfloored_weight)
         self._row_log_ratio = None
         if proximal_logprob is not None:
             rows_E = torch.arange(len(rows), device=device).repeat_interleave(counts)
@@ -101,7 +100,6 @@ class Objective:
         self.records.append(
             TokenRecord(
                 weight=weight,
-                unfloored_weight=self._unfloored[chunk] * stale,
                 stale_ratio=log_ratio.exp(),
                 is_probe=self._is_probe[chunk],
                 entropy=entropy.detach(),

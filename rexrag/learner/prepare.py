@@ -30,7 +30,7 @@ class PreparedRow:
     Attributes:
         view: what is trained of it.
         group, row: its place in the step.
-        mixture_weight: [E] w_mix, the floor included; `unfloored_weight` without it.
+        mixture_weight: [E] w_mix.
     """
 
     trajectory: Trajectory
@@ -40,7 +40,6 @@ class PreparedRow:
     hops: int | None
     advantage: float
     mixture_weight: FloatArray
-    unfloored_weight: FloatArray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,11 +154,9 @@ def _prepare_group(
         family=[i if row.parent is None else row.parent for i, row in zip(indices, rows, strict=True)],
         baseline=loss.baseline,
     )
-    is_solved = any(row.correct for row in rows if row.kind is Kind.TARGET)
     prepared = []
     for i, row, advantage in zip(indices, rows, advantages, strict=True):
         view = weigher.view(row, loss)
-        weight, unfloored = weigher.weights(row, view, may_floor=bool(advantage > 0) and not is_solved)
         prepared.append(
             PreparedRow(
                 trajectory=row,
@@ -168,8 +165,7 @@ def _prepare_group(
                 row=i,
                 hops=group.hops,
                 advantage=float(advantage),
-                mixture_weight=weight,
-                unfloored_weight=unfloored,
+                mixture_weight=weigher.weights(row, view),
             )
         )
     return prepared

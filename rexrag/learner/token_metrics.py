@@ -26,7 +26,6 @@ class TokenRecord:
     """
 
     weight: Tensor
-    unfloored_weight: Tensor
     stale_ratio: Tensor
     is_probe: Tensor
     entropy: Tensor
@@ -51,8 +50,6 @@ def token_metrics(records: Sequence[TokenRecord], *, correction: CorrectionSetti
     is_probe = _joined(records, "is_probe").astype(bool)
     is_low_or_high = (stale < correction.low) | (stale > correction.high)
     bound = correction.bound
-    total = float(weight.sum(dtype=np.float64))
-    bias = float(np.abs(weight - _joined(records, "unfloored_weight")).sum(dtype=np.float64))
     return {
         keys.WEIGHT_MEAN: _mean(weight),
         keys.WEIGHT_P95: float(np.percentile(weight, 95)) if len(weight) else None,
@@ -61,7 +58,6 @@ def token_metrics(records: Sequence[TokenRecord], *, correction: CorrectionSetti
         keys.WEIGHT_ESS_PROBE: effective_sample_size(weight[is_probe]),
         keys.WEIGHT_TRUNCATED_SHARE: _mean(stale > correction.cap) if bound == "truncate" else None,
         keys.WEIGHT_MASKED_SHARE: _mean(is_low_or_high) if bound == "mask" else None,
-        keys.WEIGHT_FLOOR_BIAS: bias / total if total > 0 else None,
         keys.LOSS_CLIP_LOW_SHARE: _mean(_joined(records, "is_clipped_low")),
         keys.LOSS_CLIP_HIGH_SHARE: _mean(_joined(records, "is_clipped_high")),
         keys.LOSS_DUAL_CLIP_SHARE: _mean(_joined(records, "is_dual_clipped")),

@@ -18,12 +18,12 @@ NAN = math.nan
 LOGPROBS = st.floats(-200.0, 0.0, width=32)
 
 
-def weights(row: Trajectory, *, alpha: float, floor: float = 0.0, mixture: str = "token") -> dict[int, float]:
-    settings = CorrectionSettings(mixture=mixture, floor=floor)  # type: ignore[arg-type]
+def weights(row: Trajectory, *, alpha: float, mixture: str = "token") -> dict[int, float]:
+    settings = CorrectionSettings(mixture=mixture)  # type: ignore[arg-type]
     weigher = MixtureWeigher(correction=settings, probe=ProbeSettings(), hints=POOL, num_probes=0, num_targets=1)
     weigher.alpha = alpha
     view = weigher.view(row, LossSettings(train_prefix=True))
-    w, _ = weigher.weights(row, view, may_floor=True)
+    w = weigher.weights(row, view)
     return dict(zip(view.source.tolist(), w.tolist(), strict=True))
 
 
@@ -60,14 +60,6 @@ def test_without_probes_every_weight_is_exactly_one() -> None:
 
 def test_no_mixture_means_weight_one_even_on_hints() -> None:
     assert set(weights(probe(logprob=-5.0), alpha=0.3, mixture="none").values()) == {1.0}
-
-
-def test_floor_lifts_small_weights_only() -> None:
-    row = probe(hint_id=0, logprob=[math.log(p) for p in (0.5, 0.01, 0.2, 0.25, 0.75)])
-    got = weights(row, alpha=0.25, floor=0.5)
-    assert got[4] == 0.5
-    assert got[5] == pytest.approx(0.2 / (0.75 * 0.2 + 0.25 / 3.0), abs=1e-6)
-    assert got[6] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_hint_of_another_pool_is_refused() -> None:

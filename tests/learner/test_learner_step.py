@@ -73,7 +73,7 @@ def gradient_by_hand(groups: Sequence[TrajectoryGroup], *, alpha: float, kl_coef
             count += len(at)
             ids = torch.from_numpy(row.token_ids.astype(np.int64))[None]
             logprob = model(ids).logits[0].log_softmax(-1)[at - 1, row.token_ids[at]]
-            w, _ = weigher.weights(row, view, may_floor=False)
+            w = weigher.weights(row, view)
             stale = (logprob.detach() - torch.from_numpy(row.behavior_logprob[at])).exp().clamp(max=2.0)
             total = total - (torch.from_numpy(w) * stale * float(advantage) * logprob).sum()
             if kl_coef:

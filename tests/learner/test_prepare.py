@@ -17,14 +17,13 @@ from rexrag.types import EndReason, Origin, Trajectory, TrajectoryGroup
 def prepare(
     *groups: TrajectoryGroup,
     rho: float = 1.0,
-    floor: float = 0.0,
     kind: FilterKind = "hint_logprob",
 ) -> PreparedStep:
     return prepare_step(
         groups,
         rho=rho,
         probe=ProbeSettings(filter=kind),
-        correction=CorrectionSettings(floor=floor),
+        correction=CorrectionSettings(),
         loss=LossSettings(),
         hints=POOL,
         rates=BranchRates(),
@@ -71,17 +70,6 @@ def test_masked_rows_count_nowhere() -> None:
     assert step.denominator == 3 + 3 + 4
     assert [row.row for row in step.rows] == [1, 2, 3]
     assert [row.advantage for row in step.rows] == pytest.approx([-1.1547, 0.57735, 0.57735], abs=1e-4)
-
-
-def test_floor_acts_on_good_probes_of_groups_that_no_target_solved() -> None:
-    dead = group(target(0.0), target(0.0), probe(1.0, logprob=-9.0), probe(0.0, parent=1, logprob=-9.0), name="dead")
-    solved = group(target(0.0), target(1.0), probe(1.0, logprob=-9.0), name="solved")
-    step = prepare(dead, solved, floor=0.5, kind="none")
-    good, bad, elsewhere = (row for row in step.rows if row.trajectory.hint_id is not None)
-    assert good.unfloored_weight[0] < 0.01
-    assert good.mixture_weight.tolist() == pytest.approx([0.5, 0.5, 1.0, 1.0], abs=1e-6)
-    assert bad.mixture_weight.tolist() == bad.unfloored_weight.tolist()
-    assert elsewhere.mixture_weight.tolist() == elsewhere.unfloored_weight.tolist()
 
 
 def test_ages() -> None:

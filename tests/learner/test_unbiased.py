@@ -44,7 +44,6 @@ class Case:
     name: str
     transfer: Transfer = "hinted"
     mixture: Mixture = "sequence"
-    floor: float = 0.0
     cap: float | None = None
     phi: str = "exact"
     keep_hints_above: float | None = None
@@ -65,8 +64,6 @@ BIASED = [
     Case(name="`token`, prefix and hint not trained", mixture="token", train_prefix=False, train_hints=False),
     Case(name="`none`", mixture="none"),
     Case(name="`correction.cap = 2` on staleness", cap=2.0),
-    Case(name="`correction.floor = 0.5`", floor=0.5),
-    Case(name="`correction.floor = 1`", floor=1.0),
     Case(name="hints below the median likelihood dropped", keep_hints_above=0.5),
     Case(name="`loss.baseline = joint`", baseline="joint"),
     Case(name="`loss.baseline = target`", baseline="target"),
@@ -78,7 +75,6 @@ BIASED = [
     Case(name="hint-free: hint counts towards the turn's tokens", transfer="hint_free", hint_in_limits=True),
     Case(name="hint-free: `token`", transfer="hint_free", mixture="token"),
     Case(name="hint-free: `none`", transfer="hint_free", mixture="none"),
-    Case(name="hint-free: `correction.floor = 1`", transfer="hint_free", floor=1.0),
 ]
 
 
@@ -131,7 +127,6 @@ def estimate(world: World, case: Case) -> Moments:
         mixture=case.mixture,
         bound="none" if case.cap is None else "truncate",
         cap=case.cap or 2.0,
-        floor=case.floor,
     )
     num_probes = sum(row.probability for row in rows if row.trajectory.kind is Kind.PROBE)
     weigher = weigher_of(world, case, rows, correction, num_probes=num_probes)
@@ -202,7 +197,6 @@ def counted(rows: Sequence[EnumeratedRow]) -> BranchRates:
 
 def prepare(row: EnumeratedRow, weigher: MixtureWeigher, loss: LossSettings, *, advantage: float) -> PreparedRow:
     view = weigher.view(row.trajectory, loss)
-    weight, unfloored = weigher.weights(row.trajectory, view, may_floor=row.trajectory.correct)
     return PreparedRow(
         trajectory=row.trajectory,
         view=view,
@@ -210,8 +204,7 @@ def prepare(row: EnumeratedRow, weigher: MixtureWeigher, loss: LossSettings, *, 
         row=0,
         hops=None,
         advantage=advantage,
-        mixture_weight=weight,
-        unfloored_weight=unfloored,
+        mixture_weight=weigher.weights(row.trajectory, view),
     )
 
 

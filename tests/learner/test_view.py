@@ -81,8 +81,7 @@ def weights(row: Trajectory, *, alpha: float) -> list[float]:
         num_targets=1,
     )
     weigher.alpha = alpha
-    found, _ = weigher.weights(row, weigher.view(row, LossSettings()), may_floor=False)
-    return [float(w) for w in found]
+    return [float(w) for w in weigher.weights(row, weigher.view(row, LossSettings()))]
 
 
 def test_token_weights_of_a_hint_free_probe_by_hand() -> None:
