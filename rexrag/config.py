@@ -110,7 +110,7 @@ class ProbeConfig(Section):
         "hinted", description="Probes are trained with their hint in the context, or as if it had not been there."
     )
     dead_end: Literal["rollout", "group"] = Field(
-        "rollout",
+        "group",
         description="Probes fork from each failed rollout the moment it fails, or from those of a question whose "
         "targets all failed.",
     )
