@@ -27,7 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from estimators_tables import AT_ALL_DEPTHS, FIGURES, MAIN, MIDDLE, OURS, ROOT, Row, load, tables
+from estimators_tables import AT_ALL_DEPTHS, FIGURES, MAIN, MIDDLE, OURS, QUICK_START, ROOT, Row, load, tables
 from machine import commit, machine
 
 from rexrag.prepare import prepare
@@ -156,7 +156,8 @@ def plan(
         if method in only and (seeds is None or seed in seeds)
     )
     order = list(METHODS)
-    return sorted(cells, key=lambda c: (c.world, c.depth != MIDDLE, c.seed, c.depth, order.index(c.method)))
+    main = (MIDDLE, QUICK_START)
+    return sorted(cells, key=lambda c: (c.world, c.depth not in main, c.seed, c.depth, order.index(c.method)))
 
 
 class Study:
