@@ -93,7 +93,7 @@ class RolloutConfig(Section):
     group_size: int = Field(5, ge=1, le=256, description="Target rollouts per question.")
     episodes_per_actor: int = Field(64, ge=1, le=4096, description="Episodes that one engine runs at once.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Precision of sampling; `auto` takes bfloat16 where the processor has it in hardware."
+        "auto", description="Precision of sampling; `auto` takes bfloat16 where the processor is faster in it."
     )
 
 

@@ -143,7 +143,7 @@ class _Run:
 
     def _backward(self, batch: PackedBatch, weights: Tensor) -> float:
         device = self.model.device.type
-        # Without bfloat16 in hardware float32 is the faster of the two; a GPU always has it.
+        # On a GPU bfloat16 is always the faster of the two.
         with torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu" or fastest_dtype() == "bfloat16"):
             return backward_in_chunks(
                 self.model, batch, chunk_loss=lambda logprob, _, chunk: -(logprob * weights[chunk]).sum()
