@@ -1,4 +1,4 @@
-"""The tables of docs/estimators.md, and that of the README, from the figures that `estimators.py` wrote.
+"""The tables of docs/estimators.md, from the figures that `estimators.py` wrote.
 
 python benchmarks/estimators_tables.py [--figures FILE.json]
 """
@@ -18,8 +18,6 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 FIGURES: Final = ROOT / "benchmarks" / "results" / "estimators.json"
 OURS: Final = "escape"
 MIDDLE: Final = "1e-4"
-QUICK_START: Final = "2e-4"
-"""The real model's depth in its recipe as it is."""
 BASELINES: Final = ("grpo", "paper")
 MAIN: Final = (OURS, "none", *BASELINES)
 """Methods that the figures that count are about."""
@@ -88,8 +86,6 @@ def tables(rows: Sequence[Row]) -> list[str]:
         mine = [row for row in rows if row.world == world]
         if world == "synthetic":
             made.append(methods_table([row for row in mine if row.depth == MIDDLE]))
-        else:
-            made.append(runs_table([row for row in mine if row.depth == QUICK_START and row.method in (OURS, "grpo")]))
         made += [depths_table(mine), goals_table(mine), harm_table(mine)]
     return made
 
@@ -116,31 +112,6 @@ def methods_table(rows: Sequence[Row]) -> str:
                 decimal(statistics.fmean(ess)) if ess else "",
             ]
         )
-    return markdown(titles, lines)
-
-
-def runs_table(rows: Sequence[Row]) -> str:
-    """A line per run, then the mean of each method."""
-    titles = ["method", "seed", "rollouts", "training, min", "EM before", "EM after"]
-    titles += ["1 / 2 / 3 hops before", "1 / 2 / 3 hops after", "worst one-hop change"]
-    lines = []
-    for method, mine in by_method(rows):
-        lines += [
-            [
-                method,
-                str(row.seed),
-                thousands(row.rollouts),
-                f"{row.seconds / 60:.1f}",
-                decimal(row.em_before),
-                decimal(row.em_after),
-                hops(row.by_hops_before),
-                hops(row.by_hops_after),
-                decimal(row.worst_one_hop),
-            ]
-            for row in mine
-        ]
-        before = decimal(statistics.fmean(row.em_before for row in mine))
-        lines.append([method, "mean", "", "", before, estimate(row.em_after for row in mine), "", "", ""])
     return markdown(titles, lines)
 
 
@@ -251,11 +222,7 @@ def interval(values: Sequence[float]) -> float:
 
 
 def by_hops(rows: Sequence[Row]) -> str:
-    return hops({number: statistics.fmean(row.by_hops_after[number] for row in rows) for number in ("1", "2", "3")})
-
-
-def hops(em: dict[str, float]) -> str:
-    return " / ".join(decimal(em[number]) for number in sorted(em))
+    return " / ".join(decimal(statistics.fmean(row.by_hops_after[hops] for row in rows)) for hops in ("1", "2", "3"))
 
 
 def by_seed(values: Iterable[float]) -> str:
