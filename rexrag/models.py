@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Final, Literal
 
@@ -203,15 +204,22 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
     tokenizer.save_pretrained(out)
 
 
+@cache
 def fastest_dtype() -> Literal["float32", "bfloat16"]:
-    """bfloat16 where the processor multiplies it faster than float32, else float32.
-
-    AMX and SVE do, AVX512-BF16 only on AMD: without AMX an Intel core takes twice as long as in float32 (torch 2.13).
-    """
+    """The precision in which this processor multiplies faster; it does not change, so it is read once."""
     try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
+        return dtype_of_processor(Path("/proc/cpuinfo").read_text())
     except OSError:
         return "float32"
+
+
+def dtype_of_processor(cpuinfo: str) -> Literal["float32", "bfloat16"]:
+    """The faster precision of the processor that Linux describes so.
+
+    AMX and SVE make bfloat16 the faster, AVX512-BF16 only on AMD: without AMX an Intel core takes twice as long in it
+    as in float32 (torch 2.13).
+    """
+    words = set(cpuinfo.split())
     is_faster = words & {"amx_bf16", "svebf16"} or words >= {"avx512_bf16", "AuthenticAMD"}
     return "bfloat16" if is_faster else "float32"
 

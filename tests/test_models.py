@@ -15,6 +15,7 @@ from rexrag.errors import ModelError
 from rexrag.models import (
     cache_folder,
     check_context,
+    dtype_of_processor,
     fetch_smollm2,
     load_config,
     load_model,
@@ -219,3 +220,17 @@ def test_a_broken_gguf_file_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"broken\.gguf"):
         load_model(tmp_path / "broken.gguf", dtype="float32")
     assert not list(cache.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "dtype"),
+    [
+        ("AuthenticAMD", "avx512f avx512_bf16", "bfloat16"),
+        ("AuthenticAMD", "avx2", "float32"),
+        ("GenuineIntel", "avx512f avx512_bf16", "float32"),
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", "bfloat16"),
+        ("", "asimd svebf16", "bfloat16"),
+    ],
+)
+def test_dtype_of_a_processor_is_its_faster_one(vendor: str, flags: str, dtype: str) -> None:
+    assert dtype_of_processor(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n") == dtype
