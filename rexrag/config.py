@@ -85,7 +85,7 @@ class RewardConfig(Section):
 class RolloutConfig(Section):
     engine: Literal["torch"] = Field("torch", description="Generation engine of the rollout actors.")
     num_actors: int | None = Field(
-        None, ge=1, description="Rollout actors; None: one per two cores beyond the learner's, at least one."
+        None, ge=1, description="Rollout actors; None: one per two cores, or one per GPU if they are on GPUs."
     )
     threads_per_actor: int | None = Field(
         None, ge=1, description="Torch threads of each actor; None: cores divided by actors."
@@ -94,6 +94,9 @@ class RolloutConfig(Section):
     episodes_per_actor: int = Field(64, ge=1, le=4096, description="Episodes that one engine runs at once.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of sampling; `auto` takes bfloat16 where the processor is faster in it."
+    )
+    num_gpus: float = Field(
+        0.0, ge=0, le=1, description="Share of a GPU that Ray reserves for each actor's engine, 0: it is on the CPU."
     )
 
 
@@ -182,6 +185,13 @@ class LearnerConfig(Section):
     threads: int | None = Field(None, ge=1, description="Torch threads of the learner; None: all cores of a node.")
     autocast: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of the linear layers; master weights are float32."
+    )
+    num_gpus: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of a GPU that Ray reserves for the learner's model, 0: on the CPU; None: up to a whole "
+        "one, of what the cluster has beyond the rollout actors'.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."

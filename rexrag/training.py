@@ -35,7 +35,15 @@ from rexrag.run_folder import RunFolder
 from rexrag.signals import StopSignal
 from rexrag.supervisor import Supervisor
 from rexrag.types import Question, WeightVersion
-from rexrag.wiring import Layout, learner_settings, plan_layout, process_environment, replay_settings, rollout_settings
+from rexrag.wiring import (
+    Layout,
+    device_of,
+    learner_settings,
+    plan_layout,
+    process_environment,
+    replay_settings,
+    rollout_settings,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -73,7 +81,8 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
 def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Board, progress: Progress) -> None:
     config, run = request.config, request.run
     nodes = [max(1, int(node["Resources"].get("CPU", 0))) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    layout = plan_layout(config, num_cores=sum(nodes), node_cores=max(nodes))
+    num_gpus = float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
+    layout = plan_layout(config, num_cores=sum(nodes), node_cores=max(nodes), num_gpus=num_gpus)
     progress.stage("starting the learner and the rollout actors")
     buffer: Any = start_replay_actor(
         replay_settings(config, folder=run.buffer, questions=inputs.train),
@@ -87,6 +96,7 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         num_actors=layout.num_actors,
         num_groups=layout.num_groups,
         num_cpus=layout.cpus_per_process,
+        num_gpus=config.rollout.num_gpus,
         version=first,
         buffer=buffer,
         on_death=buffer.release.remote,
@@ -181,9 +191,11 @@ def _ray() -> Iterator[None]:
 def _start_learner(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> Any:  # noqa: ANN401  a handle's methods are made by Ray
     config = request.config
     assert config.model.path is not None, "the recipe was checked: a run has a model"
+    device = device_of(layout.learner_gpus)
     spec = LearnerSpec(
         model=Path(config.model.path) if request.checkpoint is None else request.checkpoint,
-        settings=learner_settings(config, fastest_dtype=fastest_dtype()),
+        settings=learner_settings(config, device=device),
+        device=device,
         hints=[inputs.hints.ids(index) for index in range(len(inputs.hints))],
         kept=[inputs.hints.kept(index) for index in range(len(inputs.hints))],
         threads=layout.learner_threads,
@@ -193,12 +205,15 @@ def _start_learner(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> 
         reference=Path(config.model.path) if config.loss.kl_coef > 0 else None,
     )
     environment = {"env_vars": process_environment(layout.learner_threads)}
-    actor: Any = ray.remote(num_cpus=layout.cpus_per_process, runtime_env=environment)(LearnerActor)
+    actor: Any = ray.remote(num_cpus=layout.cpus_per_process, num_gpus=layout.learner_gpus, runtime_env=environment)(
+        LearnerActor
+    )
     return actor.remote(spec)
 
 
 def _loop_settings(config: Config) -> LoopSettings:
-    dtype = fastest_dtype() if config.rollout.dtype == "auto" else config.rollout.dtype
+    fastest = fastest_dtype(device_of(config.rollout.num_gpus))
+    dtype = fastest if config.rollout.dtype == "auto" else config.rollout.dtype
     return LoopSettings(
         num_steps=config.train.steps,
         groups_per_step=config.train.groups_per_step,

@@ -30,9 +30,9 @@ from rexrag.files import write_atomic
 from rexrag.learner.attention import use_packed_attention
 from rexrag.learner.logprobs import backward_in_chunks
 from rexrag.learner.packing import PackedBatch, PackRow, pack
-from rexrag.models import check_context, fastest_dtype, load_model, load_tokenizer, save_model
+from rexrag.models import Device, check_context, fastest_dtype, load_model, load_tokenizer, save_model
 
-MICRO_BATCH_TOKENS: Final = 1024
+MICRO_BATCH_TOKENS: Final = {"cpu": 1024, "cuda": 8192}
 WARMUP_SHARE: Final = 0.05
 FINAL_SHARE: Final = 0.1
 """The learning rate falls linearly to this share of its peak."""
@@ -130,7 +130,9 @@ class _Run:
     def _update(self, rows: Sequence[WeightedRow], optimizer: torch.optim.Optimizer, *, rate: float) -> None:
         total_weight = float(sum(row.weights.sum() for row in rows))
         loss = 0.0
-        for batch in pack([row.row for row in rows], budget=MICRO_BATCH_TOKENS, device=self.model.device):
+        for batch in pack(
+            [row.row for row in rows], budget=MICRO_BATCH_TOKENS[self.model.device.type], device=self.model.device
+        ):
             weights = torch.cat([rows[i].weights for i in batch.rows]).to(self.model.device) / total_weight
             loss += self._backward(batch, weights)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -142,9 +144,8 @@ class _Run:
         self.num_tokens += sum(len(row.row.token_ids) for row in rows)
 
     def _backward(self, batch: PackedBatch, weights: Tensor) -> float:
-        device = self.model.device.type
-        # On a GPU bfloat16 is always the faster of the two.
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=device != "cpu" or fastest_dtype() == "bfloat16"):
+        device: Device = "cuda" if self.model.device.type == "cuda" else "cpu"
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=fastest_dtype(device) == "bfloat16"):
             return backward_in_chunks(
                 self.model, batch, chunk_loss=lambda logprob, _, chunk: -(logprob * weights[chunk]).sum()
             )
@@ -161,6 +162,7 @@ def warm_start(
     epochs: int = 1,
     prompt: PromptSettings = PromptSettings(),
     threads: int | None = None,
+    device: Device = "cpu",
     progress: Callable[[WarmstartProgress], None] = lambda _: None,
 ) -> WarmstartResult:
     """Train the model on the demonstrations and write it to `out`, whole or not at all.
@@ -168,6 +170,7 @@ def warm_start(
     Args:
         prompt: as the rollouts will have it.
         threads: torch threads; None leaves them as they are.
+        device: where the model is trained.
 
     Raises:
         ModelError: `out` exists, or the model cannot be loaded or has too short a context.
@@ -184,6 +187,7 @@ def warm_start(
     rows = [tokenize_demonstration(one, codec=codec, prompt=prompt) for one in shown]
     model = load_model(model_path, dtype="float32")
     check_context(model.config, max(len(row.row.token_ids) for row in rows))
+    model.to(torch.device(device))  # type: ignore[arg-type]
     use_packed_attention(model)
     run = _Run(
         model=model,

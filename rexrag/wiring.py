@@ -17,28 +17,49 @@ from rexrag.learner.loss import LossSettings
 from rexrag.learner.mixture import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
+from rexrag.models import Device, fastest_dtype
 from rexrag.types import Question
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the cores are shared. `num_groups`: groups that one actor runs at once."""
+    """How cores and GPUs are shared. `num_groups`: groups that one actor runs at once."""
 
     num_actors: int
     num_groups: int
     actor_threads: int
     learner_threads: int
     cpus_per_process: float
+    learner_gpus: float
 
 
-def plan_layout(config: Config, *, num_cores: int, node_cores: int) -> Layout:
-    """Actors and threads for `num_cores` of a cluster: half as many actors as cores, at least one.
+def device_of(num_gpus: float) -> Device:
+    """Where a process computes to which Ray gives this share of a GPU."""
+    return "cuda" if num_gpus else "cpu"
 
-    Learner and actors each get threads for all cores of a node (`node_cores`, those of the largest). When both
-    compute they share them, and whenever one waits, in evaluations, at the end of a batch or in a synchronous run,
-    the other has the machine.
+
+def plan_layout(config: Config, *, num_cores: int, node_cores: int, num_gpus: float) -> Layout:
+    """Actors and threads for a cluster: half as many actors as cores, at least one; on GPUs one for each of them.
+
+    Learner and actors each get threads for all cores of a node. When both compute they share them, and whenever one
+    waits, in evaluations, at the end of a batch or in a synchronous run, the other has the machine.
+
+    Args:
+        num_cores, num_gpus: of the cluster. node_cores: of its largest node.
+
+    Raises:
+        ConfigError: learner and actors reserve more GPUs than the cluster has; Ray would wait for them for ever.
     """
-    num_actors = config.rollout.num_actors or max(1, num_cores // 2)
+    share = config.rollout.num_gpus
+    num_actors = config.rollout.num_actors or max(1, int(num_gpus) if share else num_cores // 2)
+    left = num_gpus - num_actors * share
+    learner_gpus = min(1.0, max(0.0, left)) if config.learner.num_gpus is None else config.learner.num_gpus
+    if learner_gpus > left:
+        raise ConfigError(
+            f"{num_actors} rollout actors with rollout.num_gpus = {share:g} and a learner with {learner_gpus:g} need "
+            f"{num_actors * share + learner_gpus:g} GPUs, the cluster has {num_gpus:g}: lower these shares or "
+            f"rollout.num_actors, or set rollout.num_gpus = 0 and learner.num_gpus = 0 to compute on CPUs"
+        )
     actor_threads = config.rollout.threads_per_actor or max(1, min(num_cores // num_actors, node_cores))
     return Layout(
         num_actors=num_actors,
@@ -46,6 +67,7 @@ def plan_layout(config: Config, *, num_cores: int, node_cores: int) -> Layout:
         actor_threads=actor_threads,
         learner_threads=config.learner.threads or node_cores,
         cpus_per_process=min(1.0, num_cores / (num_actors + 1)),
+        learner_gpus=learner_gpus,
     )
 
 
@@ -100,6 +122,7 @@ def rollout_settings(config: Config, *, model_path: str, num_threads: int) -> Ro
         episodes=episode_settings(config),
         num_sequences=config.rollout.episodes_per_actor,
         dtype=config.rollout.dtype,
+        device=device_of(config.rollout.num_gpus),
         inflight=config.weights.inflight,
         num_threads=num_threads,
         retriever_kind=retriever.kind,
@@ -113,11 +136,8 @@ def rollout_settings(config: Config, *, model_path: str, num_threads: int) -> Ro
     )
 
 
-def learner_settings(config: Config, *, fastest_dtype: str) -> LearnerSettings:
+def learner_settings(config: Config, *, device: Device) -> LearnerSettings:
     correction, loss, optimizer, learner = config.correction, config.loss, config.optimizer, config.learner
-    autocast = fastest_dtype if learner.autocast == "auto" else learner.autocast
-    if autocast not in ("float32", "bfloat16"):
-        raise ConfigError(f"learner.autocast = {autocast!r}: it is float32 or bfloat16")
     return LearnerSettings(
         correction=CorrectionSettings(
             mixture=correction.mixture,
@@ -154,7 +174,7 @@ def learner_settings(config: Config, *, fastest_dtype: str) -> LearnerSettings:
         ),
         max_staleness=config.replay.max_staleness,
         micro_batch_tokens=learner.micro_batch_tokens,
-        autocast="bfloat16" if autocast == "bfloat16" else "float32",
+        autocast=fastest_dtype(device) if learner.autocast == "auto" else learner.autocast,
         gradient_checkpointing=learner.gradient_checkpointing,
         max_bad_steps=learner.max_bad_steps,
     )

@@ -11,7 +11,7 @@ from rexrag.actors.scoring import Scorer
 from rexrag.actors.torch_engine import TorchEngine, TorchEngineSettings
 from rexrag.env.codec import Codec
 from rexrag.hints import load_hints
-from rexrag.models import fastest_dtype, load_model, load_tokenizer
+from rexrag.models import Device, fastest_dtype, load_model, load_tokenizer
 from rexrag.retrieval.open import open_retriever
 from rexrag.reward import load_reward
 from rexrag.types import WeightVersion
@@ -25,6 +25,7 @@ class RolloutSettings:
     episodes: EpisodeSettings
     num_sequences: int
     dtype: Literal["auto", "float32", "bfloat16"]
+    device: Device
     inflight: Literal["keep", "recompute"]
     num_threads: int
     retriever_kind: Literal["bm25", "http"]
@@ -40,7 +41,7 @@ class RolloutSettings:
 def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[EpisodeRunner, TorchEngine]:
     """The runner and its engine, whose weights are those of the model folder, called `version`."""
     codec = Codec(load_tokenizer(settings.model_path))
-    dtype = fastest_dtype() if settings.dtype == "auto" else settings.dtype
+    dtype = fastest_dtype(settings.device) if settings.dtype == "auto" else settings.dtype
     episodes = settings.episodes
     hints = load_hints(settings.hints_file, codec=codec, removable=episodes.scored != "none")
     # A target that is scored with a hint in it, and the one token that the engine writes after it.
@@ -53,6 +54,7 @@ def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[
             dtype=dtype,
             inflight=settings.inflight,
             num_threads=settings.num_threads,
+            device=settings.device,
         ),
         codec=codec,
         version=version,

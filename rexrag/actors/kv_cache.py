@@ -11,6 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+_CPU: Final = torch.device("cpu")
+
 _LENGTH_STEP: Final = 32
 """Lengths of bfloat16 products are multiples of it: each further size keeps memory in the matrix library."""
 
@@ -21,17 +23,25 @@ _RUN_COST: Final = 128
 class KvCache:
     """Keys and values of all slots, per layer [slots, kv heads, positions, head_dim].
 
-    Memory is zero pages until it is written: positions that no sequence reaches cost nothing.
+    On a CPU memory is zero pages until it is written: positions that no sequence reaches cost nothing.
     """
 
     def __init__(
-        self, *, num_layers: int, num_slots: int, num_kv_heads: int, max_length: int, head_dim: int, dtype: torch.dtype
+        self,
+        *,
+        num_layers: int,
+        num_slots: int,
+        num_kv_heads: int,
+        max_length: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device = _CPU,
     ) -> None:
         self._max_length = max_length
         self._dtype = dtype
         shape = (num_slots, num_kv_heads, max_length, head_dim)
-        self.keys = [_lazy_zeros(shape, dtype) for _ in range(num_layers)]
-        self.values = [_lazy_zeros(shape, dtype) for _ in range(num_layers)]
+        self.keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
 
     def reading_length(self, length: int) -> int:
         """How many positions to read where `length` of them count.
@@ -55,6 +65,10 @@ class KvCache:
         """Make the first positions of a slot those of another one."""
         for cache in (*self.keys, *self.values):
             cache[target, :, :length] = cache[source, :, :length]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return _lazy_zeros(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -3,8 +3,9 @@
 Legend: N tokens of all sequences of the pass; D width; H query heads, K key-value heads, G = H / K; E head_dim;
 S slots.
 
-Linear layers see all tokens at once, padded by nothing. Attention goes sequence by sequence where several tokens
-are new, and over runs of neighbouring slots where one is: then keys and values are read where they lie.
+Linear layers see all tokens at once, padded by nothing. Attention on a CPU goes sequence by sequence where several
+tokens are new, and over runs of neighbouring slots where one is: then keys and values are read where they lie. On a
+GPU, where a call costs more than what it reads for nothing, it takes one call for each of the two kinds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from rexrag.actors.kv_cache import KvCache, attention_runs
 from rexrag.actors.llama_weights import LayerWeights, LlamaWeights
+from rexrag.actors.padded_attention import PaddedRows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class LlamaForward:
         shape = weights.shape
         self._queries = torch.zeros(
             cache.keys[0].shape[0], shape.num_kv_heads, shape.num_heads // shape.num_kv_heads, shape.head_dim,
-            dtype=weights.dtype,
+            dtype=weights.dtype, device=weights.device,
         )  # fmt: skip
         self._attended = torch.zeros_like(self._queries)
 
@@ -95,6 +97,10 @@ class LlamaForward:
         """[N, H E] attention over the cache, each token over the positions up to its own."""
         shape = self._weights.shape
         attended = queries.new_empty(len(queries), shape.num_heads * shape.head_dim)
+        for part in batch.padded:
+            attended[part.tokens] = part.attend(
+                queries[part.tokens], keys=self._cache.keys[index], values=self._cache.values[index]
+            )
         if batch.runs:
             attended[: batch.num_single] = self._attend_single(index, queries[: batch.num_single], batch)
         for span, mask, rows in batch.chunks:
@@ -129,26 +135,44 @@ class _Batch:
     """What all layers of one pass share."""
 
     def __init__(self, spans: Sequence[Span], *, weights: LlamaWeights, cache: KvCache) -> None:
-        self.token_ids = torch.tensor([token for span in spans for token in span.token_ids])
-        self.positions = torch.cat([torch.arange(span.start, span.end) for span in spans])
-        self.slots = torch.repeat_interleave(
-            torch.tensor([span.slot for span in spans]), torch.tensor([len(span.token_ids) for span in spans])
-        )
+        device = weights.device
+        self.token_ids = torch.tensor([token for span in spans for token in span.token_ids], device=device)
+        self.positions = torch.tensor([p for span in spans for p in range(span.start, span.end)], device=device)
+        self.slots = torch.tensor([span.slot for span in spans for _ in span.token_ids], device=device)
         self.cos, self.sin = weights.cos[self.positions, None], weights.sin[self.positions, None]
         single = [span for span in spans if len(span.token_ids) == 1]
         assert all(len(span.token_ids) == 1 for span in spans[: len(single)]), "single tokens come first"
         self.num_single = len(single)
+        self.padded: list[PaddedRows] = []
+        self.runs: list[tuple[int, int, int]] = []
+        self.chunks: list[tuple[Span, Tensor, slice]] = []
+        if device.type == "cpu":
+            self._cut(spans, single, weights=weights, cache=cache)
+        else:
+            self._pad(spans, single, weights=weights)
+
+    def _cut(self, spans: Sequence[Span], single: Sequence[Span], *, weights: LlamaWeights, cache: KvCache) -> None:
         runs = attention_runs([s.slot for s in single], [s.end for s in single]) if single else []
         self.runs = [(first, end, cache.reading_length(length)) for first, end, length in runs]
         ends = {span.slot: span.end for span in single}
         self.run_masks = [_length_mask(ends, first=first, end=end, length=length) for first, end, length in self.runs]
         group = weights.shape.num_heads // weights.shape.num_kv_heads
-        self.chunks: list[tuple[Span, Tensor, slice]] = []
         first = self.num_single
         for span in spans[self.num_single :]:
             rows = slice(first, first + len(span.token_ids))
             self.chunks.append((span, _causal_mask(span, group=group, dtype=weights.dtype), rows))
             first = rows.stop
+
+    def _pad(self, spans: Sequence[Span], single: Sequence[Span], *, weights: LlamaWeights) -> None:
+        first = 0
+        for part in (single, spans[self.num_single :]):
+            if part:
+                rows = PaddedRows(
+                    [(span.slot, span.start, span.end) for span in part], first=first, shape=weights.shape,
+                    dtype=weights.dtype, device=weights.device,
+                )  # fmt: skip
+                self.padded.append(rows)
+                first = rows.tokens.stop
 
 
 def _length_mask(ends: dict[int, int], *, first: int, end: int, length: int) -> Tensor:
@@ -165,6 +189,8 @@ def _causal_mask(span: Span, *, group: int, dtype: torch.dtype) -> Tensor:
 
 def _rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise over the last dimension, in float32."""
+    if inputs.device.type != "cpu":
+        return F.rms_norm(inputs, (inputs.shape[-1],), weight, eps)
     wide = inputs.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
     return (wide * scale).to(inputs.dtype).mul_(weight)

@@ -62,17 +62,18 @@ class LlamaWeights:
         cos, sin: [max_length, head_dim / 2] rotary embedding.
 
     Example:
-        >>> weights = LlamaWeights(model, dtype=torch.float32, max_length=512)
+        >>> weights = LlamaWeights(model, dtype=torch.float32, max_length=512, device=torch.device("cpu"))
         >>> weights.load({name: p.detach().numpy() for name, p in model.named_parameters()})
     """
 
-    def __init__(self, model: PreTrainedModel, *, dtype: torch.dtype, max_length: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, dtype: torch.dtype, max_length: int, device: torch.device) -> None:
         """
         Raises:
             ModelError: another architecture, or a context shorter than `max_length`.
         """
         _check_supported(model.config, max_length=max_length)
         self.dtype = dtype
+        self.device = device
         self.shape = _shape(model.config)
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._sizes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -88,7 +89,8 @@ class LlamaWeights:
                 f"parameter {min(unknown)} is none of a {model.config.model_type} model's; merge adapters first"
             )
         self._fill(parameters)
-        self.cos, self.sin = _rotary(model, dtype=dtype, max_length=max_length, head_dim=self.shape.head_dim)
+        cos, sin = _rotary(model, dtype=dtype, max_length=max_length, head_dim=self.shape.head_dim)
+        self.cos, self.sin = cos.to(device), sin.to(device)
 
     def check(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Refuse what `load` could not load.
@@ -136,7 +138,7 @@ class LlamaWeights:
     def _plain(self, *names: str) -> Tensor:
         """One tensor that holds the named parameters one below the other; `_fill` writes into it."""
         rows = [self._sizes[name][0] for name in names]
-        whole = torch.empty(sum(rows), *self._sizes[names[0]][1:], dtype=self.dtype)
+        whole = torch.empty(sum(rows), *self._sizes[names[0]][1:], dtype=self.dtype, device=self.device)
         self._targets.update(zip(names, torch.split(whole, rows), strict=True))
         return whole
 
@@ -145,14 +147,14 @@ class LlamaWeights:
         names = tuple(f"{prefix}weight" for prefix in prefixes)
         biases = [f"{prefix}bias" for prefix in prefixes]
         bias = self._plain(*biases) if biases[0] in self._sizes else None
-        linear = self._fused[names] = PackedLinear(self.dtype, bias=bias)
+        linear = self._fused[names] = PackedLinear(self.dtype, device=self.device, bias=bias)
         return linear
 
     def _stack(
         self, names: Sequence[str], weights: Mapping[str, npt.NDArray[np.generic]] | Mapping[str, Tensor]
     ) -> Tensor:
         rows = [self._sizes[name][0] for name in names]
-        stacked = torch.empty(sum(rows), self._sizes[names[0]][1], dtype=self.dtype)
+        stacked = torch.empty(sum(rows), self._sizes[names[0]][1], dtype=self.dtype, device=self.device)
         for name, target in zip(names, torch.split(stacked, rows), strict=True):
             _copy(target, weights[name])
         return stacked
@@ -162,7 +164,7 @@ def _copy(target: Tensor, source: npt.NDArray[np.generic] | Tensor) -> None:
     """Copy a parameter, a float32 array, or one of uint16 that hold the bits of bfloat16."""
     if isinstance(source, Tensor):
         target.copy_(source)
-    elif source.dtype == np.float32 and target.dtype is torch.float32:
+    elif source.dtype == np.float32 and target.dtype is torch.float32 and target.device.type == "cpu":
         np.copyto(target.numpy(), source)
     else:
         staged = torch.empty(source.shape, dtype=torch.float32 if source.dtype == np.float32 else torch.uint16)

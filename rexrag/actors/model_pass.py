@@ -37,12 +37,14 @@ class ModelPass:
         prefilled_tokens: tokens computed beyond one per sequence and pass; forward_s: seconds in passes.
     """
 
-    def __init__(self, model: PreTrainedModel, *, num_slots: int, max_length: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, num_slots: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """
         Raises:
             ModelError: the architecture is not supported, or the model's context is shorter than `max_length`.
         """
-        self.weights = LlamaWeights(model, dtype=dtype, max_length=max_length)
+        self.weights = LlamaWeights(model, dtype=dtype, max_length=max_length, device=device)
         shape = self.weights.shape
         self._cache = KvCache(
             num_layers=shape.num_layers,
@@ -51,9 +53,10 @@ class ModelPass:
             max_length=max_length,
             head_dim=shape.head_dim,
             dtype=dtype,
+            device=device,
         )
         self._forward = LlamaForward(self.weights, cache=self._cache)
-        self._sampler = Sampler(self.weights.head, vocab_size=shape.vocab_size)
+        self._sampler = Sampler(self.weights.head, vocab_size=shape.vocab_size, device=device)
         self.prefilled_tokens = 0
         self.forward_s = 0.0
 

@@ -1,4 +1,4 @@
-"""A linear layer for inference whose weight lies as the CPU's matrix kernels read it."""
+"""A linear layer for inference whose weight lies as the matrix kernels read it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ class PackedLinear:
     """[N, in] -> [N, out]: x Wᵀ + b.
 
     Otherwise the library packs the weight at each call, which takes longer than a product with few rows: three
-    times at 4 rows of float32 (two AVX2 cores). Where oneDNN cannot take the precision, the weight stays as it is.
+    times at 4 rows of float32 (two AVX2 cores). On a GPU, and where oneDNN cannot take the precision,
+    the weight stays as it is.
 
     Args:
         bias: [out], kept. The weight comes with `load`.
     """
 
-    def __init__(self, dtype: torch.dtype, *, bias: Tensor | None = None) -> None:
-        self._packs = _can_pack(dtype)
+    def __init__(self, dtype: torch.dtype, *, device: torch.device, bias: Tensor | None = None) -> None:
+        self._packs = device.type == "cpu" and _can_pack(dtype)
         self._bias = bias
         self._weight = torch.empty(0)
 

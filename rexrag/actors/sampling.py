@@ -46,14 +46,16 @@ class Sampler:
 
     Args:
         head: from hidden states [M, D] to logits [M, V].
+        device: where it computes; what it takes and gives besides hidden states is on the CPU.
     """
 
-    def __init__(self, head: Callable[[Tensor], Tensor], *, vocab_size: int) -> None:
+    def __init__(self, head: Callable[[Tensor], Tensor], *, vocab_size: int, device: torch.device) -> None:
         self._head = head
         self._vocab_size = vocab_size
         self._block_size = math.isqrt(vocab_size - 1) + 1
         self._num_blocks = -(-vocab_size // self._block_size)
-        self._buffer = torch.empty(_MAX_ROWS, self._num_blocks * self._block_size)
+        self._device = device
+        self._buffer = torch.empty(_MAX_ROWS, self._num_blocks * self._block_size, device=device)
 
     def sample(
         self, hidden: Tensor, *, uniforms: npt.NDArray[np.float64], greedy: npt.NDArray[np.bool_]
@@ -81,7 +83,7 @@ class Sampler:
         scores: list[float] = []
         for start in range(0, len(hidden), _MAX_ROWS):
             logits = self._head(hidden[start : start + _MAX_ROWS]).float()
-            target = torch.tensor(token_ids[start : start + _MAX_ROWS])
+            target = torch.tensor(token_ids[start : start + _MAX_ROWS], device=self._device)
             chosen = logits.gather(1, target[:, None])[:, 0]
             scores += (chosen - logits.logsumexp(1)).tolist()
         return scores
@@ -93,15 +95,15 @@ class Sampler:
         else:
             maximum, best = logits.amax(1), None
         weights = logits.sub_(maximum[:, None]).exp_()  # unnormalised probabilities, the largest is 1
-        tokens, total = self._invert_cdf(weights, uniforms)
+        tokens, total = self._invert_cdf(weights, uniforms.to(self._device))
         if best is not None:
-            tokens = torch.where(greedy, best, tokens)
+            tokens = torch.where(greedy.to(self._device), best, tokens)
         chosen = weights.gather(1, tokens[:, None])[:, 0].double()
         return tokens, (chosen.log() - total.log()).float()
 
     def _invert_cdf(self, weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """[M] tokens of positive weight, and [M] sums of the weights."""
-        rows = torch.arange(len(weights))
+        rows = torch.arange(len(weights), device=self._device)
         blocks = weights.view(-1, self._num_blocks, self._block_size)
         block_sums = blocks.sum(2).double()
         block_cdf = block_sums.cumsum(1)

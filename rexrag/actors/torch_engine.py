@@ -1,4 +1,4 @@
-"""The embedded generation engine: continuous batching of a small Llama-like model on CPU.
+"""The embedded generation engine: continuous batching of a small Llama-like model, on CPU or one GPU.
 
     generate ──▶ scheduler ──plan──▶ forward pass in a worker thread ──▶ sampled tokens ──▶ finished generations
                     ▲                                                                          │
@@ -31,12 +31,13 @@ from rexrag.actors.model_pass import ModelPass, Outcome
 from rexrag.actors.scheduler import LiveSequence, Scheduler
 from rexrag.actors.stops import StopFinder
 from rexrag.errors import RexragError
+from rexrag.models import Device
 from rexrag.types import WeightVersion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PREFILL_TOKENS: Final = 512
+_PREFILL_TOKENS: Final = {"cpu": 512, "cuda": 4096}
 """Most prompt tokens of one pass: large enough for full speed, small enough that decoding goes on."""
 
 _YIELDS: Final = 8
@@ -69,6 +70,7 @@ class TorchEngineSettings:
         dtype: precision of weights and cache; log-probs are float32 either way.
         inflight: what happens to running sequences at a weight change.
         num_threads: torch threads of this process; None leaves them as they are.
+        device: where weights and cache are.
     """
 
     max_sequences: int
@@ -76,6 +78,7 @@ class TorchEngineSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     inflight: Literal["keep", "recompute"] = "keep"
     num_threads: int | None = None
+    device: Device = "cpu"
 
 
 class TorchEngine:
@@ -99,12 +102,13 @@ class TorchEngine:
         self._codec = codec
         self._version = version
         self._stops = StopFinder(codec.decode)
-        self._scheduler = Scheduler(num_slots=settings.max_sequences, prefill_tokens=_PREFILL_TOKENS)
+        self._scheduler = Scheduler(num_slots=settings.max_sequences, prefill_tokens=_PREFILL_TOKENS[settings.device])
         self._pass = ModelPass(
             model,
             num_slots=settings.max_sequences,
             max_length=settings.max_length,
             dtype=getattr(torch, settings.dtype),
+            device=torch.device(settings.device),
         )
         self._futures: dict[LiveSequence, asyncio.Future[Generation]] = {}
         # One thread for all passes: torch keeps a pool of workers for each thread that computes.

@@ -14,7 +14,7 @@ import torch
 from rexrag.hints import HintPool
 from rexrag.learner.checkpoint import Extra, load_checkpoint, save_checkpoint
 from rexrag.learner.step import LearnerCore, LearnerSettings
-from rexrag.models import load_model, load_tokenizer
+from rexrag.models import Device, load_model, load_tokenizer
 from rexrag.types import StepBatch, StepResult
 
 
@@ -26,6 +26,7 @@ class LearnerSpec:
         model: model folder of step 0; its tokenizer goes into every checkpoint.
         hints, kept: token ids of the run's hint pool, and how many of each stay when it is taken out.
         threads: torch threads.
+        device: where the model is.
         seed: of torch's generator, where no checkpoint sets it.
         evidence_folder: where a run that fails on non-finite values leaves its last batch.
         checkpoint: folder to go on from; None begins at step 0.
@@ -37,6 +38,7 @@ class LearnerSpec:
     hints: Sequence[Sequence[int]]
     kept: Sequence[int]
     threads: int
+    device: Device
     seed: int
     evidence_folder: Path
     checkpoint: Path | None = None
@@ -57,7 +59,7 @@ class LearnerActor:
         torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
         resumed = load_checkpoint(spec.checkpoint) if spec.checkpoint is not None else None
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(spec.device)
         model = load_model(spec.checkpoint or spec.model, dtype="float32")
         reference = load_model(spec.reference, dtype="float32") if spec.reference is not None else None
         self._tokenizer = load_tokenizer(spec.model)

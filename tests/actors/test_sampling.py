@@ -20,9 +20,9 @@ def sampler_of(logits: torch.Tensor) -> tuple[Sampler, torch.Tensor]:
 
 def sampler_with(head: torch.Tensor) -> Sampler:
     """A sampler with the output matrix [V, D]."""
-    linear = PackedLinear(head.dtype)
+    linear = PackedLinear(head.dtype, device=head.device)
     linear.load(head)
-    return Sampler(linear, vocab_size=len(head))
+    return Sampler(linear, vocab_size=len(head), device=head.device)
 
 
 def sample(logits: torch.Tensor, uniforms: list[float], *, greedy: bool = False) -> tuple[list[int], list[float]]:

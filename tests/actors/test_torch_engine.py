@@ -8,22 +8,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_engines import EOS_ID, V0, Letters, build, make_engine, make_model, prompt, reference_logprobs, reference_of
+from tiny_engines import (
+    EOS_ID,
+    V0,
+    Letters,
+    build,
+    generate_all,
+    make_engine,
+    make_model,
+    prompt,
+    reference_logprobs,
+    reference_of,
+)
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from rexrag.actors.engine import GenerateRequest, Generation
+from rexrag.actors.engine import GenerateRequest
 from rexrag.actors.torch_engine import EngineClosedError, TorchEngine, TorchEngineSettings
 from rexrag.errors import ModelError
 from rexrag.models import fastest_dtype
 
 ARCHITECTURES = ["llama", "llama-untied-biased-llama3rope", "qwen2", "qwen3"]
-
-
-async def generate_all(engine: TorchEngine, *requests: GenerateRequest) -> list[Generation]:
-    try:
-        return list(await asyncio.gather(*(engine.generate(request) for request in requests)))
-    finally:
-        await engine.close()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,7 +11,9 @@ import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+from rexrag.actors.engine import GenerateRequest, Generation
 from rexrag.actors.torch_engine import TorchEngine, TorchEngineSettings
+from rexrag.models import Device
 from rexrag.types import WeightVersion
 
 VOCAB_SIZE = 101
@@ -82,11 +85,24 @@ def make_engine(
     inflight: Literal["keep", "recompute"] = "keep",
     dtype: Literal["float32", "bfloat16"] = "float32",
     endless: bool = False,
+    device: Device = "cpu",
 ) -> TorchEngine:
     settings = TorchEngineSettings(
-        max_sequences=max_sequences, max_length=max_length, inflight=inflight, dtype=dtype, num_threads=1
+        max_sequences=max_sequences,
+        max_length=max_length,
+        inflight=inflight,
+        dtype=dtype,
+        num_threads=1,
+        device=device,
     )
     return TorchEngine(model, settings=settings, codec=Letters(frozenset()) if endless else Letters(), version=V0)
+
+
+async def generate_all(engine: TorchEngine, *requests: GenerateRequest) -> list[Generation]:
+    try:
+        return list(await asyncio.gather(*(engine.generate(request) for request in requests)))
+    finally:
+        await engine.close()
 
 
 def prompt(length: int, *, seed: int = 0) -> list[int]:

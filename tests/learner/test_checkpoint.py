@@ -172,6 +172,7 @@ def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
         hints=[POOL.ids(i) for i in range(len(POOL))],
         kept=[0] * len(POOL),
         threads=1,
+        device="cpu",
         seed=0,
         evidence_folder=tmp_path,
     )
