@@ -8,7 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from rexrag.arrow import batch_to_ipc
 from rexrag.hints import HintPool
@@ -112,6 +120,11 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
     return model
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {f"w{i}": i for i in range(64)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))  # type: ignore[no-untyped-call]
+
+
 def small_model(architecture: Callable[..., PretrainedConfig], *, seed: int = 0, **fields: object) -> PreTrainedModel:
     """Two layers with grouped heads; weights of some scale, so that densities differ."""
     torch.manual_seed(seed)
@@ -172,6 +185,12 @@ def random_groups(num_groups: int = 3, *, seed: int = 0, version: int = 0) -> li
         )
         groups.append(group(*rows, name=f"r-{g}"))
     return groups
+
+
+def solved_group(number: int, *, version: int = 0) -> TrajectoryGroup:
+    """Two rows that are right, and that the policy was sure of."""
+    rows = [target(1.0, ids=(20 + number, 12), version=version, logprob=-0.01) for _ in range(2)]
+    return group(*rows, name="right")
 
 
 def recorded_by(

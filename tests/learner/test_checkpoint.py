@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from learner_builders import POOL, core, group, random_groups, step_batch, target, tiny_model
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from learner_builders import POOL, core, random_groups, solved_group, step_batch, tiny_model, tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rexrag.errors import RunFolderError
 from rexrag.learner.checkpoint import COMMIT, list_checkpoints, load_checkpoint, prune, save_checkpoint
@@ -24,20 +23,11 @@ from rexrag.models import save_model
 SETTINGS = LearnerSettings(optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=3, weight_decay=0.01))
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {f"w{i}": i for i in range(64)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))  # type: ignore[no-untyped-call]
-
-
 def train(learner: LearnerCore, *, to: int) -> None:
     while learner.num_steps < to:
         step = learner.num_steps + 1
         groups = random_groups(seed=step, version=learner.num_steps)
-        right = group(
-            *[target(1.0, ids=(20 + step, 12), version=learner.num_steps, logprob=-0.01) for _ in range(2)],
-            name="right",
-        )
-        learner.step(step_batch([*groups, right], step=step))
+        learner.step(step_batch([*groups, solved_group(step, version=learner.num_steps)], step=step))
 
 
 def save(learner: LearnerCore, folder: Path, **extra: object) -> Path:
