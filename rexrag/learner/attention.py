@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
@@ -33,12 +35,15 @@ class PackedLayout:
     Attributes:
         query_lengths: tokens that each row brings, in packed order; they add up to P.
         key_lengths: tokens of each row, shared ones included; they add up to K.
+        query_starts, key_starts: [rows + 1] where each row begins among P and K, and their ends; int32.
         key_index: [K] packed positions of the rows' tokens; None where no row shares (K = P, in order).
         masks: per row the [queries, keys] causal mask, True where read; None where a row brings all its tokens.
     """
 
     query_lengths: list[int]
     key_lengths: list[int]
+    query_starts: Tensor
+    key_starts: Tensor
     key_index: Tensor | None
     masks: tuple[Tensor | None, ...]
 
@@ -54,7 +59,18 @@ class PackedLayout:
             for new, keys in zip(num_new, key_lengths, strict=True)
         )
         key_index = torch.from_numpy(np.concatenate(key_places)).to(device) if shares else None
-        return cls(query_lengths=list(num_new), key_lengths=key_lengths, key_index=key_index, masks=masks)
+        return cls(
+            query_lengths=list(num_new),
+            key_lengths=key_lengths,
+            query_starts=_starts(num_new, device),
+            key_starts=_starts(key_lengths, device),
+            key_index=key_index,
+            masks=masks,
+        )
+
+
+def _starts(lengths: Sequence[int], device: torch.device | None) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -87,8 +103,11 @@ def packed_attention(
     if packed_layout.key_index is not None:
         key = key.index_select(2, packed_layout.key_index)
         value = value.index_select(2, packed_layout.key_index)
-    attend = _blockwise if query.device.type == "cpu" and torch.is_autocast_enabled("cpu") else _fused
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    device = query.device.type
+    if device == "cuda" and torch.is_autocast_enabled("cuda"):
+        return _varlen(query[0], key[0], value[0], packed_layout, scale)[None].to(query.dtype), None
+    attend = _blockwise if device == "cpu" and torch.is_autocast_enabled("cpu") else _fused
     parts = [
         attend(q, k, v, mask, scale)
         for q, k, v, mask in zip(
@@ -101,6 +120,25 @@ def packed_attention(
         if q.shape[2]
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).to(query.dtype), None
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+    """[P, H, D] from [H, P, D] and [G, K, D]: all rows in one call, each row's queries being the last of its keys."""
+    narrow = torch.get_autocast_dtype("cuda")
+    attended = varlen_attn(
+        query.transpose(0, 1).to(narrow),
+        key.transpose(0, 1).to(narrow),
+        value.transpose(0, 1).to(narrow),
+        layout.query_starts,
+        layout.key_starts,
+        max(layout.query_lengths),
+        max(layout.key_lengths),
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=len(query) != len(key),
+    )
+    assert isinstance(attended, Tensor)
+    return attended
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -79,6 +79,6 @@ def test_engine_on_a_gpu_samples_what_the_model_says(dtype: Literal["float32", "
     results = asyncio.run(generate_all(engine, *requests))
     for request, result in zip(requests, results, strict=True):
         expected = reference_of(model, request.prompt_ids, result.token_ids)
-        np.testing.assert_allclose(result.logprobs, expected, atol=1e-3 if dtype == "float32" else 0.1)
+        np.testing.assert_allclose(result.logprobs, expected, atol=1e-3 if dtype == "float32" else 0.3)
         scores = reference_of(model, request.prompt_ids[:3], request.prompt_ids[3:])
-        np.testing.assert_allclose(result.scores, scores, atol=1e-3 if dtype == "float32" else 0.1)
+        np.testing.assert_allclose(result.scores, scores, atol=1e-3 if dtype == "float32" else 0.3)

@@ -46,12 +46,16 @@ def weights_after(num_steps: int, settings: LearnerSettings, *, device: str, fol
     return torch.cat([p.detach().double().cpu().flatten() for p in learner.model.parameters()])
 
 
+def similarity(a: Tensor, b: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+
+
 @pytest.mark.parametrize("settings", [SETTINGS, EXACT], ids=["preserving", "exact"])
 def test_steps_are_those_of_the_cpu(settings: LearnerSettings, tmp_path: Path) -> None:
     before = weights_after(0, settings, device="cpu", folder=tmp_path)
-    theirs = weights_after(3, settings, device="cpu", folder=tmp_path)
-    ours = weights_after(3, settings, device="cuda", folder=tmp_path)
-    assert (ours - theirs).abs().max() < 0.01 * (theirs - before).abs().max()
+    theirs = weights_after(3, settings, device="cpu", folder=tmp_path) - before
+    ours = weights_after(3, settings, device="cuda", folder=tmp_path) - before
+    assert similarity(ours, theirs) > 0.999  # not each weight: where a gradient is all but 0 Adam divides by rounding
 
 
 def test_a_step_in_bfloat16_goes_the_same_way(tmp_path: Path) -> None:
@@ -59,7 +63,7 @@ def test_a_step_in_bfloat16_goes_the_same_way(tmp_path: Path) -> None:
     before = weights_after(0, wide, device="cpu", folder=tmp_path)
     theirs = weights_after(1, wide, device="cpu", folder=tmp_path) - before
     ours = weights_after(1, replace(wide, autocast="bfloat16"), device="cuda", folder=tmp_path) - before
-    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.9
+    assert similarity(ours, theirs) > 0.9
 
 
 def test_a_checkpoint_goes_from_gpu_to_cpu(tmp_path: Path) -> None:
