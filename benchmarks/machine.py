@@ -16,10 +16,11 @@ INSTRUCTIONS: Final = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores, load and versions."""
+    """Processor, GPU, cores, load and versions."""
     flags = _cpuinfo("flags").split()
     return {
         "cpu": _cpuinfo("model name") or platform.machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
         "load": round(os.getloadavg()[0], 2),
