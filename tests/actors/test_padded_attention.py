@@ -65,6 +65,7 @@ def test_each_token_reads_its_sequence_up_to_itself(spans: list[tuple[int, int, 
     torch.testing.assert_close(attended, one_by_one(spans, queries, keys, values))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_engine_on_a_gpu_samples_what_the_model_says(dtype: Literal["float32", "bfloat16"]) -> None:

@@ -17,7 +17,7 @@ from rexrag.learner.mixture import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerCore, LearnerSettings
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 SETTINGS = LearnerSettings(
     optimizer=OptimizerSettings(learning_rate=1e-3), loss=LossSettings(preserve=1.0), micro_batch_tokens=64
