@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import huber_loss
 
 from rexrag.learner.packing import PackRow
 from rexrag.types import FloatArray, IntArray, Origin, Trajectory, TrajectoryGroup
@@ -27,6 +28,8 @@ KEPT_ROWS: Final = 64
 """Rows that are kept; a few of each step suffice, since the penalty is 0 where the policy has not moved."""
 SURE: Final = 0.9
 """Probability from which on a token is kept: what the policy decides, not which of several words it takes."""
+KNEE: Final = 0.5
+"""Fall in log-prob, in nats, up to which the penalty is quadratic: what has hardly been lost is hardly given back."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,8 +120,12 @@ def pack_rows(rows: Sequence[PreservedRow]) -> list[PackRow]:
 
 
 def decrease_penalty(logprob: Tensor, *, kept_logprob: Tensor) -> Tensor:
-    """[E] max(0, log π_kept − log π_θ): how much less likely a token is than when the row was kept."""
-    return torch.relu(kept_logprob - logprob)
+    """[E] Huber's penalty (1964) on d = max(0, log π_kept − log π_θ), the fall since the row was kept:
+
+    d²/(2·KNEE) up to KNEE, d − KNEE/2 beyond (§7)
+    """
+    fall = torch.relu(kept_logprob - logprob)
+    return huber_loss(fall, torch.zeros_like(fall), reduction="none", delta=KNEE) / KNEE
 
 
 def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:

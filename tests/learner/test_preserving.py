@@ -72,8 +72,11 @@ def test_the_sample_is_uniform_over_the_run() -> None:
 
 
 def test_penalty_by_hand() -> None:
-    kept = torch.tensor([-1.0, -1.0, -1.0])
-    assert decrease_penalty(torch.tensor([-3.0, -1.0, -0.5]), kept_logprob=kept).tolist() == [2.0, 0.0, 0.0]
+    logprob = torch.tensor([-3.0, -1.5, -1.2, -1.0, -0.5], requires_grad=True)
+    penalty = decrease_penalty(logprob, kept_logprob=torch.full((5,), -1.0))
+    assert penalty.tolist() == pytest.approx([1.75, 0.25, 0.04, 0.0, 0.0])
+    (slope,) = torch.autograd.grad(penalty.sum(), logprob)
+    assert slope.tolist() == pytest.approx([-1.0, -1.0, -0.4, 0.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -132,8 +135,9 @@ def test_what_has_lost_likelihood_is_raised_again(tmp_path: Path) -> None:
     ids = torch.from_numpy(row.token_ids.astype(np.int64))[None]
     logprob = model(ids).logits[0].log_softmax(-1)
     at = np.flatnonzero(row.has_density)
-    loss = preserve * (-0.1 - logprob[at - 1, row.token_ids[at]]).clamp(min=0).mean()
-    loss.backward()
+    fall = (-0.1 - logprob[at - 1, row.token_ids[at]]).clamp(min=0)
+    loss = preserve * torch.where(fall < 0.5, fall**2, fall - 0.25).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert result.metrics[keys.PRESERVE_LOSS] == pytest.approx(float(loss.detach()), rel=1e-5)
     names = [name for name, _ in model.named_parameters()]
     plain, joined = (torch.cat([by_name[name].flatten() for name in names]) for by_name in gradients)
