@@ -150,10 +150,17 @@ class LossConfig(Section):
     train_hints: bool = Field(True, description="Hint tokens carry loss.")
     train_prefix: bool = Field(False, description="A probe's prefix carries loss too, beside its parent's.")
     preserve: float = Field(
-        1.0,
+        3.0,
         ge=0,
         le=1000,
         description="Weight of the penalty on likelihood that solved groups lose; 0: none. No step goes against them.",
+    )
+    preserve_knee: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="Fall in log-prob, in nats, up to which that penalty is quadratic, so that what has hardly been "
+        "lost is hardly given back; 0: it is the fall itself.",
     )
     preserve_rows: int = Field(16, ge=1, le=64, description="Rows of solved groups that a step trains on for that.")
 

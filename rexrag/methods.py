@@ -26,7 +26,7 @@ METHODS: Final[dict[str, dict[str, object]]] = {
         "loss.baseline": "loo",
         "loss.train_prefix": True,
     },
-    "escape": {**_REX, "probe.dead_end": "group", "correction.mixture": "none", "loss.preserve": 1.0},
+    "escape": {**_REX, "probe.dead_end": "group", "correction.mixture": "none", "loss.preserve": 3.0},
 }
 """What `method` stands for: dotted key -> value."""
 

@@ -155,6 +155,7 @@ def learner_settings(config: Config, *, device: Device) -> LearnerSettings:
             train_hints=loss.train_hints,
             train_prefix=loss.train_prefix,
             preserve=loss.preserve,
+            preserve_knee=loss.preserve_knee,
             preserve_rows=loss.preserve_rows,
         ),
         optimizer=OptimizerSettings(

@@ -28,8 +28,6 @@ KEPT_ROWS: Final = 64
 """Rows that are kept; a few of each step suffice, since the penalty is 0 where the policy has not moved."""
 SURE: Final = 0.9
 """Probability from which on a token is kept: what the policy decides, not which of several words it takes."""
-KNEE: Final = 0.5
-"""Fall in log-prob, in nats, up to which the penalty is quadratic: what has hardly been lost is hardly given back."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,13 +117,14 @@ def pack_rows(rows: Sequence[PreservedRow]) -> list[PackRow]:
     ]
 
 
-def decrease_penalty(logprob: Tensor, *, kept_logprob: Tensor) -> Tensor:
-    """[E] Huber's penalty (1964) on d = max(0, log π_kept − log π_θ), the fall since the row was kept:
+def decrease_penalty(logprob: Tensor, *, kept_logprob: Tensor, knee: float) -> Tensor:
+    """[E] What each token has lost since its row was kept, d = max(0, log π_kept − log π_θ) (§7).
 
-    d²/(2·KNEE) up to KNEE, d − KNEE/2 beyond (§7)
+    Args:
+        knee: κ in nats; above 0 the penalty is Huber's (1964), d²/(2κ) up to κ and d − κ/2 beyond.
     """
     fall = torch.relu(kept_logprob - logprob)
-    return huber_loss(fall, torch.zeros_like(fall), reduction="none", delta=KNEE) / KNEE
+    return huber_loss(fall, torch.zeros_like(fall), reduction="none", delta=knee) / knee if knee else fall
 
 
 def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:

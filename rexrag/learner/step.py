@@ -278,7 +278,8 @@ class LearnerCore:
             def penalty(
                 logprob: torch.Tensor, _: torch.Tensor, chunk: slice, kept: torch.Tensor = kept
             ) -> torch.Tensor:
-                return loss.preserve * decrease_penalty(logprob, kept_logprob=kept[chunk]).sum() / num_tokens
+                lost = decrease_penalty(logprob, kept_logprob=kept[chunk], knee=loss.preserve_knee)
+                return loss.preserve * lost.sum() / num_tokens
 
             with self._autocast():
                 total += backward_in_chunks(self.model, micro, chunk_loss=penalty)

@@ -36,9 +36,11 @@ def solved(first_token: int) -> TrajectoryGroup:
     return group(*rows, name=f"r-{first_token}")
 
 
-def settings(preserve: float) -> LearnerSettings:
+def settings(preserve: float, *, knee: float = 0.0) -> LearnerSettings:
     return LearnerSettings(
-        optimizer=UNCLIPPED, probe=ProbeSettings(filter="none"), loss=LossSettings(preserve=preserve)
+        optimizer=UNCLIPPED,
+        probe=ProbeSettings(filter="none"),
+        loss=LossSettings(preserve=preserve, preserve_knee=knee),
     )
 
 
@@ -71,12 +73,19 @@ def test_the_sample_is_uniform_over_the_run() -> None:
     assert all(abs(counts[quarter] - 960) < 110 for quarter in range(4))
 
 
-def test_penalty_by_hand() -> None:
+@pytest.mark.parametrize(
+    ("knee", "expected", "slopes"),
+    [
+        (0.0, [2.0, 0.5, 0.2, 0.0, 0.0], [-1.0, -1.0, -1.0, 0.0, 0.0]),
+        (0.5, [1.75, 0.25, 0.04, 0.0, 0.0], [-1.0, -1.0, -0.4, 0.0, 0.0]),
+    ],
+)
+def test_penalty_by_hand(knee: float, expected: list[float], slopes: list[float]) -> None:
     logprob = torch.tensor([-3.0, -1.5, -1.2, -1.0, -0.5], requires_grad=True)
-    penalty = decrease_penalty(logprob, kept_logprob=torch.full((5,), -1.0))
-    assert penalty.tolist() == pytest.approx([1.75, 0.25, 0.04, 0.0, 0.0])
+    penalty = decrease_penalty(logprob, kept_logprob=torch.full((5,), -1.0), knee=knee)
+    assert penalty.tolist() == pytest.approx(expected)
     (slope,) = torch.autograd.grad(penalty.sum(), logprob)
-    assert slope.tolist() == pytest.approx([-1.0, -1.0, -0.4, 0.0, 0.0])
+    assert slope.tolist() == pytest.approx(slopes)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +126,8 @@ def test_what_has_not_lost_likelihood_has_no_gradient(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), kept.model.parameters(), strict=True))
 
 
-def test_what_has_lost_likelihood_is_raised_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("knee", [0.0, 10.0])
+def test_what_has_lost_likelihood_is_raised_again(tmp_path: Path, knee: float) -> None:
     """The gradient is joined of that of the step without the penalty and of the penalty's, by an ordinary pass."""
     groups = random_groups()
     row = solved(20).trajectories[0]
@@ -126,7 +136,7 @@ def test_what_has_lost_likelihood_is_raised_again(tmp_path: Path) -> None:
     preserve = 0.7
     gradients = []
     for weight in (0.0, preserve):
-        learner = core(tmp_path, settings=settings(weight))
+        learner = core(tmp_path, settings=settings(weight, knee=knee))
         learner._preserving.add([right] if weight else [])
         result = learner.step(step_batch(groups))
         gradients.append(first_gradient(learner))
@@ -136,8 +146,8 @@ def test_what_has_lost_likelihood_is_raised_again(tmp_path: Path) -> None:
     logprob = model(ids).logits[0].log_softmax(-1)
     at = np.flatnonzero(row.has_density)
     fall = (-0.1 - logprob[at - 1, row.token_ids[at]]).clamp(min=0)
-    loss = preserve * torch.where(fall < 0.5, fall**2, fall - 0.25).mean()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss = preserve * (fall**2 / (2 * knee) if knee else fall).mean()
+    loss.backward()
     assert result.metrics[keys.PRESERVE_LOSS] == pytest.approx(float(loss.detach()), rel=1e-5)
     names = [name for name, _ in model.named_parameters()]
     plain, joined = (torch.cat([by_name[name].flatten() for name in names]) for by_name in gradients)
