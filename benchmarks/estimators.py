@@ -42,7 +42,7 @@ class World:
     Attributes:
         depths: name of a dead end's depth, the probability of going on after the warm start in round numbers -> the
             dial that makes it.
-        size: further dials. settings: over the recipe.
+        size: further dials. settings: over the recipe. ours: of `OURS` besides those that its method stands for.
         threads: of the warm start. jobs: runs at once.
     """
 
@@ -50,6 +50,7 @@ class World:
     depths: dict[str, float]
     size: dict[str, float]
     settings: tuple[str, ...]
+    ours: tuple[str, ...]
     threads: int
     jobs: int
 
@@ -60,6 +61,7 @@ WORLDS: Final = {
         depths={"1e-1": 0.3, "1e-2": 0.03, "1e-3": 0.002, "1e-4": 0.0002, "1e-5": 0.0},
         size={"one_hop": 0.4, "train_one_hop": 0.2, "dev": 250, "test": 400},
         settings=("eval.every=3", "train.checkpoint_every=36", "train.keep_checkpoints=1"),
+        ours=(),
         threads=1,
         jobs=2,
     ),
@@ -67,7 +69,13 @@ WORLDS: Final = {
         recipe=ROOT / "recipes" / "quickstart.toml",
         depths={"2e-4": 0.0, "2e-3": 0.01},
         size={"demonstrations": 480, "test": 200, "dev": 40, "train_one_hop": 0.2},
-        settings=("eval.every=3", "train.checkpoint_every=12", "train.keep_checkpoints=1"),
+        settings=(
+            "eval.every=3",
+            "train.checkpoint_every=12",
+            "train.keep_checkpoints=1",
+            "optimizer.warmup_steps=5",
+        ),
+        ours=("loss.preserve=1", "loss.preserve_knee=0.5"),
         threads=2,
         jobs=1,
     ),
@@ -212,6 +220,7 @@ class Study:
     def _settings(self, cell: Cell) -> list[str]:
         """Over the recipe beside the warm start."""
         words = [word.format(folder=self._work.resolve()) for word in METHODS[cell.method]]
+        words += WORLDS[cell.world].ours if cell.method == OURS else ()
         if cell.method in AS_MANY_ROLLOUTS:
             ours = self._row(replace(cell, method=OURS))
             words.append(f"rollout.group_size={max(2, math.ceil(ours.rollouts / ours.groups))}")
