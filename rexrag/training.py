@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from rexrag.board import Board
 from rexrag.buffer.recovery import accounting_from_log
@@ -81,8 +82,9 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
 def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Board, progress: Progress) -> None:
     config, run = request.config, request.run
     nodes = [max(1, int(node["Resources"].get("CPU", 0))) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    num_gpus = float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
-    layout = plan_layout(config, num_cores=sum(nodes), node_cores=max(nodes), num_gpus=num_gpus)
+    # Ray counts the GPUs of a machine whose torch was built for the CPU alone, too.
+    gpus = ray.cluster_resources().get("GPU", 0.0) if torch.backends.cuda.is_built() else 0.0  # type: ignore[no-untyped-call]
+    layout = plan_layout(config, num_cores=sum(nodes), node_cores=max(nodes), num_gpus=float(gpus))
     progress.stage("starting the learner and the rollout actors")
     buffer: Any = start_replay_actor(
         replay_settings(config, folder=run.buffer, questions=inputs.train),

@@ -45,7 +45,7 @@ def plan_layout(config: Config, *, num_cores: int, node_cores: int, num_gpus: fl
     waits, in evaluations, at the end of a batch or in a synchronous run, the other has the machine.
 
     Args:
-        num_cores, num_gpus: of the cluster. node_cores: of its largest node.
+        num_cores, num_gpus: of the cluster, GPUs that torch can use. node_cores: of its largest node.
 
     Raises:
         ConfigError: learner and actors reserve more GPUs than the cluster has; Ray would wait for them for ever.
@@ -57,8 +57,8 @@ def plan_layout(config: Config, *, num_cores: int, node_cores: int, num_gpus: fl
     if learner_gpus > left:
         raise ConfigError(
             f"{num_actors} rollout actors with rollout.num_gpus = {share:g} and a learner with {learner_gpus:g} need "
-            f"{num_actors * share + learner_gpus:g} GPUs, the cluster has {num_gpus:g}: lower these shares or "
-            f"rollout.num_actors, or set rollout.num_gpus = 0 and learner.num_gpus = 0 to compute on CPUs"
+            f"{num_actors * share + learner_gpus:g} GPUs, the cluster has {num_gpus:g} that torch can use: "
+            f"lower these shares or rollout.num_actors, or set rollout.num_gpus = 0 and learner.num_gpus = 0 to compute on CPUs"
         )
     actor_threads = config.rollout.threads_per_actor or max(1, min(num_cores // num_actors, node_cores))
     return Layout(
