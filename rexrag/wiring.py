@@ -58,7 +58,7 @@ def plan_layout(config: Config, *, num_cores: int, node_cores: int, num_gpus: fl
         raise ConfigError(
             f"{num_actors} rollout actors with rollout.num_gpus = {share:g} and a learner with {learner_gpus:g} need "
             f"{num_actors * share + learner_gpus:g} GPUs, the cluster has {num_gpus:g} that torch can use: "
-            f"lower these shares or rollout.num_actors, or set rollout.num_gpus = 0 and learner.num_gpus = 0 to compute on CPUs"
+            f"lower these shares or rollout.num_actors, or set both shares to 0 to compute on CPUs"
         )
     actor_threads = config.rollout.threads_per_actor or max(1, min(num_cores // num_actors, node_cores))
     return Layout(
