@@ -16,6 +16,7 @@ if os.environ.get("CI"):
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A small Ray on this machine, shared by all tests that need one."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    # Without an address it would join a Ray that runs, or once ran, on this machine.
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
