@@ -55,6 +55,7 @@ class World:
     jobs: int
 
 
+SOFT: Final = ("loss.preserve=1", "loss.preserve_knee=0.5")
 WORLDS: Final = {
     "synthetic": World(
         recipe=ROOT / "recipes" / "synthetic.toml",
@@ -75,7 +76,7 @@ WORLDS: Final = {
             "train.keep_checkpoints=1",
             "optimizer.warmup_steps=5",
         ),
-        ours=("loss.preserve=1", "loss.preserve_knee=0.5"),
+        ours=SOFT,
         threads=2,
         jobs=1,
     ),
@@ -100,7 +101,7 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "grpo, preserving": ("method=grpo", "loss.preserve=3"),
     "none, baseline target": (*NONE, "loss.baseline=target"),
     "escape, each dead rollout": ("method=escape", "probe.dead_end=rollout"),
-    "escape, soft": ("method=escape", "loss.preserve=1", "loss.preserve_knee=0.5"),
+    "escape, soft": ("method=escape", *SOFT),
     "none, half the learning rate": (*NONE, HALF),
     "paper, half the learning rate": ("method=rex", HALF),
     "grpo, half the learning rate": ("method=grpo", HALF),

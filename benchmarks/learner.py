@@ -26,6 +26,7 @@ import torch
 from machine import commit, machine
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
+from rexrag import metrics as keys
 from rexrag.arrow import batch_to_ipc
 from rexrag.hints import HintPool
 from rexrag.learner.correction import CorrectionSettings
@@ -145,10 +146,10 @@ def measure(
         began = _now(device)
         metrics = learner.step(StepBatch(step=step, incarnation="b", groups=streams)).metrics
         times.append(_now(device) - began)
-        updates.append(float(metrics["time/update_s"] or 0.0))
+        updates.append(float(metrics[keys.TIME_UPDATE] or 0.0))
     rows = [row for group in groups for row in group.trajectories]
     row_tokens = sum(len(row.token_ids) - 1 for row in rows)
-    packed = round(row_tokens * (1.0 - float(metrics["learner/shared_share"] or 0.0)))
+    packed = round(row_tokens * (1.0 - float(metrics[keys.LEARNER_SHARED_SHARE] or 0.0)))
     trained = sum(int((row.origin == Origin.POLICY).sum()) for row in rows)
     work = step_flops(model, rows=rows, packed_tokens=packed, trained_tokens=trained) / 1e12
     seconds = float(np.median(times[1:]))
@@ -178,8 +179,8 @@ def step_flops(model: PreTrainedModel, *, rows: Sequence[Trajectory], packed_tok
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     linear = sum(p.numel() for name, p in model.named_parameters() if "layers" in name and p.ndim == 2)
-    scores = sum(len(row.token_ids) ** 2 / 2 for row in rows)
-    scores -= sum(PROMPT_TOKENS**2 / 2 for _ in range(len(rows) - len(rows) // GROUP_SIZE))
+    num_sharing = len(rows) - len(rows) // GROUP_SIZE
+    scores = sum(len(row.token_ids) ** 2 / 2 for row in rows) - num_sharing * PROMPT_TOKENS**2 / 2
     attention = 4 * config.num_attention_heads * head_dim * config.num_hidden_layers * scores
     return float(
         3 * (2 * linear * packed_tokens + attention + 2 * config.vocab_size * config.hidden_size * trained_tokens)

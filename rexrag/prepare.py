@@ -19,7 +19,7 @@ from rexrag.progress import Progress
 from rexrag.retrieval.bm25 import build_bm25
 from rexrag.tiny_model import make_tiny_model
 from rexrag.warmstart import PromptSettings, WarmstartProgress, warm_start
-from rexrag.wiring import device_of, process_environment
+from rexrag.wiring import process_environment
 from rexrag.worlds.write import world_texts, write_world
 
 
@@ -72,7 +72,8 @@ def _warm_start(
         progress.advance_to(state.update / state.num_updates)
 
     env, wanted = config.env, config.prepare
-    num_gpus = float(torch.cuda.is_available()) if config.learner.num_gpus is None else config.learner.num_gpus
+    # This process is outside Ray's shares: it takes a GPU that it sees, where the learner is meant to be on one.
+    on_gpu = torch.cuda.is_available() and config.learner.num_gpus != 0
     result = run_in_child(
         partial(
             warm_start,
@@ -88,7 +89,7 @@ def _warm_start(
                 system_prompt=env.system_prompt,
             ),
             threads=num_threads,
-            device=device_of(num_gpus),
+            device="cuda" if on_gpu else "cpu",
         ),
         name="the warm start",
         environment=process_environment(num_threads),

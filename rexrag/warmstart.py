@@ -93,6 +93,7 @@ class _Run:
     """One supervised start while it runs."""
 
     model: PreTrainedModel
+    device: Device
     rows: Sequence[WeightedRow]
     batch_size: int
     epochs: int
@@ -130,9 +131,7 @@ class _Run:
     def _update(self, rows: Sequence[WeightedRow], optimizer: torch.optim.Optimizer, *, rate: float) -> None:
         total_weight = float(sum(row.weights.sum() for row in rows))
         loss = 0.0
-        for batch in pack(
-            [row.row for row in rows], budget=MICRO_BATCH_TOKENS[self.model.device.type], device=self.model.device
-        ):
+        for batch in pack([row.row for row in rows], budget=MICRO_BATCH_TOKENS[self.device], device=self.model.device):
             weights = torch.cat([rows[i].weights for i in batch.rows]).to(self.model.device) / total_weight
             loss += self._backward(batch, weights)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -144,8 +143,7 @@ class _Run:
         self.num_tokens += sum(len(row.row.token_ids) for row in rows)
 
     def _backward(self, batch: PackedBatch, weights: Tensor) -> float:
-        device: Device = "cuda" if self.model.device.type == "cuda" else "cpu"
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=fastest_dtype(device) == "bfloat16"):
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=fastest_dtype(self.device) == "bfloat16"):
             return backward_in_chunks(
                 self.model, batch, chunk_loss=lambda logprob, _, chunk: -(logprob * weights[chunk]).sum()
             )
@@ -191,6 +189,7 @@ def warm_start(
     use_packed_attention(model)
     run = _Run(
         model=model,
+        device=device,
         rows=rows,
         batch_size=batch_size,
         epochs=epochs,

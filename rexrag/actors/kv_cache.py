@@ -11,8 +11,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-_CPU: Final = torch.device("cpu")
-
 _LENGTH_STEP: Final = 32
 """Lengths of bfloat16 products are multiples of it: each further size keeps memory in the matrix library."""
 
@@ -35,7 +33,7 @@ class KvCache:
         max_length: int,
         head_dim: int,
         dtype: torch.dtype,
-        device: torch.device = _CPU,
+        device: torch.device,
     ) -> None:
         self._max_length = max_length
         self._dtype = dtype

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Final
 
@@ -37,7 +38,6 @@ class PackedLayout:
         key_lengths: tokens of each row, shared ones included; they add up to K.
         query_starts, key_starts: [rows + 1] where each row begins among P and K, and their ends; int32.
         key_index: [K] packed positions of the rows' tokens; None where no row shares (K = P, in order).
-        masks: per row the [queries, keys] causal mask, True where read; None where a row brings all its tokens.
     """
 
     query_lengths: list[int]
@@ -45,7 +45,18 @@ class PackedLayout:
     query_starts: Tensor
     key_starts: Tensor
     key_index: Tensor | None
-    masks: tuple[Tensor | None, ...]
+
+    @cached_property
+    def masks(self) -> tuple[Tensor | None, ...]:
+        """Per row the [queries, keys] causal mask, True where read; None where a row brings all its tokens.
+
+        Made when asked for, since not every kernel needs them.
+        """
+        device = self.query_starts.device
+        return tuple(
+            torch.ones(new, keys, dtype=torch.bool, device=device).tril(keys - new) if new < keys else None
+            for new, keys in zip(self.query_lengths, self.key_lengths, strict=True)
+        )
 
     @classmethod
     def build(
@@ -54,10 +65,6 @@ class PackedLayout:
         """From the number of tokens that each row brings and the packed places of all its tokens."""
         key_lengths = [len(places) for places in key_places]
         shares = any(new < keys for new, keys in zip(num_new, key_lengths, strict=True))
-        masks = tuple(
-            torch.ones(new, keys, dtype=torch.bool, device=device).tril(keys - new) if new < keys else None
-            for new, keys in zip(num_new, key_lengths, strict=True)
-        )
         key_index = torch.from_numpy(np.concatenate(key_places)).to(device) if shares else None
         return cls(
             query_lengths=list(num_new),
@@ -65,7 +72,6 @@ class PackedLayout:
             query_starts=_starts(num_new, device),
             key_starts=_starts(key_lengths, device),
             key_index=key_index,
-            masks=masks,
         )
 
 
@@ -107,18 +113,17 @@ def packed_attention(
     device = query.device.type
     if device == "cuda" and torch.is_autocast_enabled("cuda"):
         return _varlen(query[0], key[0], value[0], packed_layout, scale)[None].to(query.dtype), None
-    attend = _blockwise if device == "cpu" and torch.is_autocast_enabled("cpu") else _fused
-    parts = [
-        attend(q, k, v, mask, scale)
-        for q, k, v, mask in zip(
-            torch.split(query, packed_layout.query_lengths, dim=2),
-            torch.split(key, packed_layout.key_lengths, dim=2),
-            torch.split(value, packed_layout.key_lengths, dim=2),
-            packed_layout.masks,
-            strict=True,
-        )
-        if q.shape[2]
-    ]
+    rows = zip(
+        torch.split(query, packed_layout.query_lengths, dim=2),
+        torch.split(key, packed_layout.key_lengths, dim=2),
+        torch.split(value, packed_layout.key_lengths, dim=2),
+        strict=True,
+    )
+    if device == "cpu" and torch.is_autocast_enabled("cpu"):
+        parts = [_blockwise(q, k, v, scale) for q, k, v in rows if q.shape[2]]
+    else:
+        masked = zip(rows, packed_layout.masks, strict=True)
+        parts = [_fused(q, k, v, mask, scale) for (q, k, v), mask in masked if q.shape[2]]
     return torch.cat(parts, dim=2).transpose(1, 2).to(query.dtype), None
 
 
@@ -148,7 +153,7 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     )  # fmt: skip
 
 
-def _blockwise(query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, scale: float) -> Tensor:
+def _blockwise(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Causal, of the last positions, as all masks of a layout are."""
     narrow = torch.get_autocast_dtype("cpu")
     return block_attention(query[0].to(narrow), key[0].to(narrow), value[0].to(narrow), scale=scale)[None]

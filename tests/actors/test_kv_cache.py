@@ -11,7 +11,15 @@ from rexrag.actors.kv_cache import KvCache
 @pytest.mark.parametrize("max_length", [1, 31, 40, 576])
 def test_reading_length_covers_what_counts_in_few_sizes(max_length: int) -> None:
     def lengths(dtype: torch.dtype) -> list[int]:
-        cache = KvCache(num_layers=1, num_slots=1, num_kv_heads=1, max_length=max_length, head_dim=2, dtype=dtype)
+        cache = KvCache(
+            num_layers=1,
+            num_slots=1,
+            num_kv_heads=1,
+            max_length=max_length,
+            head_dim=2,
+            dtype=dtype,
+            device=torch.device("cpu"),
+        )
         return [cache.reading_length(length) for length in range(1, max_length + 1)]
 
     needed = list(range(1, max_length + 1))
