@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +42,7 @@ class World:
     Attributes:
         depths: name of a dead end's depth, the probability of going on after the warm start in round numbers -> the
             dial that makes it.
-        size: further dials. settings: over the recipe. ours: of `OURS` besides those that its method stands for.
+        size: further dials. settings: over the recipe. by_method: over these, what each does best with on other seeds.
         threads: of the warm start. jobs: runs at once.
     """
 
@@ -50,7 +50,7 @@ class World:
     depths: dict[str, float]
     size: dict[str, float]
     settings: tuple[str, ...]
-    ours: tuple[str, ...]
+    by_method: dict[str, tuple[str, ...]]
     threads: int
     jobs: int
 
@@ -62,7 +62,7 @@ WORLDS: Final = {
         depths={"1e-1": 0.3, "1e-2": 0.03, "1e-3": 0.002, "1e-4": 0.0002, "1e-5": 0.0},
         size={"one_hop": 0.4, "train_one_hop": 0.2, "dev": 250, "test": 400},
         settings=("eval.every=3", "train.checkpoint_every=36", "train.keep_checkpoints=1"),
-        ours=(),
+        by_method={},
         threads=1,
         jobs=2,
     ),
@@ -75,10 +75,12 @@ WORLDS: Final = {
             "train.checkpoint_every=12",
             "train.keep_checkpoints=1",
             "optimizer.warmup_steps=5",
+            "learner.threads=1",
+            "rollout.threads_per_actor=1",
         ),
-        ours=SOFT,
+        by_method={"escape": SOFT, "none": ("optimizer.warmup_steps=10",)},
         threads=2,
-        jobs=1,
+        jobs=2,
     ),
 }
 QUICK_START: Final = "2e-4"
@@ -173,7 +175,7 @@ def plan(
 
 
 class Study:
-    """Runs and their rows. Several threads run cells at once; one warm start's runs are those of one thread."""
+    """Runs and their rows. Several threads run cells at once, in order; a cell waits for what it is measured by."""
 
     def __init__(self, *, work: Path, out: Path) -> None:
         self._work, self._out = work, out
@@ -182,36 +184,35 @@ class Study:
         # torch's random numbers are one sequence per process: starts made at once would not be made twice alike.
         self._preparing = threading.Lock()
         self._rows = {cell_of(row): row for row in (load(out) if out.exists() else [])}
+        self._running: dict[Cell, Future[None]] = {}
 
     def rows(self) -> list[Row]:
         """In the order of the plan."""
         return [self._rows[cell] for cell in plan(list(STUDIES)) if cell in self._rows]
 
     def run_all(self, cells: Sequence[Cell]) -> None:
-        """All runs of a world; those that share a warm start follow one another, as later ones need earlier ones."""
-        groups: dict[str, list[Cell]] = {}
-        for cell in cells:
-            if cell not in self._rows:
-                groups.setdefault(cell.prepared, []).append(cell)
-        if groups:
-            with ThreadPoolExecutor(WORLDS[cells[0].world].jobs) as pool:
-                list(pool.map(self._run_one_by_one, groups.values()))
+        """All runs of a world that have no row yet."""
+        with ThreadPoolExecutor(WORLDS[cells[0].world].jobs) as pool:
+            for cell in cells:
+                if cell not in self._rows:
+                    self._running[cell] = pool.submit(self._run, cell)
+            for future in self._running.values():
+                future.result()
 
-    def _run_one_by_one(self, cells: Sequence[Cell]) -> None:
+    def _run(self, cell: Cell) -> None:
         with self._preparing:
-            prepare_start(cells[0], work=self._work)
-        self._check_start(cells[0])
-        for cell in cells:
-            run(cell, settings=self._settings(cell), work=self._work)
-            row = read(cell, work=self._work, head=self._head)
-            with self._lock:
-                self._rows[cell] = row
-                write(self._out, self.rows())
+            prepare_start(cell, work=self._work)
+        self._check_start(cell)
+        run(cell, settings=self._settings(cell), work=self._work)
+        row = read(cell, work=self._work, head=self._head)
+        with self._lock:
+            self._rows[cell] = row
+            write(self._out, self.rows())
 
     def _check_start(self, cell: Cell) -> None:
         """A start that was made again must be the one that earlier rows began from: another CPU may round otherwise."""
         think = depth_of(cell, work=self._work)
-        others = {row.think for row in self._rows.values() if cell_of(row).prepared == cell.prepared} - {think}
+        others = {row.think for row in self.rows() if cell_of(row).prepared == cell.prepared} - {think}
         if others:
             raise SystemExit(
                 f"the warm start of {cell.prepared} has P(going on) {think}, that of its rows in {self._out} "
@@ -221,7 +222,7 @@ class Study:
     def _settings(self, cell: Cell) -> list[str]:
         """Over the recipe beside the warm start."""
         words = [word.format(folder=self._work.resolve()) for word in METHODS[cell.method]]
-        words += WORLDS[cell.world].ours if cell.method == OURS else ()
+        words += WORLDS[cell.world].by_method.get(cell.method, ())
         if cell.method in AS_MANY_ROLLOUTS:
             ours = self._row(replace(cell, method=OURS))
             words.append(f"rollout.group_size={max(2, math.ceil(ours.rollouts / ours.groups))}")
@@ -231,6 +232,9 @@ class Study:
         return words
 
     def _row(self, cell: Cell) -> Row:
+        """Of a cell that comes earlier in the plan, so that it is finished or another thread's."""
+        if cell in self._running:
+            self._running[cell].result()
         if cell not in self._rows:
             raise SystemExit(
                 f"{cell.name} must be finished before what is measured by it; name its method in --only, too"
