@@ -27,7 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
-from estimators_tables import AT_ALL_DEPTHS, FIGURES, MAIN, MIDDLE, OURS, ROOT, Row, load, tables
+from estimators_tables import AT_ALL_DEPTHS, FIGURES, MAIN, MIDDLE, OURS, QUICK_START, ROOT, Row, load, tables
 from machine import commit, machine
 
 from rexrag.prepare import prepare
@@ -71,20 +71,20 @@ WORLDS: Final = {
         depths={"2e-4": 0.0, "2e-3": 0.01},
         size={"demonstrations": 480, "test": 200, "dev": 40, "train_one_hop": 0.2},
         settings=(
-            "eval.every=3",
-            "train.checkpoint_every=12",
+            "train.steps=16",
+            "eval.every=4",
+            "train.checkpoint_every=16",
             "train.keep_checkpoints=1",
             "optimizer.warmup_steps=5",
+            "optimizer.decay_steps=14",
             "learner.threads=1",
             "rollout.threads_per_actor=1",
         ),
-        by_method={"escape": SOFT, "none": ("optimizer.warmup_steps=10",)},
+        by_method={"escape": SOFT, "none": ("optimizer.warmup_steps=10", "optimizer.decay_steps=8")},
         threads=2,
         jobs=2,
     ),
 }
-QUICK_START: Final = "2e-4"
-"""The real model's depth in its recipe as it is."""
 NONE: Final = ("method=rex", "correction.mixture=none")
 HINT_FREE: Final = ("probe.transfer=hint_free", "probe.filter=none")
 HALF: Final = "optimizer.learning_rate=2e-4"

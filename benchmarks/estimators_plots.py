@@ -20,6 +20,7 @@ from estimators_tables import (
     MAIN,
     MIDDLE,
     OURS,
+    QUICK_START,
     ROOT,
     Row,
     best_of,
@@ -38,12 +39,14 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, default=FIGURES)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     words = parser.parse_args()
-    rows = [row for row in load(words.figures) if row.world == "synthetic" and row.method in MAIN]
+    rows = [row for row in load(words.figures) if row.method in MAIN]
+    synthetic, model = ([row for row in rows if row.world == world] for world in ("synthetic", "model"))
     words.out.mkdir(parents=True, exist_ok=True)
     matplotlib.use("svg")
     plt.rcParams["svg.hashsalt"] = "rexrag"
-    curves([row for row in rows if row.depth == MIDDLE], path=words.out / "estimators-curves.svg")
-    depths(rows, path=words.out / "estimators-depths.svg")
+    curves([row for row in synthetic if row.depth == MIDDLE], path=words.out / "estimators-curves.svg")
+    curves([row for row in model if row.depth == QUICK_START], path=words.out / "estimators-model.svg")
+    depths(synthetic, path=words.out / "estimators-depths.svg")
 
 
 def curves(rows: Sequence[Row], *, path: Path) -> None:

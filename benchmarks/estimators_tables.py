@@ -18,6 +18,8 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 FIGURES: Final = ROOT / "benchmarks" / "results" / "estimators.json"
 OURS: Final = "escape"
 MIDDLE: Final = "1e-4"
+QUICK_START: Final = "2e-4"
+"""The real model's depth in its recipe as it is."""
 BASELINES: Final = ("grpo", "paper")
 MAIN: Final = (OURS, "none", *BASELINES)
 """Methods that the figures that count are about."""
