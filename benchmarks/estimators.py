@@ -169,9 +169,11 @@ def plan(
         for method in methods
         if method in only and (seeds is None or seed in seeds)
     )
-    order = list(METHODS)
+    order, worlds = list(METHODS), list(WORLDS)
     main = (MIDDLE, QUICK_START)
-    return sorted(cells, key=lambda c: (c.world, c.depth not in main, c.seed, c.depth, order.index(c.method)))
+    return sorted(
+        cells, key=lambda c: (worlds.index(c.world), c.depth not in main, c.seed, c.depth, order.index(c.method))
+    )
 
 
 class Study:
