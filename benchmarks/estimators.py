@@ -30,9 +30,11 @@ from typing import Any, Final
 from estimators_tables import AT_ALL_DEPTHS, FIGURES, MAIN, MIDDLE, OURS, QUICK_START, ROOT, Row, load, tables
 from machine import commit, machine
 
+from rexrag.files import write_atomic
 from rexrag.prepare import prepare
 from rexrag.progress import Progress
 from rexrag.recipe import Recipe, flatten, load_recipe, make_config, prepared_values, resolved_toml
+from rexrag.run_folder import read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ WORLDS: Final = {
             "learner.threads=1",
             "rollout.threads_per_actor=1",
         ),
-        by_method={"escape": SOFT, "none": ("optimizer.warmup_steps=10", "optimizer.decay_steps=8")},
+        by_method={OURS: SOFT, "none": ("optimizer.warmup_steps=10", "optimizer.decay_steps=8")},
         threads=2,
         jobs=2,
     ),
@@ -223,8 +225,9 @@ class Study:
 
     def _settings(self, cell: Cell) -> list[str]:
         """Over the recipe beside the warm start."""
-        words = [word.format(folder=self._work.resolve()) for word in METHODS[cell.method]]
-        words += WORLDS[cell.world].by_method.get(cell.method, ())
+        world = WORLDS[cell.world]
+        words = [*world.settings, *(word.format(folder=self._work.resolve()) for word in METHODS[cell.method])]
+        words += world.by_method.get(cell.method, ())
         if cell.method in AS_MANY_ROLLOUTS:
             ours = self._row(replace(cell, method=OURS))
             words.append(f"rollout.group_size={max(2, math.ceil(ours.rollouts / ours.groups))}")
@@ -252,7 +255,7 @@ def prepare_start(cell: Cell, *, work: Path) -> None:
     if path.exists():
         return
     size = ", ".join(f"{k} = {v}" for k, v in {**world.size, "decision_weight": world.depths[cell.depth]}.items())
-    words = [*world.settings, f"train.seed={cell.seed}", f"prepare.world_size={{ {size} }}"]
+    words = [f"train.seed={cell.seed}", f"prepare.world_size={{ {size} }}"]
     recipe = load_recipe(world.recipe, overrides=words)
     with Progress() as progress:
         prepare(recipe.config, folder=folder, num_threads=world.threads, progress=progress)
@@ -293,7 +296,7 @@ def cell_of(row: Row) -> Cell:
 def read(cell: Cell, *, work: Path, head: str) -> Row:
     """What the finished run came to."""
     folder = work / "runs" / cell.name
-    evaluations, steps = lines(folder / "eval.jsonl"), lines(folder / "metrics.jsonl")
+    evaluations, steps = read_jsonl(folder / "eval.jsonl"), read_jsonl(folder / "metrics.jsonl")
     before, after = [line for line in evaluations if line["split"] == "test"]
     dev = [line for line in evaluations if line["split"] == "dev"]
     one_hop = [line["by_hops"]["1"]["em"] for line in dev]
@@ -355,17 +358,11 @@ def seconds(steps: Iterable[dict[str, Any]]) -> float:
     return float(sum(step["time/step_s"] for step in steps))
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Whole or not at all: the rows are the memory of the study."""
     result = {"machine": machine(), "rows": [asdict(row) for row in rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(result, indent=1) + "\n")
-    new.replace(path)
+    write_atomic(path, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 from machine import commit, machine
+
+from rexrag.run_folder import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "quickstart.toml"
@@ -117,7 +118,7 @@ def memory_gb(pid: int) -> float:
 
 
 def read(folder: Path, *, method: str, seed: int) -> Row:
-    evaluations, steps = lines(folder / "eval.jsonl"), lines(folder / "metrics.jsonl")
+    evaluations, steps = read_jsonl(folder / "eval.jsonl"), read_jsonl(folder / "metrics.jsonl")
     test = [line for line in evaluations if line["split"] == "test"]
     one_hop = [line["by_hops"]["1"]["em"] for line in evaluations if line["split"] == "dev" and "1" in line["by_hops"]]
     targets = sum(line["target/count"] for line in steps)
@@ -141,11 +142,7 @@ def read(folder: Path, *, method: str, seed: int) -> Row:
 
 
 def num_groups(folder: Path) -> int:
-    return sum(round(line["group/count"]) for line in lines(folder / "metrics.jsonl"))
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return sum(round(line["group/count"]) for line in read_jsonl(folder / "metrics.jsonl"))
 
 
 def table(rows: list[Row]) -> str:

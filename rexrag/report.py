@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console, Group, RenderableType
@@ -27,7 +26,7 @@ def print_report(run: RunFolder, *, console: Console) -> None:
 
 
 def _parts(run: RunFolder) -> Iterator[RenderableType]:
-    evaluations, steps = _lines(run.eval), _lines(run.metrics)
+    evaluations, steps = read_jsonl(run.eval), read_jsonl(run.metrics)
     for split in ("test", "dev"):
         lines = [line for line in evaluations if line["split"] == split]
         if len(lines) > 1:
@@ -37,15 +36,11 @@ def _parts(run: RunFolder) -> Iterator[RenderableType]:
     ]
     if rates:
         yield Text(f"dead ends among rollouts, step by step: {bars(rates)}  {rates[0]:.0%} to {rates[-1]:.0%}")
-    yield from _rescue(_lines(run.samples))
+    yield from _rescue(read_jsonl(run.samples))
     if run.committed_checkpoints():
         yield Text(f"best checkpoint: {run.best_checkpoint()}")
     yield Text(f"run folder:      {run.root}")
     yield Text(f"curves:          tensorboard --logdir {run.tensorboard}")
-
-
-def _lines(path: Path) -> list[Line]:
-    return [dict(line) for line in read_jsonl(path)]
 
 
 def em_table(before: Line, after: Line, *, split: str) -> Table:

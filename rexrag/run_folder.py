@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from rexrag.errors import Interrupted, ModelError, RunFolderError
 from rexrag.files import write_atomic
@@ -154,7 +154,7 @@ class RunFolder:
         if not committed:
             raise RunFolderError(f"run {self.root}: has no checkpoint yet; wait for one, or name a model folder.")
         scores = {line["step"]: line["em"] for line in read_jsonl(self.eval) if line.get("split") == "dev"}
-        scored = [(float(str(scores[step])), step) for step in committed if step in scores]
+        scored = [(scores[step], step) for step in committed if step in scores]
         return committed[max(scored)[1] if scored else max(committed)]
 
     def record(self) -> RunRecord:
@@ -305,7 +305,7 @@ def run_of(path: Path) -> RunFolder | None:
     return None
 
 
-def read_jsonl(path: Path) -> list[dict[str, object]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a run's own jsonl file; a torn last line is left out, no file is no line."""
     if not path.exists():
         return []
