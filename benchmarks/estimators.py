@@ -1,6 +1,7 @@
 """Which method leaves a dead end, at what cost, and what it forgets on the way: the study of docs/estimators.md.
 
-    python benchmarks/estimators.py --work DIR [--study methods depths model] [--only NAME ...] [--out FILE.json]
+    python benchmarks/estimators.py --work DIR [--study methods depths model] [--only METHOD ...] [--depths DEPTH ...]
+        [--seeds SEED ...] [--gpu] [--out FILE.json]
 
 `methods` and `depths`: the invented world of `recipes/synthetic.toml`, every method at one depth of the dead end, the
 main ones at five. `model`: the real language model of `recipes/quickstart.toml`, the main methods at two depths. The
@@ -27,6 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from estimators_tables import AT_ALL_DEPTHS, FIGURES, MAIN, MIDDLE, OURS, QUICK_START, ROOT, Row, load, tables
 from machine import commit, machine
 
@@ -57,6 +59,8 @@ class World:
     jobs: int
 
 
+ON_GPU: Final = ("rollout.num_gpus=0.5", "learner.micro_batch_tokens=8192")
+"""Actor and learner share the card. The larger micro-batches change what is added up in one pass, nothing else."""
 SOFT: Final = ("loss.preserve=1", "loss.preserve_knee=0.5")
 WORLDS: Final = {
     "synthetic": World(
@@ -149,18 +153,26 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--study", nargs="+", choices=STUDIES, default=["methods", "depths"])
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--depths", nargs="+", choices=sorted({depth for world in WORLDS.values() for depth in world.depths})
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="of those of the study")
+    parser.add_argument("--gpu", action="store_true", help="train and generate on the machine's GPU")
     parser.add_argument("--out", type=Path, default=FIGURES)
     words = parser.parse_args()
-    study = Study(work=words.work, out=words.out)
-    cells = plan(words.study, only=words.only, seeds=words.seeds)
+    study = Study(work=words.work, out=words.out, gpu=torch.cuda.get_device_name() if words.gpu else None)
+    cells = plan(words.study, only=words.only, depths=words.depths, seeds=words.seeds)
     for world in dict.fromkeys(cell.world for cell in cells):
         study.run_all([cell for cell in cells if cell.world == world])
     print("\n\n".join(tables(study.rows())))
 
 
 def plan(
-    studies: Sequence[str], *, only: Sequence[str] = tuple(METHODS), seeds: Sequence[int] | None = None
+    studies: Sequence[str],
+    *,
+    only: Sequence[str] = tuple(METHODS),
+    depths: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Cell]:
     """All runs of the studies, each once, those of a world, depth and seed together."""
     cells = dict.fromkeys(
@@ -169,7 +181,7 @@ def plan(
         for depth, all_seeds, methods in STUDIES[study]
         for seed in all_seeds
         for method in methods
-        if method in only and (seeds is None or seed in seeds)
+        if method in only and (depths is None or depth in depths) and (seeds is None or seed in seeds)
     )
     order, worlds = list(METHODS), list(WORLDS)
     main = (MIDDLE, QUICK_START)
@@ -181,8 +193,8 @@ def plan(
 class Study:
     """Runs and their rows. Several threads run cells at once, in order; a cell waits for what it is measured by."""
 
-    def __init__(self, *, work: Path, out: Path) -> None:
-        self._work, self._out = work, out
+    def __init__(self, *, work: Path, out: Path, gpu: str | None = None) -> None:
+        self._work, self._out, self._gpu = work, out, gpu
         self._head = commit()
         self._lock = threading.Lock()
         # torch's random numbers are one sequence per process: starts made at once would not be made twice alike.
@@ -208,7 +220,7 @@ class Study:
             prepare_start(cell, work=self._work)
         self._check_start(cell)
         run(cell, settings=self._settings(cell), work=self._work)
-        row = read(cell, work=self._work, head=self._head)
+        row = read(cell, work=self._work, head=self._head, gpu=self._gpu)
         with self._lock:
             self._rows[cell] = row
             write(self._out, self.rows())
@@ -227,7 +239,7 @@ class Study:
         """Over the recipe beside the warm start."""
         world = WORLDS[cell.world]
         words = [*world.settings, *(word.format(folder=self._work.resolve()) for word in METHODS[cell.method])]
-        words += world.by_method.get(cell.method, ())
+        words += [*world.by_method.get(cell.method, ()), *(ON_GPU if self._gpu else ())]
         if cell.method in AS_MANY_ROLLOUTS:
             ours = self._row(replace(cell, method=OURS))
             words.append(f"rollout.group_size={max(2, math.ceil(ours.rollouts / ours.groups))}")
@@ -293,7 +305,7 @@ def cell_of(row: Row) -> Cell:
     return Cell(world=row.world, method=row.method, depth=row.depth, seed=row.seed)
 
 
-def read(cell: Cell, *, work: Path, head: str) -> Row:
+def read(cell: Cell, *, work: Path, head: str, gpu: str | None) -> Row:
     """What the finished run came to."""
     folder = work / "runs" / cell.name
     evaluations, steps = read_jsonl(folder / "eval.jsonl"), read_jsonl(folder / "metrics.jsonl")
@@ -313,6 +325,7 @@ def read(cell: Cell, *, work: Path, head: str) -> Row:
         depth=cell.depth,
         seed=cell.seed,
         commit=head,
+        gpu=gpu,
         think=depth_of(cell, work=work),
         group_size=group_size,
         steps=len(steps),

@@ -34,7 +34,7 @@ class Row:
     """What one run came to. EM is greedy.
 
     Attributes:
-        commit: of the code that ran. groups: questions asked, of all steps.
+        commit: of the code that ran. gpu: it ran on, None: on the CPU. groups: questions asked, of all steps.
         think: probability of going on after the warm start, median of dev questions.
         escape_step: first step at which EM on dev questions, a line between evaluations, is half-way from the first to
             the last evaluation; None where EM on test questions rises by less than .1.
@@ -50,6 +50,7 @@ class Row:
     depth: str
     seed: int
     commit: str
+    gpu: str | None
     think: float
     group_size: int
     steps: int
