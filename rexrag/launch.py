@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from rexrag.config import KEYS, Config
 from rexrag.errors import ConfigError, RunFolderError, UserError
@@ -30,6 +31,15 @@ from rexrag.recipe import (
     with_prepared,
 )
 from rexrag.run_folder import RunFolder, link_latest, new_run_path
+
+FREE: Final = (
+    "train.steps",
+    "train.checkpoint_every",
+    "rollout.num_actors",
+    "learner.micro_batch_tokens",
+    "learner.gradient_checkpointing",
+)
+"""Settings that a resume may change, beside [eval]: none changes what a step is meant to compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,14 +192,13 @@ def _refuse_changes(stored: Config, wanted: Recipe) -> None:
     if changed:
         lines = [f"{key} = {new[key]!r} [{wanted.sources[key]}]: the run has {old[key]!r}" for key in changed]
         raise ConfigError(
-            "\n".join(lines)
-            + "\nA resumed run keeps its settings (but for train.steps, train.checkpoint_every, eval.* "
-            "and rollout.num_actors); leave these keys as they are, or start a new run."
+            "\n".join(lines) + f"\nA resumed run keeps its settings (but for {', '.join(FREE)} and eval.*); "
+            "leave these keys as they are, or start a new run."
         )
 
 
 def _may_change(key: str) -> bool:
-    return key.startswith("eval.") or key in ("train.steps", "train.checkpoint_every", "rollout.num_actors")
+    return key.startswith("eval.") or key in FREE
 
 
 def _plan_from_checkpoint(

@@ -107,9 +107,11 @@ def test_resume_survives_a_moved_run_folder(recipe: Path, tmp_path: Path) -> Non
 def test_what_may_change_on_resume_is_written_down(recipe: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     train_to(plan(recipe, run_dir=root), 4, interrupt=True)
-    words = ("train.steps=20", "train.checkpoint_every=5", "eval.every=2", "rollout.num_actors=3")
+    words = ["train.steps=20", "train.checkpoint_every=5", "eval.every=2"]
+    words += ["rollout.num_actors=3", "learner.micro_batch_tokens=64"]
     with open_run(plan(recipe, *words, run_dir=root)) as request:
         assert request.config.train.steps == 20
+        assert request.config.learner.micro_batch_tokens == 64
     stored = load_recipe(root / "config.toml").config
     assert (stored.train.steps, stored.train.checkpoint_every, stored.eval.every) == (20, 5, 2)
 

@@ -140,7 +140,7 @@ class LearnerCore:
         Raises:
             StaleGroupError: a group older than the staleness bound, or of the future.
             ValueError: a batch of another step, a group that breaks an invariant.
-            RunFailure: `max_bad_steps` consecutive steps had a non-finite loss or gradient.
+            RunFailure: `max_bad_steps` consecutive steps had a non-finite loss or gradient; the GPU is full.
         """
         started = time.perf_counter()
         if batch.step != self.num_steps + 1:
@@ -152,9 +152,16 @@ class LearnerCore:
         rows = self._rows_to_train(prepared)
         learning_rate = self._optimizer.learning_rate
         before_update = time.perf_counter()
-        done = self._forward_backward(rows, denominator=self._denominator(prepared))
-        if rows and math.isfinite(done.loss):
-            self._preserve(done)
+        try:
+            done = self._forward_backward(rows, denominator=self._denominator(prepared))
+            if rows and math.isfinite(done.loss):
+                self._preserve(done)
+        except torch.OutOfMemoryError as error:
+            raise RunFailure(
+                f"step {batch.step} does not fit into the GPU's memory with learner.micro_batch_tokens = "
+                f"{self._settings.micro_batch_tokens}: resume with a lower one, or with learner.gradient_checkpointing "
+                f"({error})"
+            ) from error
         grad_norm, is_bad = self._finish_update(done, has_rows=bool(rows))
         update_s = time.perf_counter() - before_update
         self._success = updated_success(self._success, right=prepared.num_right_probes, probes=prepared.num_probes)

@@ -337,6 +337,18 @@ def test_non_finite_steps_are_skipped_then_end_the_run(tmp_path: Path) -> None:
         assert len(list(reader)) == 3
 
 
+def test_full_gpu_memory_names_the_setting_that_helps(tmp_path: Path) -> None:
+    learner = core(tmp_path, settings=settings(micro_batch_tokens=48))
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    learner.model.model.register_forward_pre_hook(full)
+    with pytest.raises(RunFailure, match=r"step 1 .* learner\.micro_batch_tokens = 48: .*CUDA out of memory"):
+        learner.step(step_batch(random_groups()))
+    assert learner.num_steps == 0
+
+
 def test_a_good_step_resets_the_count_of_bad_ones(tmp_path: Path) -> None:
     learner = core(tmp_path, settings=settings(max_bad_steps=2))
     norm = learner.model.model.norm.weight
