@@ -150,13 +150,13 @@ class LossConfig(Section):
     train_hints: bool = Field(True, description="Hint tokens carry loss.")
     train_prefix: bool = Field(False, description="A probe's prefix carries loss too, beside its parent's.")
     preserve: float = Field(
-        3.0,
+        1.0,
         ge=0,
         le=1000,
         description="Weight of the penalty on likelihood that solved groups lose; 0: none. No step goes against them.",
     )
     preserve_knee: float = Field(
-        0.0,
+        0.5,
         ge=0,
         le=100,
         description="Fall in log-prob, in nats, up to which that penalty is quadratic, so that what has hardly been "

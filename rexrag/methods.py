@@ -13,6 +13,7 @@ _GRPO: Final[dict[str, object]] = {
     "loss.baseline": "joint",
     "loss.train_prefix": False,
     "loss.preserve": 0.0,
+    "loss.preserve_knee": 0.0,
 }
 _REX: Final = {**_GRPO, "probe.rate": 0.5, "correction.mixture": "token"}
 
@@ -26,7 +27,13 @@ METHODS: Final[dict[str, dict[str, object]]] = {
         "loss.baseline": "loo",
         "loss.train_prefix": True,
     },
-    "escape": {**_REX, "probe.dead_end": "group", "correction.mixture": "none", "loss.preserve": 3.0},
+    "escape": {
+        **_REX,
+        "probe.dead_end": "group",
+        "correction.mixture": "none",
+        "loss.preserve": 1.0,
+        "loss.preserve_knee": 0.5,
+    },
 }
 """What `method` stands for: dotted key -> value."""
 

@@ -152,16 +152,7 @@ class LearnerCore:
         rows = self._rows_to_train(prepared)
         learning_rate = self._optimizer.learning_rate
         before_update = time.perf_counter()
-        try:
-            done = self._forward_backward(rows, denominator=self._denominator(prepared))
-            if rows and math.isfinite(done.loss):
-                self._preserve(done)
-        except torch.OutOfMemoryError as error:
-            raise RunFailure(
-                f"step {batch.step} does not fit into the GPU's memory with learner.micro_batch_tokens = "
-                f"{self._settings.micro_batch_tokens}: resume with a lower one, or with learner.gradient_checkpointing "
-                f"({error})"
-            ) from error
+        done = self._gradient(rows, denominator=self._denominator(prepared))
         grad_norm, is_bad = self._finish_update(done, has_rows=bool(rows))
         update_s = time.perf_counter() - before_update
         self._success = updated_success(self._success, right=prepared.num_right_probes, probes=prepared.num_probes)
@@ -244,6 +235,19 @@ class LearnerCore:
         """Rows that have a gradient: those with an advantage, all of them where the KL term acts."""
         needs_all = self._settings.loss.kl_coef > 0.0
         return [row for row in prepared.rows if len(row.view.trained) and (needs_all or row.advantage != 0.0)]
+
+    def _gradient(self, rows: Sequence[PreparedRow], *, denominator: float) -> _Pass:
+        try:
+            done = self._forward_backward(rows, denominator=denominator)
+            if rows and math.isfinite(done.loss):
+                self._preserve(done)
+        except torch.OutOfMemoryError as error:
+            raise RunFailure(
+                f"step {self.num_steps + 1} does not fit into the GPU's memory with learner.micro_batch_tokens = "
+                f"{self._settings.micro_batch_tokens}: resume with a lower one, or with learner.gradient_checkpointing "
+                f"({error})"
+            ) from error
+        return done
 
     def _forward_backward(self, rows: Sequence[PreparedRow], *, denominator: float) -> _Pass:
         done = _Pass()
