@@ -1,4 +1,4 @@
-"""The tables of docs/estimators.md, from the figures that `estimators.py` wrote.
+"""The tables of docs/estimators.md, and last that of the README, from the figures that `estimators.py` wrote.
 
 python benchmarks/estimators_tables.py [--figures FILE.json]
 """
@@ -23,7 +23,7 @@ QUICK_START: Final = "2e-4"
 BASELINES: Final = ("grpo", "paper")
 MAIN: Final = (OURS, "none", *BASELINES)
 """Methods that the figures that count are about."""
-AT_ALL_DEPTHS: Final = (*MAIN, "escape, each dead rollout")
+AT_ALL_DEPTHS: Final = (*MAIN, "escape, plain penalty", "escape, each dead rollout")
 STUDENT_95: Final = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 """Two-sided 95% quantiles of Student's t by degrees of freedom."""
 ROUNDING: Final = 1e-9
@@ -75,7 +75,8 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figures", type=Path, default=FIGURES)
-    print("\n\n".join(tables(load(parser.parse_args().figures))))
+    rows = load(parser.parse_args().figures)
+    print("\n\n".join([*tables(rows), quick_start_table(rows)]))
 
 
 def load(path: Path) -> list[Row]:
@@ -142,7 +143,13 @@ def depths_table(rows: Sequence[Row]) -> str:
 
 def goals_table(rows: Sequence[Row]) -> str:
     """Whether ours is the best at each depth, and harmless: a line per depth."""
-    titles = ["P(going on)", "best other method", f"`{OURS}` − it", f"`{OURS}` − better of GRPO and paper"]
+    titles = [
+        "P(going on)",
+        "measured, by seed",
+        "best other method",
+        f"`{OURS}` − it",
+        f"`{OURS}` − better of GRPO and paper",
+    ]
     titles += ["worst one-hop change of any seed", "reflecting, most of any seed", "steps later than `none`"]
     lines = []
     for depth, at_depth in by_depth(rows):
@@ -155,6 +162,7 @@ def goals_table(rows: Sequence[Row]) -> str:
         lines.append(
             [
                 depth,
+                " ".join(f"{row.think:.0e}".replace("e-0", "e-") for row in ours.values()),
                 best,
                 estimate(gains(at_depth, best)),
                 estimate(gains(at_depth, best_of(at_depth, baselines))) if baselines else "",
@@ -181,6 +189,28 @@ def harm_table(rows: Sequence[Row]) -> str:
         counts = [sum(fall < -most - ROUNDING for fall in falls) for most in (0.05, 0.4)]
         last = sum(row.one_hop_em[-1] - row.one_hop_em[0] < -0.05 - ROUNDING for row in mine)
         lines.append([method, *(str(count) for count in (len(mine), *counts, last))])
+    return markdown(titles, lines)
+
+
+def quick_start_table(rows: Sequence[Row]) -> str:
+    """The real model at the depth of its recipe, a line per method."""
+    mine = [row for row in rows if row.world == "model" and row.depth == QUICK_START]
+    seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in mine}))
+    titles = ["method", "rollouts", "EM before", "EM after", f"of seeds {seeds}", "1 / 2 / 3 hops"]
+    titles += ["worst one-hop change on dev", "half-way at step"]
+    lines = [
+        [
+            f"`{method}`",
+            thousands(statistics.fmean(row.rollouts for row in runs)),
+            decimal(statistics.fmean(row.em_before for row in runs)),
+            estimate(row.em_after for row in runs),
+            by_seed(row.em_after for row in runs),
+            by_hops(runs),
+            by_seed(row.worst_one_hop for row in runs),
+            steps(runs),
+        ]
+        for method, runs in by_method(mine)
+    ]
     return markdown(titles, lines)
 
 
@@ -246,6 +276,7 @@ def typical(values: Iterable[float | None]) -> str:
 
 def decimal(value: float) -> str:
     """Two decimals without the leading zero, a true minus."""
+    value = round(value, 2) + 0.0  # no negative zero
     return f"{value:.2f}".replace("-0.", "−.").replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
 
 

@@ -134,9 +134,10 @@ def test_tables_of_the_study_are_those_of_its_figures() -> None:
     path = ROOT / "benchmarks" / "estimators_tables.py"
     made = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True, timeout=60).stdout
     page = (DOCS / "estimators.md").read_text(encoding="utf-8")
-    tables = made.strip().split("\n\n")
+    *tables, quick_start = made.strip().split("\n\n")
     assert len(tables) >= 4
     assert all(table in page for table in tables)
+    assert quick_start in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_examples_of_data_files_are_valid(tmp_path: Path) -> None:
