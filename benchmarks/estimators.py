@@ -29,7 +29,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from estimators_tables import AT_ALL_DEPTHS, FIGURES, MAIN, MIDDLE, OURS, QUICK_START, ROOT, Row, load, tables
+from estimators_tables import (
+    AT_ALL_DEPTHS,
+    BASELINES,
+    FIGURES,
+    MAIN,
+    MIDDLE,
+    OURS,
+    QUICK_START,
+    ROOT,
+    Row,
+    load,
+    tables,
+)
 from machine import commit, machine
 
 from rexrag.files import write_atomic
@@ -78,7 +90,7 @@ WORLDS: Final = {
         depths={"2e-4": 0.0, "2e-3": 0.01},
         size={"demonstrations": 480, "test": 200, "dev": 40, "train_one_hop": 0.2},
         settings=("train.checkpoint_every=16", "learner.threads=1", "rollout.threads_per_actor=1"),
-        by_method={"none": ("optimizer.warmup_steps=10", "optimizer.decay_steps=8")},
+        by_method=dict.fromkeys((OURS, *BASELINES), ("optimizer.warmup_steps=5", "optimizer.decay_steps=14")),
         threads=2,
         jobs=2,
     ),
