@@ -24,6 +24,14 @@ BASELINES: Final = ("grpo", "paper")
 MAIN: Final = (OURS, "none", *BASELINES)
 """Methods that the figures that count are about."""
 AT_ALL_DEPTHS: Final = (*MAIN, "escape, plain penalty", "escape, each dead rollout")
+OUTCOME: Final = (
+    "EM before",
+    "EM after",
+    "1 / 2 / 3 hops",
+    "worst one-hop change",
+    "half-way at step",
+    "all rollouts",
+)
 STUDENT_95: Final = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}
 """Two-sided 95% quantiles of Student's t by degrees of freedom."""
 ROUNDING: Final = 1e-9
@@ -121,20 +129,9 @@ def methods_table(rows: Sequence[Row]) -> str:
 
 def depths_table(rows: Sequence[Row]) -> str:
     """A line per depth and method of those that are tried at more than one depth."""
-    titles = ["P(going on)", "method", "EM before", "EM after", f"`{OURS}` − it", "1 / 2 / 3 hops"]
-    titles += ["worst one-hop change", "half-way at step", "all rollouts"]
+    titles = ["P(going on)", "method", f"`{OURS}` − it", *OUTCOME]
     lines = [
-        [
-            depth,
-            method,
-            decimal(statistics.fmean(row.em_before for row in mine)),
-            estimate(row.em_after for row in mine),
-            "" if method == OURS else by_seed(gains(at_depth, method)),
-            by_hops(mine),
-            by_seed(row.worst_one_hop for row in mine),
-            steps(mine),
-            thousands(statistics.fmean(row.rollouts for row in mine)),
-        ]
+        [depth, method, "" if method == OURS else by_seed(gains(at_depth, method)), *outcome(mine)]
         for depth, at_depth in by_depth(rows)
         for method, mine in by_method([row for row in at_depth if row.method in AT_ALL_DEPTHS])
     ]
@@ -196,22 +193,21 @@ def quick_start_table(rows: Sequence[Row]) -> str:
     """The real model at the depth of its recipe, a line per method."""
     mine = [row for row in rows if row.world == "model" and row.depth == QUICK_START]
     seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in mine}))
-    titles = ["method", "rollouts", "EM before", "EM after", f"of seeds {seeds}", "1 / 2 / 3 hops"]
-    titles += ["worst one-hop change on dev", "half-way at step"]
-    lines = [
-        [
-            f"`{method}`",
-            thousands(statistics.fmean(row.rollouts for row in runs)),
-            decimal(statistics.fmean(row.em_before for row in runs)),
-            estimate(row.em_after for row in runs),
-            by_seed(row.em_after for row in runs),
-            by_hops(runs),
-            by_seed(row.worst_one_hop for row in runs),
-            steps(runs),
-        ]
-        for method, runs in by_method(mine)
-    ]
+    titles = ["method", f"EM after, seeds {seeds}", *OUTCOME]
+    lines = [[f"`{method}`", by_seed(row.em_after for row in runs), *outcome(runs)] for method, runs in by_method(mine)]
     return markdown(titles, lines)
+
+
+def outcome(rows: Sequence[Row]) -> list[str]:
+    """What `OUTCOME` names, of one method's runs."""
+    return [
+        decimal(statistics.fmean(row.em_before for row in rows)),
+        estimate(row.em_after for row in rows),
+        by_hops(rows),
+        by_seed(row.worst_one_hop for row in rows),
+        steps(rows),
+        thousands(statistics.fmean(row.rollouts for row in rows)),
+    ]
 
 
 def best_of(rows: Sequence[Row], methods: Iterable[str]) -> str:

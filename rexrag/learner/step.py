@@ -152,8 +152,7 @@ class LearnerCore:
         rows = self._rows_to_train(prepared)
         learning_rate = self._optimizer.learning_rate
         before_update = time.perf_counter()
-        done = self._gradient(rows, denominator=self._denominator(prepared))
-        grad_norm, is_bad = self._finish_update(done, has_rows=bool(rows))
+        done, grad_norm, is_bad = self._update(rows, denominator=self._denominator(prepared))
         update_s = time.perf_counter() - before_update
         self._success = updated_success(self._success, right=prepared.num_right_probes, probes=prepared.num_probes)
         if self._settings.loss.preserve > 0.0:
@@ -236,18 +235,20 @@ class LearnerCore:
         needs_all = self._settings.loss.kl_coef > 0.0
         return [row for row in prepared.rows if len(row.view.trained) and (needs_all or row.advantage != 0.0)]
 
-    def _gradient(self, rows: Sequence[PreparedRow], *, denominator: float) -> _Pass:
+    def _update(self, rows: Sequence[PreparedRow], *, denominator: float) -> tuple[_Pass, float | None, bool]:
+        """The passes over the rows, then what `_finish_update` returns."""
         try:
             done = self._forward_backward(rows, denominator=denominator)
             if rows and math.isfinite(done.loss):
                 self._preserve(done)
+            grad_norm, is_bad = self._finish_update(done, has_rows=bool(rows))
         except torch.OutOfMemoryError as error:
             raise RunFailure(
                 f"step {self.num_steps + 1} does not fit into the GPU's memory with learner.micro_batch_tokens = "
                 f"{self._settings.micro_batch_tokens}: resume with a lower one, or with learner.gradient_checkpointing "
                 f"({error})"
             ) from error
-        return done
+        return done, grad_norm, is_bad
 
     def _forward_backward(self, rows: Sequence[PreparedRow], *, denominator: float) -> _Pass:
         done = _Pass()
