@@ -153,8 +153,7 @@ class LossConfig(Section):
         1.0,
         ge=0,
         le=1000,
-        description="Weight of the penalty on likelihood that solved groups lose; 0: none. What goes against them in a step "
-        "is taken out of it, as firmly as they have lost.",
+        description="Weight of the penalty on likelihood that solved groups lose; 0: none. No step goes against them.",
     )
     preserve_knee: float = Field(
         0.2,

@@ -1,9 +1,8 @@
-"""What the policy gets right is kept: rows of solved groups whose likelihood may hardly fall (§7).
+"""What the policy gets right is kept: rows of solved groups whose likelihood may not fall (§7).
 
 A group that is all right has no advantage, so nothing holds the policy there while other questions pull it elsewhere.
-A sample of such rows is kept from the whole run. Each step that updates the policy trains on some of them, too: what
-has become less likely is raised again, and what would make it still less likely is taken out of the step's gradient,
-both as firmly as it has been lost.
+A sample of such rows is kept from the whole run. Each step that updates the policy takes out of its gradient what would
+make some of them less likely, and raises again what has become so.
 
 Legend: E trained tokens of all rows, P parameters.
 """
