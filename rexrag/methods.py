@@ -14,6 +14,7 @@ _GRPO: Final[dict[str, object]] = {
     "loss.train_prefix": False,
     "loss.preserve": 0.0,
     "loss.preserve_knee": 0.0,
+    "loss.preserve_margin": 0.0,
 }
 _REX: Final = {**_GRPO, "probe.rate": 0.5, "correction.mixture": "token"}
 
@@ -32,7 +33,7 @@ METHODS: Final[dict[str, dict[str, object]]] = {
         "probe.dead_end": "group",
         "correction.mixture": "none",
         "loss.preserve": 1.0,
-        "loss.preserve_knee": 0.2,
+        "loss.preserve_knee": 0.5,
     },
 }
 """What `method` stands for: dotted key -> value."""

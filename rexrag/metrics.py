@@ -115,11 +115,7 @@ PRESERVE_LOSS: Final = _metric(
 PRESERVE_COSINE: Final = _metric(
     "preserve/cosine",
     "Cosine between the gradients of the objective and of that penalty; below 0 the step would undo what was right, "
-    "and that part of it is taken out, as firmly as the next figure says (§7).",
-)
-PRESERVE_FIRMNESS: Final = _metric(
-    "preserve/firmness",
-    "How much of that part is taken out, by how much was lost: 0 nothing, 1 all of it (§7).",
+    "and that part of it is taken out (§7).",
 )
 PRESERVE_ROWS: Final = _metric("preserve/rows", "Rows of solved groups that are kept for it.")
 POLICY_ENTROPY: Final = _metric("policy/entropy", "Mean entropy at the trained positions, nats.")

@@ -117,39 +117,16 @@ def pack_rows(rows: Sequence[PreservedRow]) -> list[PackRow]:
     ]
 
 
-def decrease_penalty(logprob: Tensor, *, kept_logprob: Tensor, knee: float) -> tuple[Tensor, Tensor]:
-    """[E] What each token has lost since its row was kept, d = max(0, log π_kept − log π_θ), and its slope (§7).
+def decrease_penalty(logprob: Tensor, *, kept_logprob: Tensor, knee: float, margin: float = 0.0) -> Tensor:
+    """[E] What each token has lost since its row was kept, d = max(0, log π_kept − log π_θ − m) (§7).
 
     Args:
         knee: κ in nats; above 0 the penalty is Huber's (1964), d²/(2κ) up to κ and d − κ/2 beyond.
-
-    Returns: penalties; slopes min(1, d/κ), 1 for any d > 0 without a knee, no gradient.
+        margin: m in nats, what a token may lose. The projection of `join_gradients` knows no size: without a margin it
+            holds a token that lost a thousandth of a nat as firmly as one that lost half.
     """
-    fall = torch.relu(kept_logprob - logprob)
-    if not knee:
-        return fall, (fall.detach() > 0).to(fall.dtype)
-    penalty = huber_loss(fall, torch.zeros_like(fall), reduction="none", delta=knee) / knee
-    return penalty, (fall.detach() / knee).clamp(max=1.0)
-
-
-class PreservingLoss:
-    """The penalty of a step over the rows drawn, and how firmly it holds. Lifecycle: `chunk_loss` once per chunk."""
-
-    def __init__(self, *, weight: float, knee: float, num_tokens: int) -> None:
-        self._weight, self._knee, self._num_tokens = weight, knee, num_tokens
-        self._slopes = self._squares = 0.0
-
-    def chunk_loss(self, logprob: Tensor, *, kept_logprob: Tensor) -> Tensor:
-        """[] Its part of weight · mean over all tokens."""
-        penalty, slope = decrease_penalty(logprob, kept_logprob=kept_logprob, knee=self._knee)
-        self._slopes += float(slope.sum())
-        self._squares += float(slope.square().sum())
-        return self._weight * penalty.sum() / self._num_tokens
-
-    @property
-    def firmness(self) -> float:
-        """Mean slope of the tokens, each with its slope as its weight: near 0 where little was lost, at most 1."""
-        return self._squares / self._slopes if self._slopes else 0.0
+    fall = torch.relu(kept_logprob - logprob - margin)
+    return huber_loss(fall, torch.zeros_like(fall), reduction="none", delta=knee) / knee if knee else fall
 
 
 def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
@@ -160,18 +137,14 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     return gradients
 
 
-def join_gradients(
-    parameters: Sequence[nn.Parameter], *, objective: Sequence[Tensor | None], firmness: float
-) -> float | None:
+def join_gradients(parameters: Sequence[nn.Parameter], *, objective: Sequence[Tensor | None]) -> float | None:
     """Join the parameters' gradient q, of the penalty, with that of the objective, g, in place (§7):
 
-        g − s · min(0, g·q)/‖q‖² · q  +  min(1, ‖g‖/‖q‖) · q
+        g − min(0, g·q)/‖q‖² · q  +  min(1, ‖g‖/‖q‖) · q
 
-    With a firmness s of 1 the first two terms are the projection of A-GEM (Chaudhry et al. 2019, arXiv 1812.00420,
-    equation 11): to first order a step along them does not raise the penalty. It knows no size: a token that has lost
-    a thousandth of a nat it would hold as firmly as one that has lost half. That is what s is for. The third term
-    lowers the penalty, with at most the objective's own size, or giving back would be the whole of a step that is
-    clipped.
+    The first two terms are the projection of A-GEM (Chaudhry et al. 2019, arXiv 1812.00420, equation 11): to first
+    order a step along them does not raise the penalty. The third lowers it, with at most the objective's own size, or
+    giving back would be the whole of a step that is clipped.
 
     Returns: the cosine between g and q; None where one of them is 0, where g alone is left.
     """
@@ -182,7 +155,7 @@ def join_gradients(
             p.grad = g
         return None
     dot = sum(float(torch.dot(g.flatten(), q.flatten())) for g, q in pairs if g is not None and q is not None)
-    factor = min(1.0, norm / penalty_norm) - firmness * min(0.0, dot) / penalty_norm**2
+    factor = min(1.0, norm / penalty_norm) - min(0.0, dot) / penalty_norm**2
     for p, g in zip(parameters, objective, strict=True):
         if p.grad is not None:
             p.grad.mul_(factor)

@@ -29,7 +29,6 @@ class StepReport:
     loss: float
     preserve_loss: float | None
     preserve_cosine: float | None
-    preserve_firmness: float | None
     num_preserved: int
     grad_norm: float | None
     learning_rate: float
@@ -85,7 +84,6 @@ def _update_metrics(report: StepReport) -> Metrics:
         keys.LOSS_TOTAL: report.loss if report.trained else None,
         keys.PRESERVE_LOSS: report.preserve_loss,
         keys.PRESERVE_COSINE: report.preserve_cosine,
-        keys.PRESERVE_FIRMNESS: report.preserve_firmness,
         keys.PRESERVE_ROWS: float(report.num_preserved),
         keys.GRAD_NORM: report.grad_norm,
         keys.LEARNING_RATE: report.learning_rate if report.updated else None,

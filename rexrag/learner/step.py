@@ -34,7 +34,7 @@ from rexrag.learner.objective import Objective
 from rexrag.learner.optimizer import Optimizer, OptimizerSettings
 from rexrag.learner.packing import PackedBatch, PackRow, pack
 from rexrag.learner.prepare import PreparedRow, PreparedStep, check_ages, prepare_step
-from rexrag.learner.preserving import PreservingLoss, PreservingSet, join_gradients, pack_rows, take_gradients
+from rexrag.learner.preserving import PreservingSet, decrease_penalty, join_gradients, pack_rows, take_gradients
 from rexrag.learner.report import StepReport, step_metrics
 from rexrag.learner.token_metrics import TokenRecord
 from rexrag.learner.trainer_state import TrainerState
@@ -72,7 +72,6 @@ class _Pass:
     loss: float = 0.0
     preserve_loss: float | None = None
     preserve_cosine: float | None = None
-    preserve_firmness: float | None = None
     records: list[TokenRecord] = field(default_factory=list)
     num_micro_batches: int = 0
     num_packed_tokens: int = 0
@@ -170,7 +169,6 @@ class LearnerCore:
             loss=done.loss,
             preserve_loss=done.preserve_loss,
             preserve_cosine=done.preserve_cosine,
-            preserve_firmness=done.preserve_firmness,
             num_preserved=len(self._preserving.rows),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
@@ -285,20 +283,21 @@ class LearnerCore:
             return
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         objective = take_gradients(parameters)
-        penalty = PreservingLoss(weight=loss.preserve, knee=loss.preserve_knee, num_tokens=num_tokens)
         total = 0.0
         for micro in pack(pack_rows(rows), budget=self._settings.micro_batch_tokens, device=self._device):
             kept = torch.from_numpy(np.concatenate([rows[i].logprob for i in micro.rows])).to(self._device)
 
-            def chunk_loss(
+            def penalty(
                 logprob: torch.Tensor, _: torch.Tensor, chunk: slice, kept: torch.Tensor = kept
             ) -> torch.Tensor:
-                return penalty.chunk_loss(logprob, kept_logprob=kept[chunk])
+                lost = decrease_penalty(
+                    logprob, kept_logprob=kept[chunk], knee=loss.preserve_knee, margin=loss.preserve_margin
+                )
+                return loss.preserve * lost.sum() / num_tokens
 
             with self._autocast():
-                total += backward_in_chunks(self.model, micro, chunk_loss=chunk_loss)
-        done.preserve_cosine = join_gradients(parameters, objective=objective, firmness=penalty.firmness)
-        done.preserve_firmness = penalty.firmness
+                total += backward_in_chunks(self.model, micro, chunk_loss=penalty)
+        done.preserve_cosine = join_gradients(parameters, objective=objective)
         done.preserve_loss = total
         done.loss += total
 

@@ -24,14 +24,7 @@ import rexrag.metrics as keys
 from rexrag.learner.loss import LossSettings
 from rexrag.learner.mixture import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
-from rexrag.learner.preserving import (
-    KEPT_ROWS,
-    PreservedRow,
-    PreservingLoss,
-    PreservingSet,
-    decrease_penalty,
-    join_gradients,
-)
+from rexrag.learner.preserving import KEPT_ROWS, PreservedRow, PreservingSet, decrease_penalty, join_gradients
 from rexrag.learner.step import LearnerSettings
 from rexrag.types import EndReason, Origin, TrajectoryGroup
 
@@ -81,49 +74,36 @@ def test_the_sample_is_uniform_over_the_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knee", "expected", "slopes"),
+    ("knee", "margin", "expected", "slopes"),
     [
-        (0.0, [2.0, 0.5, 0.2, 0.0, 0.0], [-1.0, -1.0, -1.0, 0.0, 0.0]),
-        (0.5, [1.75, 0.25, 0.04, 0.0, 0.0], [-1.0, -1.0, -0.4, 0.0, 0.0]),
+        (0.0, 0.0, [2.0, 0.5, 0.2, 0.0, 0.0], [-1.0, -1.0, -1.0, 0.0, 0.0]),
+        (0.5, 0.0, [1.75, 0.25, 0.04, 0.0, 0.0], [-1.0, -1.0, -0.4, 0.0, 0.0]),
+        (0.0, 0.3, [1.7, 0.2, 0.0, 0.0, 0.0], [-1.0, -1.0, 0.0, 0.0, 0.0]),
+        (0.5, 0.1, [1.65, 0.16, 0.01, 0.0, 0.0], [-1.0, -0.8, -0.2, 0.0, 0.0]),
     ],
 )
-def test_penalty_by_hand(knee: float, expected: list[float], slopes: list[float]) -> None:
+def test_penalty_by_hand(knee: float, margin: float, expected: list[float], slopes: list[float]) -> None:
     logprob = torch.tensor([-3.0, -1.5, -1.2, -1.0, -0.5], requires_grad=True)
-    penalty, returned = decrease_penalty(logprob, kept_logprob=torch.full((5,), -1.0), knee=knee)
+    penalty = decrease_penalty(logprob, kept_logprob=torch.full((5,), -1.0), knee=knee, margin=margin)
     assert penalty.tolist() == pytest.approx(expected)
     (slope,) = torch.autograd.grad(penalty.sum(), logprob)
     assert slope.tolist() == pytest.approx(slopes)
-    assert returned.tolist() == pytest.approx([-slope for slope in slopes])
-
-
-def test_firmness_by_hand() -> None:
-    """Slopes of 1, .2 and 0 of what was lost, in two chunks: (1 + .04)/(1 + .2); nothing lost holds nothing."""
-    kept = torch.full((3,), -1.0)
-    loss = PreservingLoss(weight=2.0, knee=0.5, num_tokens=4)
-    assert loss.firmness == 0.0
-    parts = [loss.chunk_loss(torch.tensor(part), kept_logprob=kept[: len(part)]) for part in ([-2.0], [-1.1, -0.3])]
-    assert [float(part) for part in parts] == pytest.approx([2.0 * 0.75 / 4, 2.0 * 0.01 / 4])
-    assert loss.firmness == pytest.approx(1.04 / 1.2)
-    plain = PreservingLoss(weight=2.0, knee=0.0, num_tokens=4)
-    plain.chunk_loss(torch.tensor([-1.001, -0.3]), kept_logprob=kept[:2])
-    assert plain.firmness == 1.0
 
 
 @pytest.mark.parametrize(
-    ("penalty", "firmness", "joined"),
+    ("penalty", "joined"),
     [
-        pytest.param([-3.0, 0.0], 1.0, [-3.0, 4.0], id="the part against it is taken out, then it is added"),
-        pytest.param([-3.0, 0.0], 0.25, [-0.75, 4.0], id="a quarter of the part against it is taken out"),
-        pytest.param([-30.0, 0.0], 1.0, [-5.0, 4.0], id="added with the size of the objective at most"),
-        pytest.param([3.0, 0.0], 1.0, [6.0, 4.0], id="nothing is against it"),
-        pytest.param([0.0, 0.0], 0.0, [3.0, 4.0], id="nothing was lost"),
+        pytest.param([-3.0, 0.0], [-3.0, 4.0], id="the part against it is taken out, then it is added"),
+        pytest.param([-30.0, 0.0], [-5.0, 4.0], id="added with the size of the objective at most"),
+        pytest.param([3.0, 0.0], [6.0, 4.0], id="nothing is against it"),
+        pytest.param([0.0, 0.0], [3.0, 4.0], id="nothing was lost"),
     ],
 )
-def test_joined_gradient_by_hand(penalty: list[float], firmness: float, joined: list[float]) -> None:
+def test_joined_gradient_by_hand(penalty: list[float], joined: list[float]) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
     for parameter, value in zip(parameters[:2], penalty, strict=True):
         parameter.grad = torch.tensor([value])
-    cosine = join_gradients(parameters, objective=[torch.tensor([3.0]), torch.tensor([4.0]), None], firmness=firmness)
+    cosine = join_gradients(parameters, objective=[torch.tensor([3.0]), torch.tensor([4.0]), None])
     assert [float(p.grad) for p in parameters[:2] if p.grad is not None] == pytest.approx(joined)
     assert parameters[2].grad is None
     assert cosine == (pytest.approx(3.0 * penalty[0] / (5.0 * abs(penalty[0]))) if penalty[0] else None)
@@ -132,7 +112,7 @@ def test_joined_gradient_by_hand(penalty: list[float], firmness: float, joined: 
 def test_a_penalty_that_is_not_finite_leaves_no_finite_gradient() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.tensor([float("nan"), 1.0])
-    join_gradients([parameter], objective=[torch.ones(2)], firmness=1.0)
+    join_gradients([parameter], objective=[torch.ones(2)])
     assert not parameter.grad.isfinite().any()
 
 
@@ -174,16 +154,12 @@ def test_what_has_lost_likelihood_is_raised_again(tmp_path: Path, knee: float) -
     names = [name for name, _ in model.named_parameters()]
     plain, joined = (torch.cat([by_name[name].flatten() for name in names]) for by_name in gradients)
     penalty = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    slopes = (fall.detach() / knee).clamp(max=1.0) if knee else (fall.detach() > 0).float()
-    firmness = float(slopes.square().sum() / slopes.sum())
-    assert firmness == 1.0 if not knee else 0.2 < firmness < 0.9
-    against = firmness * min(0.0, float(plain @ penalty)) / float(penalty @ penalty)
+    against = min(0.0, float(plain @ penalty)) / float(penalty @ penalty)
     expected = plain + (min(1.0, float(plain.norm() / penalty.norm())) - against) * penalty
     assert float((joined - expected).norm() / expected.norm()) < 1e-4
     assert float((joined - plain).norm() / plain.norm()) > 0.1
     cosine = float(plain @ penalty / (plain.norm() * penalty.norm()))
     assert result.metrics[keys.PRESERVE_COSINE] == pytest.approx(cosine, abs=1e-4)
-    assert result.metrics[keys.PRESERVE_FIRMNESS] == pytest.approx(firmness, rel=1e-5)
 
 
 def test_without_an_update_nothing_is_trained(tmp_path: Path) -> None:
