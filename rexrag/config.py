@@ -162,12 +162,6 @@ class LossConfig(Section):
         description="Fall in log-prob, in nats, up to which that penalty is quadratic, so that what has hardly been "
         "lost is hardly given back; 0: it is the fall itself.",
     )
-    preserve_margin: float = Field(
-        0.0,
-        ge=0,
-        le=100,
-        description="Fall in log-prob, in nats, that costs nothing: what was decided may be doubted so far.",
-    )
     preserve_rows: int = Field(16, ge=1, le=64, description="Rows of solved groups that a step trains on for that.")
 
 

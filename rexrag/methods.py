@@ -14,7 +14,6 @@ _GRPO: Final[dict[str, object]] = {
     "loss.train_prefix": False,
     "loss.preserve": 0.0,
     "loss.preserve_knee": 0.0,
-    "loss.preserve_margin": 0.0,
 }
 _REX: Final = {**_GRPO, "probe.rate": 0.5, "correction.mixture": "token"}
 

@@ -156,7 +156,6 @@ def learner_settings(config: Config, *, device: Device) -> LearnerSettings:
             train_prefix=loss.train_prefix,
             preserve=loss.preserve,
             preserve_knee=loss.preserve_knee,
-            preserve_margin=loss.preserve_margin,
             preserve_rows=loss.preserve_rows,
         ),
         optimizer=OptimizerSettings(

@@ -17,7 +17,6 @@ class LossSettings:
     Attributes:
         preserve: weight of the penalty on what solved groups lose in likelihood; 0: none.
         preserve_knee: fall in log-prob, in nats, up to which that penalty is quadratic; 0: it is the fall itself.
-        preserve_margin: fall in log-prob, in nats, that costs nothing.
         preserve_rows: kept rows that a step trains on.
     """
 
@@ -30,7 +29,6 @@ class LossSettings:
     train_prefix: bool = False
     preserve: float = 0.0
     preserve_knee: float = 0.0
-    preserve_margin: float = 0.0
     preserve_rows: int = 16
 
 

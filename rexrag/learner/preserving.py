@@ -117,15 +117,13 @@ def pack_rows(rows: Sequence[PreservedRow]) -> list[PackRow]:
     ]
 
 
-def decrease_penalty(logprob: Tensor, *, kept_logprob: Tensor, knee: float, margin: float = 0.0) -> Tensor:
-    """[E] What each token has lost since its row was kept, d = max(0, log π_kept − log π_θ − m) (§7).
+def decrease_penalty(logprob: Tensor, *, kept_logprob: Tensor, knee: float) -> Tensor:
+    """[E] What each token has lost since its row was kept, d = max(0, log π_kept − log π_θ) (§7).
 
     Args:
         knee: κ in nats; above 0 the penalty is Huber's (1964), d²/(2κ) up to κ and d − κ/2 beyond.
-        margin: m in nats, what a token may lose. The projection of `join_gradients` knows no size: without a margin it
-            holds a token that lost a thousandth of a nat as firmly as one that lost half.
     """
-    fall = torch.relu(kept_logprob - logprob - margin)
+    fall = torch.relu(kept_logprob - logprob)
     return huber_loss(fall, torch.zeros_like(fall), reduction="none", delta=knee) / knee if knee else fall
 
 

@@ -290,9 +290,7 @@ class LearnerCore:
             def penalty(
                 logprob: torch.Tensor, _: torch.Tensor, chunk: slice, kept: torch.Tensor = kept
             ) -> torch.Tensor:
-                lost = decrease_penalty(
-                    logprob, kept_logprob=kept[chunk], knee=loss.preserve_knee, margin=loss.preserve_margin
-                )
+                lost = decrease_penalty(logprob, kept_logprob=kept[chunk], knee=loss.preserve_knee)
                 return loss.preserve * lost.sum() / num_tokens
 
             with self._autocast():

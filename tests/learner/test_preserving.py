@@ -74,17 +74,15 @@ def test_the_sample_is_uniform_over_the_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("knee", "margin", "expected", "slopes"),
+    ("knee", "expected", "slopes"),
     [
-        (0.0, 0.0, [2.0, 0.5, 0.2, 0.0, 0.0], [-1.0, -1.0, -1.0, 0.0, 0.0]),
-        (0.5, 0.0, [1.75, 0.25, 0.04, 0.0, 0.0], [-1.0, -1.0, -0.4, 0.0, 0.0]),
-        (0.0, 0.3, [1.7, 0.2, 0.0, 0.0, 0.0], [-1.0, -1.0, 0.0, 0.0, 0.0]),
-        (0.5, 0.1, [1.65, 0.16, 0.01, 0.0, 0.0], [-1.0, -0.8, -0.2, 0.0, 0.0]),
+        (0.0, [2.0, 0.5, 0.2, 0.0, 0.0], [-1.0, -1.0, -1.0, 0.0, 0.0]),
+        (0.5, [1.75, 0.25, 0.04, 0.0, 0.0], [-1.0, -1.0, -0.4, 0.0, 0.0]),
     ],
 )
-def test_penalty_by_hand(knee: float, margin: float, expected: list[float], slopes: list[float]) -> None:
+def test_penalty_by_hand(knee: float, expected: list[float], slopes: list[float]) -> None:
     logprob = torch.tensor([-3.0, -1.5, -1.2, -1.0, -0.5], requires_grad=True)
-    penalty = decrease_penalty(logprob, kept_logprob=torch.full((5,), -1.0), knee=knee, margin=margin)
+    penalty = decrease_penalty(logprob, kept_logprob=torch.full((5,), -1.0), knee=knee)
     assert penalty.tolist() == pytest.approx(expected)
     (slope,) = torch.autograd.grad(penalty.sum(), logprob)
     assert slope.tolist() == pytest.approx(slopes)
