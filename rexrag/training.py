@@ -70,7 +70,11 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
     """
     config, run = request.config, request.run
     with StopSignal().installed() as stop:
-        num_threads = config.learner.threads or os.cpu_count() or 1
+        num_cores = os.cpu_count() or 1
+        if cluster_address() is None:
+            # Ray asks for them again; here, what this machine lacks is told before `[prepare]` has taken its minutes.
+            plan_layout(config, num_cores=num_cores, node_cores=num_cores, num_gpus=torch.cuda.device_count())
+        num_threads = config.learner.threads or num_cores
         prepare(config, folder=run.prepared, num_threads=num_threads, progress=progress)
         inputs = read_inputs(request)
         progress.stage("starting Ray")

@@ -11,9 +11,10 @@ import pytest
 
 from rexrag.errors import UserError
 from rexrag.launch import open_run, plan_run
+from rexrag.progress import Progress
 from rexrag.retrieval.bm25 import build_bm25
 from rexrag.tiny_model import make_tiny_model
-from rexrag.training import read_inputs
+from rexrag.training import read_inputs, train
 
 RECIPE = """
 [model]
@@ -149,3 +150,12 @@ def test_corpus_that_cannot_be_indexed_leaves_no_index(folder: Path, rows: list[
     with pytest.raises(UserError, match=r"bad\.jsonl"):
         build_bm25(folder / "bad.jsonl", folder / "new")
     assert not (folder / "new").exists()
+
+
+def test_more_gpus_than_there_are_are_refused_before_anything_is_prepared(tmp_path: Path) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "synthetic.toml"
+    words = ["rollout.num_actors=99", "rollout.num_gpus=1"]
+    plan = plan_run(recipe, overrides=words, run_dir=tmp_path / "run", resume="auto")
+    with pytest.raises(UserError, match=r"99 rollout actors with rollout\.num_gpus = 1"), open_run(plan) as request:
+        train(request, progress=Progress())
+    assert not (tmp_path / "run").exists()
