@@ -72,7 +72,7 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
     with StopSignal().installed() as stop:
         num_cores = os.cpu_count() or 1
         if cluster_address() is None:
-            # Ray will say what a cluster has. GPUs that this machine lacks are told before `[prepare]` takes its minutes.
+            # What a cluster has Ray will say; GPUs that this machine lacks are told before `[prepare]` takes minutes.
             plan_layout(config, num_cores=num_cores, node_cores=num_cores, num_gpus=torch.cuda.device_count())
         num_threads = config.learner.threads or num_cores
         prepare(config, folder=run.prepared, num_threads=num_threads, progress=progress)
