@@ -31,19 +31,20 @@ import torch
 from machine import commit, machine
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from rexrag.actors.engine import Engine, EngineStats, Finish, GenerateRequest, Generation
-from rexrag.actors.episode import EpisodeRunner, EpisodeSettings
+from rexrag.actors.episode import EpisodeParts, EpisodeSettings
+from rexrag.actors.runner import EpisodeRunner
 from rexrag.actors.scoring import Scorer
-from rexrag.actors.stops import StopFinder
-from rexrag.actors.torch_engine import TorchEngine, TorchEngineSettings
 from rexrag.data.questions import load_questions
+from rexrag.engine.protocol import Engine, EngineStats, Finish, GenerateRequest, Generation
+from rexrag.engine.stops import StopFinder
+from rexrag.engine.torch_engine import TorchEngine, TorchEngineSettings
 from rexrag.env.codec import Codec
 from rexrag.hints import load_hints
-from rexrag.models import fastest_dtype, fetch_smollm2, load_model, load_tokenizer
+from rexrag.model.loading import fastest_dtype, fetch_smollm2, load_model, load_tokenizer
+from rexrag.preparation.warmstart import PromptSettings, warm_start
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
 from rexrag.reward import load_reward
 from rexrag.types import EpisodeScore, Question, WeightVersion
-from rexrag.warmstart import PromptSettings, warm_start
 from rexrag.worlds.write import write_world
 
 Dtype = Literal["float32", "bfloat16"]
@@ -226,12 +227,14 @@ async def run_episodes(engine: Engine, *, prepared: Prepared, codec: Codec, dtyp
     """All episodes at once, greedy."""
     retriever = BM25Retriever(prepared.index)
     runner = EpisodeRunner(
-        engine,
-        retriever=retriever,
-        codec=codec,
-        hints=load_hints(None, codec=codec),
-        scorer=Scorer(load_reward("em", format_weight=0.0), kind="em"),
-        settings=SETTINGS,
+        EpisodeParts(
+            engine=engine,
+            retriever=retriever,
+            codec=codec,
+            hints=load_hints(None, codec=codec),
+            scorer=Scorer(load_reward("em", format_weight=0.0), kind="em"),
+            settings=SETTINGS,
+        )
     )
     began, began_cpu = time.perf_counter(), time.process_time()
     scores = await runner.evaluate(prepared.questions)

@@ -27,7 +27,7 @@ from machine import commit, machine
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from rexrag import metrics as keys
-from rexrag.arrow import batch_to_ipc
+from rexrag.arrow import group_to_ipc
 from rexrag.hints import HintPool
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.optimizer import OptimizerSettings
@@ -140,7 +140,7 @@ def measure(
     groups = random_groups(num_tokens, vocabulary=int(model.config.vocab_size), seed=0)
     times, updates = [], []
     for step in range(1, steps + 1):
-        streams = tuple(batch_to_ipc(_aged(group, step - 1).to_record_batch()) for group in groups)
+        streams = tuple(group_to_ipc(_aged(group, step - 1)) for group in groups)
         if step == 2 and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         began = _now(device)
@@ -216,7 +216,7 @@ def _row(prompt: np.ndarray, rest: np.ndarray, reward: int) -> Trajectory:
     return Trajectory(
         kind=Kind.TARGET, parent=None, branch_point=None, hint_id=None, reward=float(reward), em=float(reward),
         f1=float(reward), correct=bool(reward), end_reason=EndReason.ANSWER, num_searches=NUM_TURNS - 1,
-        num_turns=NUM_TURNS, num_malformed=0, gold_retrieved=None, prompt_length=len(prompt),
+        num_malformed=0, gold_retrieved=None, prompt_length=len(prompt),
         token_ids=np.concatenate([prompt, rest]).astype(np.int32), origin=kinds,
         behavior_logprob=np.where(kinds == Origin.POLICY, -12.0, 0.0).astype(np.float32),
         policy_version=np.zeros(len(kinds), np.int32), action_starts=np.array(starts, np.int32),

@@ -91,8 +91,8 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings with their sources.")] = False,
 ) -> None:
     """Train a policy, or go on with a run."""
-    from rexrag.launch import open_run, plan_run
     from rexrag.recipe import resolved_toml
+    from rexrag.run.plan import open_run, plan_run
 
     plan = plan_run(recipe, overrides=overrides or [], run_dir=run_dir, resume=resume)
     if dry_run:
@@ -101,11 +101,11 @@ def train(
     if plan.finished:
         STDOUT.print(f"run {plan.root} is finished: {plan.start_step} steps; raise train.steps to go on.")
         return
-    from rexrag.board import log_to
-    from rexrag.progress import Progress
-    from rexrag.report import print_report
+    from rexrag.reporting.board import log_to
+    from rexrag.reporting.final_report import print_report
+    from rexrag.reporting.terminal import Progress
+    from rexrag.run.train import train as run_training
     from rexrag.run_folder import RunFolder
-    from rexrag.training import train as run_training
 
     with open_run(plan) as request, log_to(request.run.log), Progress() as progress:
         progress.note(f"run folder: {request.run.root}")
@@ -122,8 +122,8 @@ def warmstart(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Start a model with supervision on weighted demonstrations."""
-    from rexrag.progress import Progress
-    from rexrag.warmstart import WarmstartProgress, warm_start
+    from rexrag.preparation.warmstart import WarmstartProgress, warm_start
+    from rexrag.reporting.terminal import Progress
 
     with Progress() as progress:
         progress.stage("warm start", total=1.0)
@@ -220,9 +220,9 @@ def evaluate(
 ) -> None:
     """Evaluate a model, greedily."""
     from rexrag.data.questions import load_questions
-    from rexrag.evaluate import summarize
     from rexrag.files import write_atomic
-    from rexrag.progress import Progress
+    from rexrag.reporting.evaluation import summarize
+    from rexrag.reporting.terminal import Progress
     from rexrag.standalone import evaluate as run_episodes
     from rexrag.standalone import named_step, settings_for
     from rexrag.types import EpisodeScore
@@ -264,7 +264,7 @@ def ask(
     index: IndexOption,
 ) -> None:
     """Ask one question, and see how the model gets to its answer."""
+    from rexrag.reporting.trace import coloured_trace
     from rexrag.standalone import ask as ask_model
-    from rexrag.trace import coloured_trace
 
     Console(highlight=False, soft_wrap=True).print(coloured_trace(ask_model(model, question=question, index=index)))

@@ -83,7 +83,6 @@ class RewardConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["torch"] = Field("torch", description="Generation engine of the rollout actors.")
     num_actors: int | None = Field(
         None, ge=1, description="Rollout actors; None: one per two cores, or one per GPU if they are on GPUs."
     )

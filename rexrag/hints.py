@@ -120,11 +120,6 @@ class HintPool:
         ]
 
 
-def find_hints(token_ids: Sequence[int] | IntArray, pool: HintPool) -> list[tuple[int, int]]:
-    """All (position, hint) of `token_ids` at which exactly the ids of a hint of the pool stand."""
-    return pool.find(token_ids)
-
-
 def load_hints(path: Path | None, *, codec: Codec, removable: bool = False) -> HintPool:
     """The pool of a file, one hint a line, or the built-in one for None.
 

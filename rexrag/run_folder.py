@@ -28,7 +28,7 @@ _PACKAGES: Final = ("rexrag", "torch", "transformers", "tokenizers", "ray", "pya
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What `run.json` says. `steps`: learner steps done; `incarnation` counts the starts of this run."""
+    """What `run.json` says. `steps`: learner steps done; `starts` counts the starts of this run."""
 
     recipe: str
     seed: int
@@ -36,7 +36,7 @@ class RunRecord:
     started: str
     ended: str | None
     steps: int
-    incarnation: int
+    starts: int
     versions: Mapping[str, str]
     format: int = FORMAT
 
@@ -80,7 +80,7 @@ class RunFolder:
             started=_now(),
             ended=None,
             steps=0,
-            incarnation=0,
+            starts=0,
             versions=_versions(),
         )
         run._write_record(record)
@@ -131,10 +131,6 @@ class RunFolder:
     def prepared(self) -> Path:
         return self.root / "prepared"
 
-    def checkpoint(self, step: int) -> Path:
-        """The folder of the checkpoint after `step`, there or not."""
-        return self.checkpoints / f"step-{step:06d}"
-
     def committed_checkpoints(self) -> dict[int, Path]:
         """Step -> folder of each checkpoint whose `COMMIT` is there, oldest first."""
         found = {}
@@ -167,6 +163,7 @@ class RunFolder:
             fields = json.loads((self.root / "run.json").read_text(encoding="utf-8"))
             written = fields["format"]
             if written == FORMAT:
+                fields.setdefault("starts", fields.pop("incarnation", 0))  # as earlier versions called it
                 return RunRecord(**fields)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunFolderError(f"run {self.root}: run.json cannot be read ({error}); start a new run.") from None
@@ -178,11 +175,6 @@ class RunFolder:
     def set_steps(self, steps: int) -> None:
         """Record the learner steps done."""
         self._update(steps=steps)
-
-    @property
-    def incarnation(self) -> str:
-        """Names this start of the run; the next one sorts after it."""
-        return f"{self.record().incarnation:04d}"
 
     def cut_after(self, step: int) -> None:
         """Move the lines of later steps out of metrics, evaluations and samples into `*.lost.jsonl`."""
@@ -213,14 +205,13 @@ class RunFolder:
             link.unlink()
 
     def __enter__(self) -> Self:
-        """Take the lock and begin a new incarnation.
+        """Take the lock and count a start.
 
         Raises:
             RunFolderError: another process holds the lock.
         """
         self._lock()
-        incarnation = self.record().incarnation + 1
-        self._update(status="running", ended=None, incarnation=incarnation, versions=_versions())
+        self._update(status="running", ended=None, starts=self.record().starts + 1, versions=_versions())
         return self
 
     def __exit__(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from rexrag.actors.build import RolloutSettings
+from rexrag.actors.build import RolloutSettings, build_runner
 from rexrag.config import Config
 from rexrag.errors import RetrieverError, RunFailure
-from rexrag.evaluate import evaluate_model
 from rexrag.recipe import flatten, load_recipe, make_config
 from rexrag.retrieval.open import open_target
+from rexrag.run.part_settings import rollout_settings
 from rexrag.run_folder import resolve_model_or_run, run_of
 from rexrag.types import EpisodeScore, Question, WeightVersion
-from rexrag.wiring import rollout_settings
 
 
 def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
@@ -65,9 +65,23 @@ def evaluate(
     """
     version = WeightVersion(incarnation="standalone", step=step)
     try:
-        return evaluate_model(settings, questions=questions, version=version, on_score=on_score)
+        return asyncio.run(_evaluate(settings, questions=questions, version=version, on_score=on_score))
     except RetrieverError as error:
         raise RunFailure(str(error)) from None
+
+
+async def _evaluate(
+    settings: RolloutSettings,
+    *,
+    questions: Sequence[Question],
+    version: WeightVersion,
+    on_score: Callable[[EpisodeScore], None] | None,
+) -> list[EpisodeScore]:
+    runner, engine = build_runner(settings, version=version)
+    try:
+        return await runner.evaluate(questions, on_score=on_score)
+    finally:
+        await engine.close()
 
 
 def ask(model: str, *, question: str, index: str) -> str:

@@ -11,14 +11,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Any, Final, TypeAlias
+from importlib import import_module
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from rexrag.group_schema import GROUP_SCHEMA as GROUP_SCHEMA
-from rexrag.group_schema import LISTS, SCHEMA_VERSION, join_lists, split_lists
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    GROUP_SCHEMA: pa.Schema
+
+
+def __getattr__(name: str) -> object:
+    """`GROUP_SCHEMA`, which users import from here too; what makes it needs these types."""
+    if name == "GROUP_SCHEMA":
+        return import_module("rexrag.arrow").GROUP_SCHEMA
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 IntArray: TypeAlias = npt.NDArray[np.int32]
 ByteArray: TypeAlias = npt.NDArray[np.uint8]
@@ -104,8 +114,7 @@ class Trajectory:
         hint_id: index into the run's hint pool; None for targets.
         reward, em, f1: scores of the answer in the policy's own tokens.
         correct: §2, em = 1 (f1 > 0 where the reward is `f1`).
-        num_turns: model turns; num_searches: searches that were answered; num_malformed: turns without a
-            complete action.
+        num_searches: searches that were answered; num_malformed: turns without a complete action.
         gold_retrieved: a gold passage (or a gold answer in a shown passage) was retrieved; None if unknown.
         token_ids, origin, behavior_logprob, policy_version: [T], recorded at production time (§3).
             `behavior_logprob` is 0 and `policy_version` the version held on prompt and env tokens.
@@ -117,7 +126,7 @@ class Trajectory:
             could not have come from such a probe.
         alternative_branch: tokens after the prompt that precede the branch drawn for a target.
         score_version: version under which `alternative_logprob` was scored.
-        timings: seconds by name (`queue_s`, `generate_s`, `search_s`), None where not measured.
+        generate_s, search_s: seconds that it waited for the engine and for the retriever.
     """
 
     kind: Kind
@@ -130,7 +139,6 @@ class Trajectory:
     correct: bool
     end_reason: EndReason
     num_searches: int
-    num_turns: int
     num_malformed: int
     gold_retrieved: bool | None
     prompt_length: int
@@ -144,7 +152,8 @@ class Trajectory:
     alternative_hint_id: int | None = None
     score_version: int | None = None
     text: str | None = None
-    timings: Mapping[str, float] = field(default_factory=dict)
+    generate_s: float = 0.0
+    search_s: float = 0.0
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -199,6 +208,11 @@ class Trajectory:
             raise ValueError(f"alternative_logprob must be finite, one entry for each of {len(self.token_ids)} tokens")
 
     @property
+    def num_turns(self) -> int:
+        """Model turns."""
+        return len(self.action_starts)
+
+    @property
     def turn_starts(self) -> IntArray:
         """[num_turns] first token of each model turn: one with a density after one without."""
         density = self.has_density.astype(np.int8)
@@ -224,12 +238,6 @@ class Trajectory:
     def max_version(self) -> int | None:
         versions = self.policy_version[self.has_density]
         return int(versions.max()) if len(versions) else None
-
-
-_PER_ROW: Final = (
-    "parent", "branch_point", "hint_id", "reward", "em", "f1", "correct", "num_searches", "num_turns", "num_malformed",
-    "gold_retrieved", "prompt_length", "text", "alternative_branch", "alternative_hint_id", "score_version",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -274,56 +282,6 @@ class TrajectoryGroup:
         """Whether its rows, masked ones left out, have equal rewards: nothing can be learnt from it."""
         return len({row.reward for row in self.trajectories if not row.is_masked}) < 2
 
-    def to_record_batch(self) -> pa.RecordBatch:
-        """The group as one record batch of `GROUP_SCHEMA`."""
-        rows = self.trajectories
-        columns: dict[str, pa.Array] = {
-            "group_id": pa.array([self.group_id] * len(rows)),
-            "question_id": pa.array([self.question_id] * len(rows)),
-            "data_source": pa.array([self.data_source] * len(rows)),
-            "hops": pa.array([self.hops] * len(rows), pa.int32()),
-            "kind": pa.array([row.kind.value for row in rows]),
-            "end_reason": pa.array([row.end_reason.value for row in rows]),
-            "min_version": pa.array([row.min_version for row in rows], pa.int32()),
-            "max_version": pa.array([row.max_version for row in rows], pa.int32()),
-            "timings": pa.array([list(row.timings.items()) for row in rows], GROUP_SCHEMA.field("timings").type),
-        }
-        for name in _PER_ROW:
-            columns[name] = pa.array([getattr(row, name) for row in rows], GROUP_SCHEMA.field(name).type)
-        for name in LISTS:
-            columns[name] = join_lists([getattr(row, name) for row in rows], name)
-        return pa.record_batch([columns[name] for name in GROUP_SCHEMA.names], schema=GROUP_SCHEMA)
-
-    @classmethod
-    def from_record_batch(cls, batch: pa.RecordBatch) -> TrajectoryGroup:
-        """The inverse of `to_record_batch`; per-token arrays are views of the batch, read-only.
-
-        Raises:
-            ValueError: another schema version, another schema, or rows that break an invariant.
-        """
-        version = (batch.schema.metadata or {}).get(b"rexrag.schema_version", b"none").decode()
-        if version != SCHEMA_VERSION:
-            raise ValueError(f"group schema version {version} is unknown, this build reads version {SCHEMA_VERSION}")
-        if not batch.schema.equals(GROUP_SCHEMA):
-            raise ValueError("the record batch does not have GROUP_SCHEMA")
-        names = (*_PER_ROW, "kind", "end_reason", "timings")
-        scalars = {name: batch.column(name).to_pylist() for name in names}
-        lists = {name: split_lists(batch.column(name)) for name in LISTS}
-        rows = []
-        for i in range(batch.num_rows):
-            values: dict[str, Any] = {name: scalars[name][i] for name in _PER_ROW}
-            values |= {name: arrays[i] for name, arrays in lists.items()}
-            rows.append(
-                Trajectory(
-                    kind=Kind(scalars["kind"][i]),
-                    end_reason=EndReason(scalars["end_reason"][i]),
-                    timings=dict(scalars["timings"][i]),
-                    **values,
-                )
-            )
-        first = {name: batch.column(name)[0].as_py() for name in ("group_id", "question_id", "data_source", "hops")}
-        return cls(trajectories=tuple(rows), **first)
-
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class WeightVersion:
@@ -364,6 +322,16 @@ class StepBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One trace to read. `rescued`: a probe that is right where every target of its group is wrong."""
+
+    tag: str
+    text: str
+    rescued: bool
+    fields: Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one learner step did. `metrics` has no NaN: a metric without a value is None.
 
@@ -375,6 +343,7 @@ class StepResult:
     applied: bool
     metrics: Mapping[str, float | None]
     histograms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
     updated: bool = True
 
 

@@ -76,7 +76,7 @@ def is_shell(module: str) -> bool:
 
 def test_the_walk_sees_the_package() -> None:
     assert "rexrag.errors" in own_imports("rexrag.config") | own_imports("rexrag.recipe")
-    assert "rexrag.training" in own_imports("rexrag.cli"), "function-local imports are seen"
+    assert "rexrag.run.train" in own_imports("rexrag.cli"), "function-local imports are seen"
 
 
 @pytest.mark.parametrize("module", sorted(FOUNDATION))
@@ -131,7 +131,7 @@ def test_no_torch_in_types_settings_and_buffer() -> None:
 def test_the_pure_parts_run_where_their_shells_libraries_are_missing() -> None:
     heavy = {"pydantic", "ray", "tantivy", "vllm", "faiss"}
     pure = [m for m in MODULES if within(m, "rexrag.learner") and not is_shell(m)]
-    for module in [*pure, "rexrag.actors.torch_engine"]:
+    for module in [*pure, "rexrag.engine.torch_engine"]:
         users = {name: libraries(name) & heavy for name in {module, *reachable(module)} if libraries(name) & heavy}
         assert not users, f"{module} needs {users}"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from rexrag.errors import UserError
-from rexrag.launch import open_run, plan_run
-from rexrag.progress import Progress
+from rexrag.preparation.tiny_model import make_tiny_model
+from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.bm25 import build_bm25
-from rexrag.tiny_model import make_tiny_model
-from rexrag.training import read_inputs, train
+from rexrag.run.plan import open_run, plan_run
+from rexrag.run.train import read_inputs, train
 
 RECIPE = """
 [model]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import rexrag.training
+import rexrag.run.train
 from rexrag.cli import main
 from rexrag.errors import Interrupted, RunFailure, UserError
-from rexrag.launch import TrainRequest
-from rexrag.progress import Progress
+from rexrag.reporting.terminal import Progress
+from rexrag.run.plan import TrainRequest
 from rexrag.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +98,7 @@ def test_exit_status_and_run_json_say_how_a_training_ended(
         if raised is not None:
             raise raised
 
-    monkeypatch.setattr(rexrag.training, "train", end)
+    monkeypatch.setattr(rexrag.run.train, "train", end)
     assert call(monkeypatch, "train", str(recipe), "--run-dir", "run") == status
     run = tmp_path / "run"
     assert (RunFolder(run).record().status if run.exists() else None) == recorded
@@ -116,10 +116,11 @@ def test_a_finished_run_says_so(
             with request.run.eval.open("a") as file:
                 em = {"em": step / 200, "em_low": 0.0, "em_high": 1.0}
                 file.write(json.dumps({"split": name, "step": step, "n": 8, "by_hops": {}, **em}) + "\n")
-        request.run.checkpoint(100).mkdir()
-        (request.run.checkpoint(100) / "COMMIT").touch()
+        checkpoint = request.run.checkpoints / "step-000100"
+        checkpoint.mkdir()
+        (checkpoint / "COMMIT").touch()
 
-    monkeypatch.setattr(rexrag.training, "train", do_all_steps)
+    monkeypatch.setattr(rexrag.run.train, "train", do_all_steps)
     assert call(monkeypatch, "train", str(recipe), "--run-dir", "run") == 0
     printed = capsys.readouterr().out
     assert "EM on 8 test questions" in printed
@@ -176,7 +177,7 @@ def test_eval_refuses_what_is_not_there(
 def test_json_is_one_object_and_nothing_else_on_stdout(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from rexrag.tiny_model import make_tiny_model
+    from rexrag.preparation.tiny_model import make_tiny_model
 
     corpus: list[dict[str, object]] = [{"id": "1", "contents": '"Q"\nq is a.'}, {"id": "2", "contents": '"B"\nb is c.'}]
     write_lines(tmp_path / "c.jsonl", *corpus)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rexrag.env.codec import Codec
 from rexrag.errors import DataError
-from rexrag.hints import DEFAULT_HINTS, HintPool, find_hints, load_hints
+from rexrag.hints import DEFAULT_HINTS, HintPool, load_hints
 
 pools = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), min_size=1, max_size=8)
 
@@ -136,22 +136,22 @@ def test_a_fork_without_a_hint_is_a_hint_without_tokens(codec: Codec, tmp_path: 
 
 @settings(deadline=None)
 @given(hints=pools, tokens=st.lists(st.integers(0, 3), max_size=20))
-def test_find_hints_agrees_with_a_plain_search(hints: list[list[int]], tokens: list[int]) -> None:
+def test_find_agrees_with_a_plain_search(hints: list[list[int]], tokens: list[int]) -> None:
     expected = [
         (position, hints.index(hint))
         for position in range(len(tokens))
         for hint in sorted(map(list, set(map(tuple, hints))), key=len)
         if tokens[position : position + len(hint)] == hint
     ]
-    assert find_hints(np.array(tokens, dtype=np.int32), HintPool(hints)) == expected
+    assert HintPool(hints).find(np.array(tokens, dtype=np.int32)) == expected
 
 
-def test_find_hints_is_fast_enough_for_every_row() -> None:
+def test_find_is_fast_enough_for_every_row() -> None:
     pool = HintPool([[7, i, *range(20)] for i in range(200)])
     tokens = np.random.default_rng(0).integers(0, 50_000, size=4096, dtype=np.int32)
     tokens[100:122] = pool.ids(5)
     begin = time.perf_counter()
-    assert find_hints(tokens, pool) == [(100, 5)]
+    assert pool.find(tokens) == [(100, 5)]
     assert time.perf_counter() - begin < 0.05
 
 

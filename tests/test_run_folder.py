@@ -25,7 +25,7 @@ def make_run(root: Path) -> RunFolder:
 
 
 def commit(run: RunFolder, step: int) -> Path:
-    folder = run.checkpoint(step)
+    folder = run.checkpoints / f"step-{step:06d}"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "COMMIT").write_text("{}")
@@ -61,13 +61,13 @@ def test_how_a_run_ended(tmp_path: Path, error: BaseException, status: str) -> N
     assert run.record().status == status
 
 
-def test_each_start_is_a_new_incarnation(tmp_path: Path) -> None:
+def test_each_start_is_counted(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     seen = []
     for _ in range(3):
         with run:
-            seen.append(run.incarnation)
-    assert seen == sorted(set(seen))
+            seen.append(run.record().starts)
+    assert seen == [1, 2, 3]
 
 
 def test_the_second_user_is_told_who_holds_the_lock(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_the_lock_goes_away_with_a_killed_holder(tmp_path: Path) -> None:
         holder.kill()
     assert run.record().status == "running"
     with run:
-        assert run.incarnation == "0002"
+        assert run.record().starts == 2
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_only_committed_checkpoints_count(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     commit(run, 20)
     commit(run, 4)
-    run.checkpoint(40).mkdir()
+    (run.checkpoints / "step-000040").mkdir()
     (run.checkpoints / "step-junk").mkdir()
     assert list(run.committed_checkpoints()) == [4, 20]
 
@@ -154,11 +154,11 @@ def test_best_is_by_dev_among_what_is_there_else_the_last(tmp_path: Path) -> Non
         run.best_checkpoint()
     for step in (4, 8, 12):
         commit(run, step)
-    assert run.best_checkpoint() == run.checkpoint(12)
+    assert run.best_checkpoint().name == "step-000012"
     append(run.eval, {"split": "test", "step": 12, "em": 1.0})
     append(run.eval, {"split": "dev", "step": 0, "em": 0.9}, {"split": "dev", "step": 4, "em": 0.5})
     append(run.eval, {"split": "dev", "step": 8, "em": 0.5}, {"split": "dev", "step": 12, "em": 0.4})
-    assert run.best_checkpoint() == run.checkpoint(8)
+    assert run.best_checkpoint().name == "step-000008"
 
 
 def test_names_of_models_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 
 from rexrag.actors.draft import Alternative, Draft
-from rexrag.actors.engine import Engine, GenerateRequest
+from rexrag.engine.protocol import Engine, GenerateRequest
 from rexrag.env.branch import Branch, branch_positions
 from rexrag.hints import HintPool
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rexrag.actors.episode import EpisodeRunner, EpisodeSettings
+from rexrag.actors.episode import EpisodeParts, EpisodeSettings
+from rexrag.actors.runner import EpisodeRunner
 from rexrag.actors.scoring import Scorer
-from rexrag.actors.torch_engine import TorchEngine, TorchEngineSettings
+from rexrag.engine.torch_engine import TorchEngine, TorchEngineSettings
 from rexrag.env.codec import Codec
 from rexrag.hints import load_hints
-from rexrag.models import Device, fastest_dtype, load_model, load_tokenizer
+from rexrag.model.loading import Device, fastest_dtype, load_model, load_tokenizer
 from rexrag.retrieval.open import open_retriever
 from rexrag.reward import load_reward
 from rexrag.types import WeightVersion
@@ -67,12 +68,12 @@ def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[
         max_retries=settings.retriever_max_retries,
     )
     scorer = Scorer(load_reward(settings.reward_kind, format_weight=settings.format_weight), kind=settings.reward_kind)
-    runner = EpisodeRunner(
-        engine,
+    parts = EpisodeParts(
+        engine=engine,
         retriever=retriever,
         codec=codec,
         hints=hints,
         scorer=scorer,
         settings=episodes,
     )
-    return runner, engine
+    return EpisodeRunner(parts), engine

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rexrag.actors.engine import Generation
 from rexrag.actors.scoring import Scores
+from rexrag.engine.protocol import Generation
 from rexrag.types import EndReason, FloatArray, Kind, Origin, Trajectory, Turn
 
 
@@ -61,7 +61,8 @@ class Draft:
     branch_point: int | None = None
     hint_id: int | None = None
     alternative: Alternative | None = None
-    timings: dict[str, float] = field(default_factory=dict)
+    generate_s: float = 0.0
+    search_s: float = 0.0
 
     @classmethod
     def start(cls, prompt_ids: Sequence[int], *, version: int) -> Draft:
@@ -143,7 +144,6 @@ class Draft:
             correct=scores.correct,
             end_reason=end_reason,
             num_searches=self.num_searches,
-            num_turns=len(self.turns),
             num_malformed=self.num_malformed,
             gold_retrieved=None if self.gold_hits is None else any(self.gold_hits),
             prompt_length=self.prompt_length,
@@ -157,7 +157,8 @@ class Draft:
             alternative_hint_id=alternative.hint_id,
             score_version=alternative.version,
             text=text,
-            timings=dict(self.timings),
+            generate_s=self.generate_s,
+            search_s=self.search_s,
         )
 
     def _append(self, ids: Sequence[int], origin: Origin, logprobs: Sequence[float], versions: Sequence[int]) -> None:

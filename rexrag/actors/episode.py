@@ -1,25 +1,24 @@
-"""Episodes of one question: target rollouts, and the probes that fork from those that fail (§2, §3).
+"""One episode: turns of the policy and what the environment answers, until it ends (§2, §3).
 
     prompt -> [turn -> search -> passages]* -> answer          a target
-                 \\-> hint -> turn -> ... -> answer             a probe, forked the moment its target failed
+                 \\-> hint -> turn -> ... -> answer             a probe, written into a fork of a failed target
 
 Pure asyncio over the `Engine` and `Retriever` protocols. An episode never waits for another one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from rexrag.actors.alternative import score_probe, score_target
 from rexrag.actors.draft import Alternative, Draft
-from rexrag.actors.engine import Engine, GenerateRequest, Generation
 from rexrag.actors.scoring import NO_SCORES, Scorer, Scores
 from rexrag.actors.seeds import draw_seed
+from rexrag.engine.protocol import Engine, GenerateRequest, Generation
 from rexrag.env.actions import STOP_STRINGS, Answer, Malformed, Search, locate_action
 from rexrag.env.branch import branch_point
 from rexrag.env.codec import Codec
@@ -28,7 +27,7 @@ from rexrag.env.prompt import render_prompt
 from rexrag.errors import RetrieverError
 from rexrag.hints import HintPool
 from rexrag.retrieval.protocol import Retriever
-from rexrag.types import EndReason, EpisodeScore, GroupLease, Question, Trajectory, TrajectoryGroup, Turn, WeightVersion
+from rexrag.types import EndReason, Question, Trajectory, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,180 +57,30 @@ class EpisodeSettings:
     system_prompt: str | None = None
 
 
-class GroupFailedError(Exception):
-    """Too few rollouts of a group got through: its question is asked again."""
+@dataclass(frozen=True, kw_only=True)
+class EpisodeParts:
+    """What an episode is played with; shared by all episodes of an actor."""
+
+    engine: Engine
+    retriever: Retriever
+    codec: Codec
+    hints: HintPool
+    scorer: Scorer
+    settings: EpisodeSettings
 
 
-class EpisodeRunner:
-    """Runs whole groups, and single greedy episodes for evaluation, over one engine.
+class Episode:
+    """One rollout: writes turns into a draft until it ends.
 
-    Example:
-        >>> runner = EpisodeRunner(engine, retriever=r, codec=c, hints=h, scorer=s, settings=settings)
-        >>> group = await runner.run_group(lease)                                    # doctest: +SKIP
+    Args:
+        salt: of its prefix entries in the engine's cache.
+        names: what its draws are seeded by.
+        on_progress: gets the number of tokens just written.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        *,
-        retriever: Retriever,
-        codec: Codec,
-        hints: HintPool,
-        scorer: Scorer,
-        settings: EpisodeSettings,
-    ) -> None:
-        self._engine = engine
-        self._retriever = retriever
-        self._codec = codec
-        self._hints = hints
-        self._scorer = scorer
-        self._settings = settings
-
-    async def run_group(
-        self, lease: GroupLease, *, on_progress: Callable[[int], None] | None = None
-    ) -> TrajectoryGroup:
-        """All targets of a question and the probes they spawn; `on_progress` gets the tokens just written.
-
-        Raises:
-            GroupFailedError: fewer than two targets (one where a group has one) ended without an outage.
-        """
-        episodes = [
-            _Episode(
-                self, lease.question, salt=self._salt(lease), names=_names(lease, rollout), on_progress=on_progress
-            )
-            for rollout in range(self._settings.group_size)
-        ]
-        verdict = _Verdict(num_targets=len(episodes))
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                running = [
-                    tasks.create_task(self._target_and_probe(episode, row, lease, verdict))
-                    for row, episode in enumerate(episodes)
-                ]
-        finally:
-            self._engine.release(self._salt(lease))
-        pairs = [task.result() for task in running]
-        targets = [target for target, _ in pairs]
-        usable = sum(not target.is_masked for target in targets)
-        if usable < min(2, self._settings.group_size):
-            raise GroupFailedError(
-                f"{usable} of {len(targets)} targets of {lease.question.key} ended without an outage"
-            )
-        return TrajectoryGroup(
-            group_id=lease.group_id,
-            question_id=lease.question.key,
-            data_source=lease.question.data_source,
-            hops=lease.question.hops,
-            trajectories=(*targets, *(probe for _, probe in pairs if probe is not None)),
-        )
-
-    async def evaluate(
-        self, questions: Sequence[Question], *, on_score: Callable[[EpisodeScore], None] | None = None
-    ) -> list[EpisodeScore]:
-        """One greedy episode of each question, without probes.
-
-        All share one prefix cache: what their prompts have in common is computed once.
-
-        Raises:
-            RetrieverError: the retriever failed in the end: an evaluation has no masked rows.
-            RuntimeError: the weights changed on the way: the result would belong to no version.
-        """
-        version = self._engine.version
-        salt = f"eval/{version.incarnation}/{version.step}"
-        room = asyncio.Semaphore(self._settings.eval_episodes)
-
-        async def one(question: Question) -> EpisodeScore:
-            async with room:
-                score = await self._evaluate_one(question, salt=salt, version=version)
-            if on_score is not None:
-                on_score(score)
-            return score
-
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(one(question)) for question in questions]
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None  # the others have the same cause
-        finally:
-            self._engine.release(salt)
-        return [task.result() for task in running]
-
-    async def _evaluate_one(self, question: Question, *, salt: str, version: WeightVersion) -> EpisodeScore:
-        episode = _Episode(self, question, salt=salt, names=("eval", question.key), greedy=True)
-        trajectory = await episode.run(episode.new_draft())
-        if trajectory.is_masked:
-            raise RetrieverError(f"the retriever failed while {question.key} was evaluated")
-        if self._engine.version != version:
-            raise RuntimeError(f"weights changed from {version} to {self._engine.version} during an evaluation")
-        return EpisodeScore(
-            question_id=question.key,
-            data_source=question.data_source,
-            hops=question.hops,
-            version=version,
-            em=trajectory.em,
-            f1=trajectory.f1,
-            num_searches=trajectory.num_searches,
-            num_turns=trajectory.num_turns,
-            num_malformed=trajectory.num_malformed,
-            num_tokens=len(trajectory.token_ids) - trajectory.prompt_length,
-            gold_retrieved=trajectory.gold_retrieved,
-            end_reason=trajectory.end_reason,
-            text=trajectory.text,
-        )
-
-    def _salt(self, lease: GroupLease) -> str:
-        return f"{lease.version.incarnation}/{lease.version.step}/{lease.group_id}"
-
-    async def _target_and_probe(
-        self, episode: _Episode, row: int, lease: GroupLease, verdict: _Verdict
-    ) -> tuple[Trajectory, Trajectory | None]:
-        settings = self._settings
-        draft = episode.new_draft()
-        target = await episode.run(draft)
-        verdict.add(target)
-        if target.is_masked or target.correct or draft.branch_point is None:
-            return target, None
-        if settings.dead_end == "group" and not await verdict.all_failed():
-            return target, None
-        names = _names(lease, settings.group_size + row)
-        rng = random.Random(draw_seed(settings.seed, *names, "probe"))
-        if rng.random() >= settings.probe_rate:
-            return target, None
-        hint_id = self._hints.sample(rng)
-        at = draft.prompt_length + draft.branch_point
-        probe = _Episode(self, episode.question, salt=episode.salt, names=names, on_progress=episode.on_progress)
-        return target, await probe.run(draft.fork(at=at, parent=row, hint_id=hint_id))
-
-
-class _Verdict:
-    """Whether all targets of a question failed, known once the last of them has ended."""
-
-    def __init__(self, *, num_targets: int) -> None:
-        self._left = num_targets
-        self._any_correct = False
-        self._known = asyncio.Event()
-
-    def add(self, target: Trajectory) -> None:
-        self._left -= 1
-        self._any_correct |= target.correct
-        if self._left == 0 or self._any_correct:
-            self._known.set()
-
-    async def all_failed(self) -> bool:
-        await self._known.wait()
-        return not self._any_correct
-
-
-def _names(lease: GroupLease, rollout: int) -> tuple[str | int, ...]:
-    return (lease.epoch, lease.question.key, lease.attempt, rollout)
-
-
-class _Episode:
-    """One rollout over its runner's parts: writes turns into a draft until it ends."""
-
-    def __init__(
-        self,
-        runner: EpisodeRunner,
+        parts: EpisodeParts,
         question: Question,
         *,
         salt: str,
@@ -242,8 +91,8 @@ class _Episode:
         self.question = question
         self.salt = salt
         self.on_progress = on_progress
-        self._runner = runner
-        self._settings = runner._settings
+        self._parts = parts
+        self._settings = parts.settings
         self._names = names
         self._greedy = greedy
 
@@ -251,12 +100,12 @@ class _Episode:
         settings = self._settings
         prompt = render_prompt(
             self.question.question,
-            codec=self._runner._codec,
+            codec=self._parts.codec,
             template=settings.prompt_template,
             system_prompt=settings.system_prompt,
         )
         draft = Draft.start(prompt, version=self._version)
-        draft.gold_hits = [] if self._runner._scorer.knows_gold(self.question) else None
+        draft.gold_hits = [] if self._parts.scorer.knows_gold(self.question) else None
         return draft
 
     async def run(self, draft: Draft) -> Trajectory:
@@ -269,20 +118,20 @@ class _Episode:
         if not masked and not self._greedy:
             draft.alternative = await self._alternative(draft)
         scores = NO_SCORES if masked else self._score(draft)
-        text = self._runner._codec.decode(draft.token_ids[draft.prompt_length :])
+        text = self._parts.codec.decode(draft.token_ids[draft.prompt_length :])
         return draft.finish(end_reason, scores=scores, text=text)
 
     async def _alternative(self, draft: Draft) -> Alternative | None:
         """Scores for hint-free transfer, where they are wanted of such a rollout."""
-        runner, scored = self._runner, self._settings.scored
+        parts, scored = self._parts, self._settings.scored
         if draft.parent is not None and scored != "none":
-            return await score_probe(runner._engine, draft, hints=runner._hints, cache_salt=self.salt)
+            return await score_probe(parts.engine, draft, hints=parts.hints, cache_salt=self.salt)
         if draft.parent is None and scored == "all":
             rng = random.Random(draw_seed(self._settings.seed, *self._names, "alternative"))
             return await score_target(
-                runner._engine,
+                parts.engine,
                 draft,
-                hints=runner._hints,
+                hints=parts.hints,
                 branch=self._settings.branch,
                 cache_salt=self.salt,
                 rng=rng,
@@ -291,12 +140,12 @@ class _Episode:
 
     @property
     def _version(self) -> int:
-        return self._runner._engine.version.step
+        return self._parts.engine.version.step
 
     def _score(self, draft: Draft) -> Scores:
         num_turns = len(draft.turns)
         valid_share = (num_turns - draft.num_malformed) / num_turns if num_turns else 0.0
-        return self._runner._scorer.score(draft.answer, question=self.question, valid_share=valid_share)
+        return self._parts.scorer.score(draft.answer, question=self.question, valid_share=valid_share)
 
     async def _turn(self, draft: Draft) -> EndReason | None:
         """One model turn and what the environment answers; the reason if the episode ends with it."""
@@ -314,11 +163,11 @@ class _Episode:
             return EndReason.TURNS
         if isinstance(action, Search):
             return await self._search(draft, action)
-        return self._append_env(draft, render_feedback(action, codec=self._runner._codec))
+        return self._append_env(draft, render_feedback(action, codec=self._parts.codec))
 
     async def _generate(self, draft: Draft) -> Generation | None:
         """Let the policy write the rest of its turn, after the hint if one is due; None without room for a token."""
-        settings, hints = self._settings, self._runner._hints
+        settings, hints = self._settings, self._parts.hints
         hint_due = draft.hint_id is not None and draft.length - draft.prompt_length == draft.branch_point
         hint = hints.ids(draft.hint_id) if hint_due and draft.hint_id is not None else ()
         start = draft.length + len(hint)
@@ -335,8 +184,8 @@ class _Episode:
             score_from=draft.length if hint else None,
         )
         began = time.monotonic()
-        generation = await self._runner._engine.generate(request)
-        draft.timings["generate_s"] = draft.timings.get("generate_s", 0.0) + time.monotonic() - began
+        generation = await self._parts.engine.generate(request)
+        draft.generate_s += time.monotonic() - began
         if hint:
             draft.add_hint(hint, scores=generation.scores, versions=generation.score_versions)
         draft.add_policy(generation)
@@ -347,7 +196,7 @@ class _Episode:
     def _close_turn(self, draft: Draft) -> Search | Answer | Malformed:
         """Find the turn's action among its policy tokens, and cut what was written after it."""
         positions = draft.policy_positions()
-        located = locate_action([draft.token_ids[i] for i in positions], codec=self._runner._codec)
+        located = locate_action([draft.token_ids[i] for i in positions], codec=self._parts.codec)
         if located.end < len(positions):
             draft.cut(positions[located.end])
         name = {Search: "search", Answer: "answer", Malformed: "malformed"}[type(located.action)]
@@ -361,19 +210,19 @@ class _Episode:
         settings = self._settings
         began = time.monotonic()
         try:
-            passages = await self._runner._retriever.search(action.query, top_k=settings.top_k)
+            passages = await self._parts.retriever.search(action.query, top_k=settings.top_k)
         except RetrieverError:
             return EndReason.ENV_ERROR
         finally:
-            draft.timings["search_s"] = draft.timings.get("search_s", 0.0) + time.monotonic() - began
-        codec = self._runner._codec
+            draft.search_s += time.monotonic() - began
+        codec = self._parts.codec
         ids = render_observation(passages, codec=codec, max_tokens=settings.max_observation_tokens)
         end_reason = self._append_env(draft, ids)
         if end_reason is None:
             draft.num_searches += 1
             if draft.gold_hits is not None:
                 shown = codec.decode(ids)
-                draft.gold_hits.append(self._runner._scorer.shows_gold(self.question, passages=passages, shown=shown))
+                draft.gold_hits.append(self._parts.scorer.shows_gold(self.question, passages=passages, shown=shown))
         return end_reason
 
     def _append_env(self, draft: Draft, ids: list[int]) -> EndReason | None:
@@ -393,6 +242,6 @@ class _Episode:
             max_turns=settings.max_turns,
             max_turn_tokens=settings.max_turn_tokens,
             max_trajectory_tokens=settings.max_trajectory_tokens,
-            longest_hint=self._runner._hints.longest,
+            longest_hint=self._parts.hints.longest,
         )
         draft.branch_point = None if at is None else at - draft.prompt_length

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
+import ray
+from ray.actor import ActorHandle
 
 from rexrag.actors.build import RolloutSettings, build_runner
-from rexrag.actors.engine import EngineStats
 from rexrag.actors.rollout_loop import RolloutLoop
+from rexrag.engine.protocol import EngineStats
+from rexrag.processes import process_environment
 from rexrag.types import EpisodeScore, GroupLease, Question, WeightVersion
+
+MAX_CALLS: Final = 64
+"""Calls that one actor serves at once: `run` takes one of them, evaluations and weights the others."""
 
 
 class RemoteHandle(Protocol):
@@ -74,3 +80,30 @@ class RolloutActor:
 
     async def stats(self) -> EngineStats:
         return self._loop.stats()
+
+
+def start_rollout_actor(
+    actor_id: str,
+    *,
+    settings: RolloutSettings,
+    version: WeightVersion,
+    num_groups: int,
+    buffer: RemoteHandle,
+    num_cpus: float,
+    num_gpus: float,
+) -> ActorHandle[RolloutActor]:
+    """A `RolloutActor` in its own process, for which Ray reserves these shares; `run` lets it begin.
+
+    Args:
+        version: what the weights in `settings.model_path` are called.
+        num_groups: groups that it runs at once.
+    """
+    remote = ray.remote(RolloutActor).options(
+        name=actor_id,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        max_concurrency=MAX_CALLS,
+        runtime_env={"env_vars": process_environment(settings.num_threads)},
+    )
+    handle = remote.remote(actor_id, settings=settings, version=version, num_groups=num_groups, buffer=buffer)
+    return cast("ActorHandle[RolloutActor]", handle)

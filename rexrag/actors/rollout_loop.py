@@ -17,9 +17,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from rexrag.actors.engine import Engine, EngineStats
-from rexrag.actors.episode import EpisodeRunner, GroupFailedError
-from rexrag.arrow import batch_to_ipc
+from rexrag.actors.runner import EpisodeRunner, GroupFailedError
+from rexrag.arrow import group_to_ipc
+from rexrag.engine.protocol import Engine, EngineStats
 from rexrag.errors import RunFailure, UnknownLeaseError
 from rexrag.types import EpisodeScore, GroupLease, Question, WeightVersion
 
@@ -146,7 +146,7 @@ class RolloutLoop:
             await self._buffer.fail(self._actor_id, group_id=lease.group_id, reason="invalid")
         else:
             self._failures = 0
-            await self._append(lease, batch_to_ipc(group.to_record_batch()))
+            await self._append(lease, group_to_ipc(group))
         finally:
             self._changed.set()
 

@@ -16,7 +16,6 @@ from typing import Literal, cast
 import ray
 from ray.actor import ActorHandle
 
-from rexrag.buffer.ledger import Accounting
 from rexrag.buffer.recovery import open_buffer
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import BufferPosition, BufferStatus
@@ -33,7 +32,8 @@ class ReplayActor:
 
         buffer = start_replay_actor(settings, resume_step=None)
         ray.get(buffer.publish.remote(version))
-        batch = ray.get(buffer.take.remote(1, rho=0.18, timeout_s=30.0))
+        if ray.get(buffer.assign.remote(1, rho=0.18, timeout_s=30.0)):
+            batch = ray.get(buffer.take.remote(1))
     """
 
     def __init__(self, settings: ReplaySettings, *, resume_step: int | None) -> None:
@@ -70,14 +70,18 @@ class ReplayActor:
         self._state.fail(actor_id, group_id=group_id, reason=reason)
         self._wake()
 
-    async def take(self, step: int, *, rho: float | None, timeout_s: float) -> StepBatch | None:
-        """The batch of `step`; None where there is none after `timeout_s` seconds."""
+    async def assign(self, step: int, *, rho: float | None, timeout_s: float) -> bool:
+        """Whether `step` has its batch, waiting at most `timeout_s` seconds for it."""
         deadline = time.monotonic() + timeout_s
-        while (batch := self._state.take(step, rho=rho)) is None:
+        while not (done := self._state.assign(step, rho=rho)):
             if not await self._wait(deadline):
                 break
         self._wake()  # stale drops give admission
-        return batch
+        return done
+
+    async def take(self, step: int) -> StepBatch:
+        """The batch of a step that has one."""
+        return self._state.take(step)
 
     async def outcome(self, step: int, *, applied: bool) -> None:
         self._state.outcome(step, applied=applied)
@@ -85,9 +89,6 @@ class ReplayActor:
     async def publish(self, version: WeightVersion) -> None:
         self._state.publish(version)
         self._wake()
-
-    async def accounting(self) -> Accounting:
-        return self._state.accounting()
 
     async def status(self) -> BufferStatus:
         return self._state.status()

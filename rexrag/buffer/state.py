@@ -1,6 +1,6 @@
 """The replay buffer as a pure state machine: no Ray, no clock, no file of its own.
 
-    lease ─▶ (actor works, `renew`) ─▶ append ─▶ take ─▶ (learner works) ─▶ outcome, publish
+    lease ─▶ (actor works, `renew`) ─▶ append ─▶ assign, take ─▶ (learner works) ─▶ outcome, publish
       ▲ admission: waiting + leased + finished + assigned to an unpublished step ≤ (S + 1) · groups_per_step
 
 What must survive a crash is written to the journal first and applied to the ledger after; leases and the published
@@ -46,8 +46,9 @@ class ReplayState:
         state = open_buffer(settings, resume_step=None, clock=time.monotonic)
         state.publish(WeightVersion(incarnation=state.position().incarnation, step=0))
         (lease,) = state.lease("rollout-0", num=1, held=version)
-        state.append("rollout-0", group_id=lease.group_id, ipc=batch_to_ipc(group.to_record_batch()))
-        batch = state.take(1, rho=None)       # None while step 1 has no complete batch
+        state.append("rollout-0", group_id=lease.group_id, ipc=group_to_ipc(group))
+        state.assign(1, rho=None)             # False while step 1 has no complete batch
+        batch = state.take(1)
         state.outcome(1, applied=True)
         state.publish(WeightVersion(incarnation=state.position().incarnation, step=1))
 
@@ -180,8 +181,8 @@ class ReplayState:
         if group.state is GroupState.OPEN:
             self._drop_open(actor_id, group, DropReason(reason))
 
-    def take(self, step: int, *, rho: float | None) -> StepBatch | None:
-        """The batch of `step`, the same each time; None while there is none.
+    def assign(self, step: int, *, rho: float | None) -> bool:
+        """Decide the batch of `step`, once; False while there is none.
 
         The batch is the first `groups_per_step` finished groups, and waits for leased ones that would otherwise miss
         their last chance (`select_batch`).
@@ -190,11 +191,20 @@ class ReplayState:
             ValueError: not the step after the last, or a step that is over.
         """
         self._expire()
+        if step in self._ledger.steps:
+            return True
+        if step != self._ledger.last_step + 1:
+            raise ValueError(f"step {step} cannot be assigned: the next one is {self._ledger.last_step + 1}")
+        return self._assign(step, rho)
+
+    def take(self, step: int) -> StepBatch:
+        """The batch of `step`, the same each time, until its outcome is told.
+
+        Raises:
+            ValueError: no batch was assigned to the step, or it is over.
+        """
         if step not in self._ledger.steps:
-            if step != self._ledger.last_step + 1:
-                raise ValueError(f"step {step} cannot be taken: the next one is {self._ledger.last_step + 1}")
-            if not self._assign(step, rho):
-                return None
+            raise ValueError(f"step {step} has no batch: the last one with a batch is {self._ledger.last_step}")
         groups = [self._ledger.groups[group_id] for group_id in self._ledger.steps[step]]
         payloads = [group.payload for group in groups if group.payload is not None]
         assert len(payloads) == len(groups), f"step {step} has groups without bytes"

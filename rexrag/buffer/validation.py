@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pyarrow as pa
-
-from rexrag.arrow import batch_from_ipc
+from rexrag.arrow import group_from_ipc
 from rexrag.types import TrajectoryGroup
 
 
@@ -19,14 +17,9 @@ def parse_group(ipc: bytes, *, group_id: str, question: str, newest_version: int
         ValueError: it is damaged, of another schema, breaks an invariant, or is not that group.
     """
     try:
-        batch = batch_from_ipc(ipc)
-        batch.validate(full=True)
-        group = TrajectoryGroup.from_record_batch(batch)
-    except (ValueError, TypeError, LookupError, OSError, StopIteration, pa.ArrowException) as error:
+        group = group_from_ipc(ipc)
+    except ValueError as error:
         raise ValueError(f"group {group_id} is not a valid group: {error}") from error
-    for name in ("group_id", "question_id"):
-        if len(batch.column(name).unique()) != 1:
-            raise ValueError(f"group {group_id} has rows with more than one {name}")
     if (group.group_id, group.question_id) != (group_id, question):
         raise ValueError(
             f"group {group.group_id} of question {group.question_id} was appended as group {group_id} of {question}"

@@ -7,11 +7,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import Final, TypeGuard
 
 from rexrag.data.rows import Problem, Row, RowError, parse_rows, shown, text_of, valid_text
 from rexrag.errors import DataError
 from rexrag.files import write_atomic
+
+GOING_ON: Final = "<think>"
+"""The segment at which a demonstration goes on instead of answering: the tag that opens a second thought."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ Baseline = Literal["joint", "target", "loo"]
 EPSILON: Final = 1e-6
 
 
-def is_flat(rewards: npt.NDArray[np.float64]) -> bool:
+def tell_nothing(rewards: npt.NDArray[np.float64]) -> bool:
     """Whether a group's rewards tell nothing: fewer than two rows, or all of them equal."""
     return len(rewards) < 2 or bool((rewards == rewards[0]).all())
 
@@ -31,7 +31,7 @@ def group_advantages(
 
     Standard deviations are over all rows, ddof 1.
     """
-    if is_flat(rewards):
+    if tell_nothing(rewards):
         return np.zeros(len(rewards))
     if baseline == "loo":
         return _leave_family_out(rewards, np.asarray(family))

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from rexrag.env.branch import Branch
-from rexrag.env.branch import branch_positions as positions_of
+from rexrag.env.branch import Branch, branch_positions
 from rexrag.hints import HintPool
 from rexrag.types import Kind, Trajectory
 
@@ -31,10 +30,10 @@ class BranchPosition:
     turn: int
 
 
-def branch_positions(trajectory: Trajectory, *, branch: Branch) -> Iterator[BranchPosition]:
+def branch_places(trajectory: Trajectory, *, branch: Branch) -> Iterator[BranchPosition]:
     """J(y): of each turn its start, and with `answer` all positions up to its action's first token or its end."""
     starts, actions = trajectory.turn_starts.tolist(), trajectory.action_starts.tolist()
-    for turn, position in positions_of(starts, actions, branch=branch):
+    for turn, position in branch_positions(starts, actions, branch=branch):
         yield BranchPosition(position, turn)
 
 
@@ -48,7 +47,7 @@ class Decomposition:
 
 def decompositions(trajectory: Trajectory, *, hints: HintPool, branch: Branch) -> list[Decomposition]:
     """D(y): of a target as of a probe, for a target may reflect in a hint's words by itself."""
-    places = {at.position: at for at in branch_positions(trajectory, branch=branch)}
+    places = {at.position: at for at in branch_places(trajectory, branch=branch)}
     has_density = trajectory.has_density
     return [
         Decomposition(places[position], hint_id)
@@ -74,7 +73,7 @@ class BranchRates:
         for target in targets:
             assert target.kind is Kind.TARGET, "only targets fork"
             fork = None if target.branch_point is None or target.correct else target.prompt_length + target.branch_point
-            for at in branch_positions(target, branch=branch):
+            for at in branch_places(target, branch=branch):
                 place = place_of(target, at)
                 seen, forked = fresh.get(place, (0.0, 0.0))
                 fresh[place] = (seen + 1.0, forked + (at.position == fork))

@@ -15,9 +15,8 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,18 +37,6 @@ _TEMPORARY: Final = re.compile(r"step-\d{6,}\.tmp")
 # One file whatever the size: readers may rely on `model.safetensors`.
 _MAX_SHARD: Final = "100000GB"
 
-Extra: TypeAlias = Mapping[str, object]
-"""What the run keeps beside the trainer's state: any JSON mapping."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Checkpoint:
-    """A verified checkpoint; the model is loaded from `folder` by whoever needs it."""
-
-    folder: Path
-    trainer_state: TrainerState
-    extra: Extra
-
 
 def checkpoint_name(step: int) -> str:
     """Name of the checkpoint folder after `step` learner steps."""
@@ -62,7 +49,6 @@ def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     trainer_state: TrainerState,
-    extra: Extra,
 ) -> Path:
     """Write `folder`/step-NNNNNN durably and return it.
 
@@ -78,7 +64,7 @@ def save_checkpoint(
     (temporary / "trainer").mkdir(parents=True)
     model.save_pretrained(temporary, max_shard_size=_MAX_SHARD)
     tokenizer.save_pretrained(temporary)
-    _save_trainer(temporary, trainer_state, extra)
+    _save_trainer(temporary, trainer_state)
     manifest = {}
     for path in _files(temporary):
         _sync_file(path)
@@ -92,8 +78,8 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(folder: Path) -> Checkpoint:
-    """Verify a checkpoint's files against its manifest and read the trainer's state.
+def load_checkpoint(folder: Path) -> TrainerState:
+    """Verify a checkpoint's files against its manifest and read the trainer's state; the model is loaded apart.
 
     Raises:
         RunFolderError: it is not committed, or a file is missing, damaged, or of another format.
@@ -102,7 +88,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         state = json.loads((folder / _STATE).read_text())
         tensors = load_file(folder / _OPTIMIZER)
-        trainer_state = TrainerState(
+        return TrainerState(
             step=state["step"],
             num_updates=state["num_updates"],
             success=state["success"],
@@ -114,7 +100,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             preserved=_part(tensors, _PRESERVED_PREFIX),
             rng=tensors[_RNG],
         )
-        return Checkpoint(folder=folder, trainer_state=trainer_state, extra=state["extra"])
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise RunFolderError(f"checkpoint {folder} has another format ({error!r}): resume from another one") from error
 
@@ -152,7 +137,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _save_trainer(folder: Path, state: TrainerState, extra: Extra) -> None:
+def _save_trainer(folder: Path, state: TrainerState) -> None:
     parts = {_OPTIMIZER_PREFIX: state.optimizer, _PRESERVED_PREFIX: state.preserved}
     tensors = {prefix + name: t.contiguous() for prefix, part in parts.items() for name, t in part.items()}
     save_file({**tensors, _RNG: state.rng}, folder / _OPTIMIZER)
@@ -164,7 +149,6 @@ def _save_trainer(folder: Path, state: TrainerState, extra: Extra) -> None:
         "num_solved": state.num_solved,
         "mean_tokens": state.mean_tokens,
         "branch_counts": list(state.branch_counts),
-        "extra": dict(extra),
     }
     (folder / _STATE).write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rexrag.hints import HintPool
-from rexrag.learner.view import Transfer, hint_span
+from rexrag.learner.trained_tokens import Transfer, hint_span
 from rexrag.types import FloatArray, Kind, Trajectory
 
 Mixture = Literal["token", "sequence", "none"]

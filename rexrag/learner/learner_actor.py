@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import numpy.typing as npt
+import ray
 import torch
+from ray.actor import ActorHandle
 
 from rexrag.hints import HintPool
-from rexrag.learner.checkpoint import Extra, load_checkpoint, save_checkpoint
+from rexrag.learner.checkpoint import load_checkpoint, save_checkpoint
 from rexrag.learner.step import LearnerCore, LearnerSettings
-from rexrag.models import Device, load_model, load_tokenizer
+from rexrag.model.loading import Device, load_model, load_tokenizer
+from rexrag.processes import process_environment
 from rexrag.types import StepBatch, StepResult
 
 
@@ -48,7 +51,7 @@ class LearnerSpec:
 class LearnerActor:
     """One learner rank.
 
-        learner = ray.remote(LearnerActor).options(num_cpus=spec.threads).remote(spec)
+        learner = start_learner(spec, num_cpus=1.0, num_gpus=0.0)
         result = ray.get(learner.step.remote(batch))
         weights = learner.export.remote("float32")      # a reference that actors read without a copy
 
@@ -71,11 +74,7 @@ class LearnerActor:
             reference=reference.to(device) if reference is not None else None,  # type: ignore[arg-type]
         )
         if resumed is not None:
-            self._core.load_trainer_state(resumed.trainer_state)
-
-    def num_steps(self) -> int:
-        """Learner steps finished: the version of the weights."""
-        return self._core.num_steps
+            self._core.load_trainer_state(resumed)
 
     def rho(self) -> float:
         """ρ of the next step (§8)."""
@@ -89,12 +88,19 @@ class LearnerActor:
         """The weights by parameter name, bfloat16 as uint16 bits; Ray copies them once, into its object store."""
         return self._core.export_weights(dtype=dtype)
 
-    def save(self, folder: Path, extra: Extra) -> Path:
+    def save(self, folder: Path) -> Path:
         """Write the checkpoint of the current step under `folder`; returns its folder."""
         return save_checkpoint(
             folder,
             model=self._core.model,
             tokenizer=self._tokenizer,
             trainer_state=self._core.trainer_state(),
-            extra=extra,
         )
+
+
+def start_learner(spec: LearnerSpec, *, num_cpus: float, num_gpus: float) -> ActorHandle[LearnerActor]:
+    """A `LearnerActor` in its own process, for which Ray reserves these shares."""
+    remote = ray.remote(LearnerActor).options(
+        num_cpus=num_cpus, num_gpus=num_gpus, runtime_env={"env_vars": process_environment(spec.threads)}
+    )
+    return cast("ActorHandle[LearnerActor]", remote.remote(spec))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rexrag.learner.correction import CorrectionSettings, importance_weight
 from rexrag.learner.loss import LossSettings, kl_k3, policy_loss
-from rexrag.learner.prepare import PreparedRow
+from rexrag.learner.prepared_step import PreparedRow
 from rexrag.learner.token_metrics import TokenRecord
 from rexrag.types import Kind
 
@@ -51,7 +51,7 @@ class Objective:
         def per_token(values: Callable[[PreparedRow], npt.NDArray[np.generic]]) -> Tensor:
             return torch.from_numpy(np.concatenate([values(row) for row in rows])).to(device)
 
-        counts = torch.tensor([len(row.view.trained) for row in rows], device=device)
+        counts = torch.tensor([len(row.tokens.trained) for row in rows], device=device)
 
         def per_row(values: Callable[[PreparedRow], float]) -> Tensor:
             return torch.tensor([values(row) for row in rows], device=device).repeat_interleave(counts)
@@ -63,9 +63,9 @@ class Objective:
         self._advantage = per_row(lambda row: row.advantage)
         self._is_probe = per_row(lambda row: float(row.trajectory.kind is Kind.PROBE))
         self._is_correct = per_row(lambda row: float(row.trajectory.correct)) > 0
-        self._behavior = per_token(lambda row: row.view.behavior_logprob)
-        self._is_policy = per_token(lambda row: row.view.is_policy)
-        self._is_current = per_token(lambda row: row.view.policy_version == version)
+        self._behavior = per_token(lambda row: row.tokens.behavior_logprob)
+        self._is_policy = per_token(lambda row: row.tokens.is_policy)
+        self._is_current = per_token(lambda row: row.tokens.policy_version == version)
         self._mixture = per_token(lambda row: row.mixture_weight)
         self._row_log_ratio = None
         if proximal_logprob is not None:

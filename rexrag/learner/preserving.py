@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import huber_loss
 
-from rexrag.learner.packing import PackRow
+from rexrag.model.packing import PackRow
 from rexrag.types import FloatArray, IntArray, Origin, Trajectory, TrajectoryGroup
 
 KEPT_ROWS: Final = 64

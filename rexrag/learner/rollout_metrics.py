@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import rexrag.metrics as keys
-from rexrag.hints import HintPool, find_hints
+from rexrag.hints import HintPool
 from rexrag.types import EndReason, Kind, Origin, Trajectory, TrajectoryGroup
 
 Metrics = dict[str, float | None]
@@ -77,7 +77,7 @@ def oldest_ages(rows: Sequence[CountedRow], *, version: int) -> list[float]:
 def reflects(trajectory: Trajectory, *, hints: HintPool) -> bool:
     """Whether the policy itself wrote all words of a hint."""
     is_policy = trajectory.origin == Origin.POLICY
-    found = find_hints(trajectory.token_ids, hints)
+    found = hints.find(trajectory.token_ids)
     return any(bool(is_policy[start : start + len(hints.ids(hint))].all()) for start, hint in found)
 
 

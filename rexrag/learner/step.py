@@ -20,24 +20,25 @@ import torch
 from transformers import PreTrainedModel
 
 import rexrag.metrics as keys
-from rexrag.arrow import batch_from_ipc
+from rexrag.arrow import group_from_ipc
 from rexrag.errors import RunFailure
 from rexrag.hints import HintPool
+from rexrag.learner.bad_step import save_evidence
 from rexrag.learner.branches import BranchRates
 from rexrag.learner.correction import CorrectionSettings
-from rexrag.learner.evidence import save_evidence
-from rexrag.learner.filter import INITIAL_SUCCESS, rho_of, updated_success
-from rexrag.learner.logprobs import backward_in_chunks, prepare_model, token_logprobs
 from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture import ProbeSettings
+from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.objective import Objective
 from rexrag.learner.optimizer import Optimizer, OptimizerSettings
-from rexrag.learner.packing import PackedBatch, PackRow, pack
-from rexrag.learner.prepare import PreparedRow, PreparedStep, check_ages, prepare_step
+from rexrag.learner.prepared_step import PreparedRow, PreparedStep, check_ages, prepare_step
 from rexrag.learner.preserving import PreservingSet, decrease_penalty, join_gradients, pack_rows, take_gradients
-from rexrag.learner.report import StepReport, step_metrics
+from rexrag.learner.probe_filter import INITIAL_SUCCESS, rho_of, updated_success
+from rexrag.learner.samples import pick_samples
+from rexrag.learner.step_metrics import StepReport, step_metrics
 from rexrag.learner.token_metrics import TokenRecord
 from rexrag.learner.trainer_state import TrainerState
+from rexrag.model.logprobs import backward_in_chunks, prepare_model, token_logprobs
+from rexrag.model.packing import PackedBatch, PackRow, pack
 from rexrag.types import StepBatch, StepResult, TrajectoryGroup
 
 
@@ -145,7 +146,7 @@ class LearnerCore:
         started = time.perf_counter()
         if batch.step != self.num_steps + 1:
             raise ValueError(f"the batch is of step {batch.step}, the learner is at step {self.num_steps + 1}")
-        groups = [TrajectoryGroup.from_record_batch(batch_from_ipc(data)) for data in batch.groups]
+        groups = [group_from_ipc(data) for data in batch.groups]
         check_ages(groups, version=self.num_steps, max_staleness=self._settings.max_staleness)
         rho = self.rho
         prepared = self._prepare(groups, rho)
@@ -183,7 +184,12 @@ class LearnerCore:
         metrics, histograms = step_metrics(report, hints=self._hints, correction=self._settings.correction)
         metrics[keys.TIME_STEP] = time.perf_counter() - started
         return StepResult(
-            step=batch.step, applied=not is_bad, updated=report.updated, metrics=metrics, histograms=histograms
+            step=batch.step,
+            applied=not is_bad,
+            updated=report.updated,
+            metrics=metrics,
+            histograms=histograms,
+            samples=pick_samples(groups),
         )
 
     def export_weights(self, *, dtype: Literal["float32", "bfloat16"]) -> dict[str, npt.NDArray[np.generic]]:
@@ -233,7 +239,7 @@ class LearnerCore:
     def _rows_to_train(self, prepared: PreparedStep) -> list[PreparedRow]:
         """Rows that have a gradient: those with an advantage, all of them where the KL term acts."""
         needs_all = self._settings.loss.kl_coef > 0.0
-        return [row for row in prepared.rows if len(row.view.trained) and (needs_all or row.advantage != 0.0)]
+        return [row for row in prepared.rows if len(row.tokens.trained) and (needs_all or row.advantage != 0.0)]
 
     def _update(self, rows: Sequence[PreparedRow], *, denominator: float) -> tuple[_Pass, float | None, bool]:
         """The passes over the rows, then what `_finish_update` returns."""
@@ -252,7 +258,9 @@ class LearnerCore:
 
     def _forward_backward(self, rows: Sequence[PreparedRow], *, denominator: float) -> _Pass:
         done = _Pass()
-        packed_rows = [PackRow(token_ids=row.view.token_ids, trained=row.view.trained, group=row.group) for row in rows]
+        packed_rows = [
+            PackRow(token_ids=row.tokens.token_ids, trained=row.tokens.trained, group=row.group) for row in rows
+        ]
         for micro in pack(packed_rows, budget=self._settings.micro_batch_tokens, device=self._device):
             objective = Objective(
                 [rows[i] for i in micro.rows],

@@ -18,7 +18,7 @@ from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
 from rexrag.types import Passage
 from rexrag.worlds import geo, synthetic
 from rexrag.worlds.chains import Chain, FactBase, pick_chains
-from rexrag.worlds.demonstrations import MULTI_HOP_SHARES, DemonstrationWriter, plan_demonstrations
+from rexrag.worlds.dead_end_demonstrations import MULTI_HOP_SHARES, DemonstrationWriter, plan_demonstrations
 from rexrag.worlds.dials import Dial, resolve_dials
 from rexrag.worlds.world import World, WorldFiles
 

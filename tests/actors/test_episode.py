@@ -11,17 +11,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from rexrag.actors.engine import EngineStats, GenerateRequest, Generation
-from rexrag.actors.episode import EpisodeRunner, EpisodeSettings, GroupFailedError
+from rexrag.actors.episode import EpisodeParts, EpisodeSettings
+from rexrag.actors.runner import EpisodeRunner, GroupFailedError
 from rexrag.actors.scoring import Scorer
 from rexrag.actors.seeds import draw_seed
+from rexrag.arrow import group_from_ipc, group_to_ipc
+from rexrag.engine.protocol import EngineStats, GenerateRequest, Generation
 from rexrag.env.codec import Codec
 from rexrag.env.prompt import render_prompt
 from rexrag.errors import RetrieverError
 from rexrag.hints import HintPool
+from rexrag.preparation.tiny_model import make_word_tokenizer
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
 from rexrag.reward import load_reward
-from rexrag.tiny_model import make_word_tokenizer
 from rexrag.types import (
     EndReason,
     GroupLease,
@@ -144,12 +146,14 @@ def run(
 ) -> tuple[TrajectoryGroup, ScriptedEngine]:
     engine = ScriptedEngine(codec, script)
     runner = EpisodeRunner(
-        engine,
-        retriever=retriever,
-        codec=codec,
-        hints=HintPool([codec.encode(HINT)], kept=[len(codec.encode("<think>"))]),
-        scorer=Scorer(load_reward("em"), kind="em"),
-        settings=settings(**changes),
+        EpisodeParts(
+            engine=engine,
+            retriever=retriever,
+            codec=codec,
+            hints=HintPool([codec.encode(HINT)], kept=[len(codec.encode("<think>"))]),
+            scorer=Scorer(load_reward("em"), kind="em"),
+            settings=settings(**changes),
+        )
     )
     return asyncio.run(runner.run_group(lease())), engine
 
@@ -264,12 +268,14 @@ def test_groups_are_probed_only_once_all_targets_failed(codec: Codec, retriever:
             return await ScriptedEngine(codec, {"": RIGHT}).generate(request)
 
     runner = EpisodeRunner(
-        OneRight(codec, DEAD_END),
-        retriever=retriever,
-        codec=codec,
-        hints=HintPool([codec.encode(HINT)]),
-        scorer=Scorer(load_reward("em"), kind="em"),
-        settings=settings(dead_end="group", group_size=3),
+        EpisodeParts(
+            engine=OneRight(codec, DEAD_END),
+            retriever=retriever,
+            codec=codec,
+            hints=HintPool([codec.encode(HINT)]),
+            scorer=Scorer(load_reward("em"), kind="em"),
+            settings=settings(dead_end="group", group_size=3),
+        )
     )
     group = asyncio.run(runner.run_group(lease()))
     assert sorted(row.correct for row in group.trajectories) == [False, False, True]
@@ -332,7 +338,7 @@ def test_a_target_is_scored_with_a_hint_where_it_goes_on_like_one(codec: Codec, 
 @pytest.mark.parametrize("scored", ["none", "probes", "all"])
 def test_groups_survive_arrow(codec: Codec, retriever: BM25Retriever, scored: str) -> None:
     group, _ = run(codec, retriever, DEAD_END, scored=scored)
-    back = TrajectoryGroup.from_record_batch(group.to_record_batch())
+    back = group_from_ipc(group_to_ipc(group))
     for before, after in zip(group.trajectories, back.trajectories, strict=True):
         assert (before.token_ids == after.token_ids).all()
         assert (before.action_starts == after.action_starts).all()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rexrag.arrow import batch_to_ipc
+from rexrag.arrow import group_to_ipc
 from rexrag.buffer.ledger import Ledger
 from rexrag.buffer.log import LogWriteError
 from rexrag.buffer.records import Record
@@ -48,7 +48,6 @@ def make_group(
         correct=True,
         end_reason=EndReason.ANSWER,
         num_searches=1,
-        num_turns=2,
         num_malformed=0,
         gold_retrieved=True,
         prompt_length=2,
@@ -69,7 +68,7 @@ def make_ipc(
     versions = versions or (lease.version.step,)
     key = lease.question.key
     group = make_group(lease.group_id, key, versions=versions, num_rows=num_rows, num_tokens=num_tokens)
-    return batch_to_ipc(group.to_record_batch())
+    return group_to_ipc(group)
 
 
 @dataclass

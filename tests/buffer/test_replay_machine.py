@@ -162,11 +162,11 @@ class BufferMachine(RuleBasedStateMachine):
     def take(self, rho: float | None) -> None:
         before = self.ledger
         step = self.learner_step + 1
-        batch = self.state.take(step, rho=rho)
-        if batch is None:
+        if not self.state.assign(step, rho=rho):
             return
-        again = self.state.take(step, rho=0.5)
-        assert again == batch
+        batch = self.state.take(step)
+        assert self.state.assign(step, rho=0.5)
+        assert self.state.take(step) == batch
         ledger = self.ledger
         chosen = [ledger.groups[group_id] for group_id in ledger.steps[step]]
         assert len(chosen) == len(batch.groups) == self.settings.groups_per_step
@@ -277,7 +277,7 @@ class BufferMachine(RuleBasedStateMachine):
         for _ in range(50):
             for lease in self.state.lease("last", num=2, held=self.version):
                 self.state.append("last", group_id=lease.group_id, ipc=make_ipc(lease))
-            if self.state.take(self.learner_step + 1, rho=None) is not None:
+            if self.state.assign(self.learner_step + 1, rho=None):
                 break
         else:
             pytest.fail(f"no batch: {self.state.status()}")

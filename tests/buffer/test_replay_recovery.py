@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from replay_helpers import Clock, make_ipc, make_settings
 
-from rexrag.arrow import batch_from_ipc
+from rexrag.arrow import group_from_ipc
 from rexrag.buffer.ledger import GroupState, Ledger
 from rexrag.buffer.log import Damage, read_log, segments
 from rexrag.buffer.recovery import accounting_from_log, open_buffer
@@ -44,11 +44,11 @@ def produce(state: ReplayState, step: int, num: int) -> list[GroupLease]:
 
 
 def learn(state: ReplayState, step: int) -> list[str]:
-    batch = state.take(step, rho=0.1)
-    assert batch is not None
+    assert state.assign(step, rho=0.1)
+    batch = state.take(step)
     state.outcome(step, applied=True)
     state.publish(version_of(state, step))
-    return [batch_from_ipc(ipc).column("group_id")[0].as_py() for ipc in batch.groups]
+    return [group_from_ipc(ipc).group_id for ipc in batch.groups]
 
 
 def fold(folder: Path) -> Ledger:
@@ -100,7 +100,7 @@ def test_a_step_in_the_checkpoint_is_consumed_though_its_outcome_was_not_written
     replay = make_settings(tmp_path)
     state = begin(replay)
     produce(state, 0, 2)
-    assert state.take(1, rho=None) is not None
+    assert state.assign(1, rho=None)
     assert begin(replay, resume_step=1).accounting()["consumed"] == 2
 
 
@@ -108,7 +108,7 @@ def test_an_assigned_step_is_lost_when_the_checkpoint_lacks_it(tmp_path: Path) -
     replay = make_settings(tmp_path)
     state = begin(replay)
     produce(state, 0, 2)
-    assert state.take(1, rho=None) is not None
+    assert state.assign(1, rho=None)
     state = begin(replay, resume_step=0)
     assert state.accounting()["dropped"] == {"lost": 2}
     produce(state, 0, 2)

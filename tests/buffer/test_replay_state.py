@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from replay_helpers import Clock, ListJournal, fold, make_group, make_ipc, make_questions, make_settings, restart
 
-from rexrag.arrow import batch_from_ipc, batch_to_ipc
+from rexrag.arrow import group_from_ipc, group_to_ipc
 from rexrag.buffer.ledger import GroupState
 from rexrag.buffer.records import Assign, Issue
 from rexrag.buffer.schedule import Candidate, issue_order, select_batch
@@ -40,11 +40,11 @@ class Rig:
 
     def step(self, step: int) -> tuple[str, ...]:
         """Take, consume and publish a step; its group ids."""
-        batch = self.state.take(step, rho=None)
-        assert batch is not None
+        assert self.state.assign(step, rho=None)
+        batch = self.state.take(step)
         self.state.outcome(step, applied=True)
         self.publish(step)
-        return tuple(batch_from_ipc(ipc).column("group_id")[0].as_py() for ipc in batch.groups)
+        return tuple(group_from_ipc(ipc).group_id for ipc in batch.groups)
 
     def state_of(self, group_id: str) -> GroupState:
         return fold(self.journal.records).groups[group_id].state
@@ -57,10 +57,10 @@ def test_a_group_lives_from_lease_to_consumption() -> None:
     ipc = make_ipc(first)
     assert rig.state.append("a", group_id="1-0", ipc=ipc) == "accepted"
     assert rig.state.append("a", group_id="1-0", ipc=ipc) == "duplicate"
-    assert rig.state.take(1, rho=0.18) is None
+    assert not rig.state.assign(1, rho=0.18)
     rig.append(second)
-    batch = rig.state.take(1, rho=0.18)
-    assert batch is not None
+    assert rig.state.assign(1, rho=0.18)
+    batch = rig.state.take(1)
     assert batch.groups[0] == ipc
     assert (batch.step, batch.incarnation) == (1, "1")
     assert Assign(incarnation="1", step=1, groups=("1-0", "1-1"), rho=0.18) in rig.journal.records
@@ -95,7 +95,7 @@ def test_admission_bounds_what_is_under_way(staleness: int) -> None:
     for lease in leases:
         rig.append(lease)
     assert rig.lease(100) == []
-    assert rig.state.take(1, rho=None) is not None
+    assert rig.state.assign(1, rho=None)
     rig.state.outcome(1, applied=True)
     assert rig.lease(100) == []  # the version that the step makes is not published yet
     rig.publish(1)
@@ -160,7 +160,7 @@ def test_refilling_drops_groups_without_a_signal_and_asks_other_questions() -> N
     rig = Rig(groups_per_step=1, refill=True)
     (flat,) = rig.lease(1)
     assert rig.append(flat) == "flat"
-    assert rig.state.take(1, rho=None) is None
+    assert not rig.state.assign(1, rho=None)
     assert rig.state.accounting() == {"issued": 1, "consumed": 0, "dropped": {"flat": 1}, "pending": 0, "given_up": 0}
     with pytest.raises(UnknownLeaseError, match="was dropped"):
         rig.append(flat)
@@ -175,7 +175,7 @@ def test_refilling_drops_groups_without_a_signal_and_asks_other_questions() -> N
 def with_two_rewards(lease: GroupLease) -> bytes:
     group = make_group(lease.group_id, lease.question.key)
     rows = (group.trajectories[0], replace(group.trajectories[1], reward=0.0))
-    return batch_to_ipc(replace(group, trajectories=rows).to_record_batch())
+    return group_to_ipc(replace(group, trajectories=rows))
 
 
 def test_unknown_groups_and_reasons_are_refused() -> None:
@@ -187,8 +187,10 @@ def test_unknown_groups_and_reasons_are_refused() -> None:
         rig.state.fail("a", group_id="9-9", reason="invalid")
     with pytest.raises(ValueError, match="boredom"):
         rig.state.fail("a", group_id=lease.group_id, reason="boredom")
-    with pytest.raises(ValueError, match="cannot be taken: the next one is 1"):
-        rig.state.take(2, rho=None)
+    with pytest.raises(ValueError, match="cannot be assigned: the next one is 1"):
+        rig.state.assign(2, rho=None)
+    with pytest.raises(ValueError, match="step 1 has no batch"):
+        rig.state.take(1)
     with pytest.raises(ValueError, match="has no batch"):
         rig.state.outcome(1, applied=True)
 
@@ -218,7 +220,7 @@ def test_a_group_must_be_what_was_leased(change: dict[str, object], message: str
     values: dict[str, object] = {"group_id": lease.group_id, "question": lease.question.key, **change}
     group = make_group(**values)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
-        rig.state.append("a", group_id=lease.group_id, ipc=batch_to_ipc(group.to_record_batch()))
+        rig.state.append("a", group_id=lease.group_id, ipc=group_to_ipc(group))
     assert rig.state.accounting()["dropped"] == {"invalid": 1}
 
 
@@ -249,7 +251,7 @@ def test_a_late_group_that_is_too_old_is_dropped_when_it_would_be_consumed() -> 
             rig.state.release("hung")
         rig.step(step)
     assert rig.append(late, versions=(0,)) == "accepted"
-    assert rig.state.take(3, rho=None) is None
+    assert not rig.state.assign(3, rho=None)
     assert rig.state.accounting()["dropped"] == {"stale": 1}
     (again,) = rig.lease(1)
     assert (again.question, again.attempt) == (late.question, 1)
@@ -276,7 +278,7 @@ def test_a_step_waits_for_a_slow_group_at_its_last_chance() -> None:
     assert rig.step(1) == (quick.group_id,)
     (fresh,) = rig.lease(1)
     rig.append(fresh)
-    assert rig.state.take(2, rho=None) is None  # version 0 may be consumed at version 1, and never after
+    assert not rig.state.assign(2, rho=None)  # version 0 may be consumed at version 1, and never after
     rig.append(slow)
     assert rig.step(2) == (slow.group_id,)
 
@@ -288,7 +290,7 @@ def test_a_step_waits_no_longer_than_the_lease_of_a_slow_group() -> None:
     rig.step(1)
     (fresh,) = rig.lease(1)
     rig.append(fresh)
-    assert rig.state.take(2, rho=None) is None
+    assert not rig.state.assign(2, rho=None)
     rig.clock.now = 11.0
     assert rig.step(2) == (fresh.group_id,)
 
@@ -329,7 +331,7 @@ def simulate(rig: Rig, *, rng: random.Random, num_steps: int, loss_rate: float) 
             rig.append(lease, versions=(lease.version.step, rig.version.step))
         ledger = fold(rig.journal.records)
         finished = sorted((g.order, key) for key, g in ledger.in_state(GroupState.FINISHED).items())
-        if rig.state.take(step + 1, rho=None) is None:
+        if not rig.state.assign(step + 1, rho=None):
             continue
         taken = rig.step(step + 1)
         out_of_order += [key for _, key in finished[: len(taken)]] != list(taken)

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from rexrag.env.branch import branch_point
 from rexrag.hints import HintPool
 from rexrag.learner.branches import BranchPosition, BranchRates
-from rexrag.learner.view import Transfer
+from rexrag.learner.trained_tokens import Transfer
 from rexrag.types import EndReason, Kind, Origin, Trajectory, Turn
 
 ACT: Final = 2
@@ -325,7 +325,6 @@ class Toy:
             correct=reward > 0,
             end_reason=EndReason.TURNS,
             num_searches=0,
-            num_turns=len(turns),
             num_malformed=0,
             gold_retrieved=None,
             prompt_length=1,

@@ -18,12 +18,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rexrag.arrow import batch_to_ipc
+from rexrag.arrow import group_to_ipc
 from rexrag.hints import HintPool
-from rexrag.learner.attention import use_packed_attention
-from rexrag.learner.logprobs import token_logprobs
-from rexrag.learner.packing import PackRow, pack
 from rexrag.learner.step import LearnerCore, LearnerSettings
+from rexrag.model.attention import use_packed_attention
+from rexrag.model.logprobs import token_logprobs
+from rexrag.model.packing import PackRow, pack
 from rexrag.types import EndReason, Kind, Origin, StepBatch, Trajectory, TrajectoryGroup
 
 VOCABULARY = 64
@@ -73,7 +73,6 @@ def trajectory(
         correct=reward > 0,
         end_reason=end_reason,
         num_searches=1,
-        num_turns=2,
         num_malformed=num_malformed,
         gold_retrieved=gold_retrieved,
         prompt_length=len(prompt),
@@ -109,7 +108,7 @@ def group(*rows: Trajectory, name: str = "r-0", hops: int | None = 2) -> Traject
 
 
 def step_batch(groups: Sequence[TrajectoryGroup], *, step: int = 1) -> StepBatch:
-    streams = tuple(batch_to_ipc(one.to_record_batch()) for one in groups)
+    streams = tuple(group_to_ipc(one) for one in groups)
     return StepBatch(step=step, incarnation="r", groups=streams)
 
 

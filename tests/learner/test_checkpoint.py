@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from rexrag.errors import RunFolderError
 from rexrag.learner.checkpoint import COMMIT, list_checkpoints, load_checkpoint, prune, save_checkpoint
 from rexrag.learner.correction import CorrectionSettings
-from rexrag.learner.filter import INITIAL_SUCCESS
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec
 from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture import ProbeSettings
+from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
+from rexrag.learner.probe_filter import INITIAL_SUCCESS
 from rexrag.learner.step import LearnerCore, LearnerSettings
-from rexrag.models import save_model
+from rexrag.model.loading import save_model
 
 SETTINGS = LearnerSettings(optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=3, weight_decay=0.01))
 
@@ -30,10 +30,8 @@ def train(learner: LearnerCore, *, to: int) -> None:
         learner.step(step_batch([*groups, solved_group(step, version=learner.num_steps)], step=step))
 
 
-def save(learner: LearnerCore, folder: Path, **extra: object) -> Path:
-    return save_checkpoint(
-        folder, model=learner.model, tokenizer=tokenizer(), trainer_state=learner.trainer_state(), extra=extra
-    )
+def save(learner: LearnerCore, folder: Path) -> Path:
+    return save_checkpoint(folder, model=learner.model, tokenizer=tokenizer(), trainer_state=learner.trainer_state())
 
 
 def load_model(folder: Path) -> LlamaForCausalLM:
@@ -57,11 +55,11 @@ def test_two_and_two_steps_are_four_bit_for_bit(tmp_path: Path, settings: Learne
 
     first = core(tmp_path, settings=settings)
     train(first, to=2)
-    saved = load_checkpoint(save(first, tmp_path / "checkpoints", position=[1, 2]))
-    assert saved.extra == {"position": [1, 2]}
-    resumed = core(tmp_path, settings=settings, model=load_model(saved.folder))
-    resumed.load_trainer_state(saved.trainer_state)
-    assert saved.trainer_state.success != INITIAL_SUCCESS
+    folder = save(first, tmp_path / "checkpoints")
+    saved = load_checkpoint(folder)
+    resumed = core(tmp_path, settings=settings, model=load_model(folder))
+    resumed.load_trainer_state(saved)
+    assert saved.success != INITIAL_SUCCESS
     train(resumed, to=4)
 
     for (name, a), (_, b) in zip(straight.model.named_parameters(), resumed.model.named_parameters(), strict=True):
@@ -82,7 +80,7 @@ def test_the_generators_state_is_restored(tmp_path: Path) -> None:
     torch.manual_seed(5)
     saved = load_checkpoint(save(learner, tmp_path / "checkpoints"))
     expected = torch.rand(3)
-    learner.load_trainer_state(saved.trainer_state)
+    learner.load_trainer_state(saved)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -120,9 +118,9 @@ def test_only_committed_folders_count(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="no COMMIT file"):
         load_checkpoint(folder)
     (tmp_path / "step-000000.tmp").mkdir()
-    again = save(learner, tmp_path, try_=2)
+    again = save(learner, tmp_path)
     assert list_checkpoints(tmp_path) == [again]
-    assert load_checkpoint(again).extra == {"try_": 2}
+    assert load_checkpoint(again).step == 0
     assert not (tmp_path / "step-000000.tmp").exists()
 
 
@@ -168,8 +166,8 @@ def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
     )
     actor = LearnerActor(spec)
     assert actor.step(step_batch(random_groups())).updated
-    folder = actor.save(tmp_path / "checkpoints", {"tokens": 3})
+    folder = actor.save(tmp_path / "checkpoints")
     other = LearnerActor(replace(spec, checkpoint=folder))
-    assert (other.num_steps(), other.rho()) == (1, actor.rho())
+    assert other.rho() == actor.rho()
     ours, theirs = actor.export("float32"), other.export("float32")
     assert all((ours[name] == theirs[name]).all() for name in ours)

@@ -10,7 +10,7 @@ from learner_builders import POOL, probe, trajectory
 
 from rexrag.learner.correction import CorrectionSettings, importance_weight, mixture_logprob, token_probe_logprob
 from rexrag.learner.loss import LossSettings, policy_loss
-from rexrag.learner.mixture import MixtureWeigher, ProbeSettings
+from rexrag.learner.mixture_weights import MixtureWeigher, ProbeSettings
 from rexrag.types import Origin, Trajectory
 
 INF = math.inf
@@ -22,9 +22,9 @@ def weights(row: Trajectory, *, alpha: float, mixture: str = "token") -> dict[in
     settings = CorrectionSettings(mixture=mixture)  # type: ignore[arg-type]
     weigher = MixtureWeigher(correction=settings, probe=ProbeSettings(), hints=POOL, num_probes=0, num_targets=1)
     weigher.alpha = alpha
-    view = weigher.view(row, LossSettings(train_prefix=True))
-    w = weigher.weights(row, view)
-    return dict(zip(view.source.tolist(), w.tolist(), strict=True))
+    tokens = weigher.tokens_of(row, LossSettings(train_prefix=True))
+    w = weigher.weights(row, tokens)
+    return dict(zip(tokens.source.tolist(), w.tolist(), strict=True))
 
 
 def test_token_mixture_of_a_probe_by_hand() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rexrag.learner.checkpoint import load_checkpoint, save_checkpoint
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture import ProbeSettings
+from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerCore, LearnerSettings
 
@@ -69,11 +69,9 @@ def test_a_step_in_bfloat16_goes_the_same_way(tmp_path: Path) -> None:
 def test_a_checkpoint_goes_from_gpu_to_cpu(tmp_path: Path) -> None:
     learner = trained(SETTINGS, device="cuda", folder=tmp_path, num_steps=3)
     state = learner.trainer_state()
-    folder = save_checkpoint(
-        tmp_path / "checkpoints", model=learner.model, tokenizer=tokenizer(), trainer_state=state, extra={}
-    )
+    folder = save_checkpoint(tmp_path / "checkpoints", model=learner.model, tokenizer=tokenizer(), trainer_state=state)
     other = trained(SETTINGS, device="cpu", folder=tmp_path, num_steps=0)
-    other.load_trainer_state(load_checkpoint(folder).trainer_state)
+    other.load_trainer_state(load_checkpoint(folder))
     loaded = other.trainer_state().optimizer
     assert loaded.keys() == state.optimizer.keys()
     assert all(torch.equal(tensor.cpu(), loaded[name]) for name, tensor in state.optimizer.items())

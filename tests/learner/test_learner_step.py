@@ -29,9 +29,9 @@ from rexrag.learner.advantage import group_advantages
 from rexrag.learner.branches import BranchRates
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture import MixtureWeigher, ProbeSettings
+from rexrag.learner.mixture_weights import MixtureWeigher, ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
-from rexrag.learner.sequence import sequence_log_weights
+from rexrag.learner.sequence_weights import sequence_log_weights
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.types import Kind, StepResult, TrajectoryGroup
 
@@ -68,12 +68,12 @@ def gradient_by_hand(groups: Sequence[TrajectoryGroup], *, alpha: float, kl_coef
             baseline="joint",
         )
         for row, advantage in zip(rows, advantages, strict=True):
-            view = weigher.view(row, LossSettings())
-            at = view.trained
+            tokens = weigher.tokens_of(row, LossSettings())
+            at = tokens.trained
             count += len(at)
             ids = torch.from_numpy(row.token_ids.astype(np.int64))[None]
             logprob = model(ids).logits[0].log_softmax(-1)[at - 1, row.token_ids[at]]
-            w = weigher.weights(row, view)
+            w = weigher.weights(row, tokens)
             stale = (logprob.detach() - torch.from_numpy(row.behavior_logprob[at])).exp().clamp(max=2.0)
             total = total - (torch.from_numpy(w) * stale * float(advantage) * logprob).sum()
             if kl_coef:

@@ -22,7 +22,7 @@ from learner_builders import (
 
 import rexrag.metrics as keys
 from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture import ProbeSettings
+from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.preserving import KEPT_ROWS, PreservedRow, PreservingSet, decrease_penalty, join_gradients
 from rexrag.learner.step import LearnerSettings

@@ -16,14 +16,14 @@ from enumerated_gradient import Moments, ScoredTokens, on_policy
 from enumeration import EnumeratedRow, ExactRates, Tokens, Toy
 
 from rexrag.learner.advantage import Baseline, group_advantages
-from rexrag.learner.branches import BranchPosition, BranchRates, branch_positions, place_of
+from rexrag.learner.branches import BranchPosition, BranchRates, branch_places, place_of
 from rexrag.learner.correction import CorrectionSettings, Mixture
-from rexrag.learner.filter import hint_score
 from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture import MixtureWeigher, ProbeSettings
+from rexrag.learner.mixture_weights import MixtureWeigher, ProbeSettings
 from rexrag.learner.objective import Objective
-from rexrag.learner.prepare import PreparedRow
-from rexrag.learner.view import Transfer
+from rexrag.learner.prepared_step import PreparedRow
+from rexrag.learner.probe_filter import hint_score
+from rexrag.learner.trained_tokens import Transfer
 from rexrag.types import Kind, Trajectory
 
 DOCS = Path(__file__).parents[2] / "docs" / "estimators.md"
@@ -133,7 +133,7 @@ def estimate(world: World, case: Case) -> Moments:
     share = shares(toy, rows, case)
     loss = LossSettings(train_hints=case.train_hints, train_prefix=case.train_prefix)
     prepared = [prepare(row, weigher, loss, advantage=share(row)) for row in rows]
-    pairs = [(row, one) for row, one in zip(rows, prepared, strict=True) if len(one.view.trained)]
+    pairs = [(row, one) for row, one in zip(rows, prepared, strict=True) if len(one.tokens.trained)]
     tokens = [tokens_of(one) for _, one in pairs]
     scored = ScoredTokens.join(tokens)
     logprob = torch.tensor(scored.logprobs(toy.learner), requires_grad=True)
@@ -188,7 +188,7 @@ def counted(rows: Sequence[EnumeratedRow]) -> BranchRates:
         if target.kind is Kind.PROBE:
             continue
         fork = None if target.branch_point is None or target.correct else 1 + target.branch_point
-        for at in branch_positions(target, branch="answer"):
+        for at in branch_places(target, branch="answer"):
             seen, forked = counts.get(place_of(target, at), (0.0, 0.0))
             many = 1e9 * row.probability
             counts[place_of(target, at)] = (seen + many, forked + many * (at.position == fork))
@@ -196,20 +196,20 @@ def counted(rows: Sequence[EnumeratedRow]) -> BranchRates:
 
 
 def prepare(row: EnumeratedRow, weigher: MixtureWeigher, loss: LossSettings, *, advantage: float) -> PreparedRow:
-    view = weigher.view(row.trajectory, loss)
+    tokens = weigher.tokens_of(row.trajectory, loss)
     return PreparedRow(
         trajectory=row.trajectory,
-        view=view,
+        tokens=tokens,
         group=0,
         row=0,
         hops=None,
         advantage=advantage,
-        mixture_weight=weigher.weights(row.trajectory, view),
+        mixture_weight=weigher.weights(row.trajectory, tokens),
     )
 
 
 def tokens_of(row: PreparedRow) -> ScoredTokens:
-    return ScoredTokens.of(tuple(row.view.token_ids.tolist()), row.view.trained.tolist())
+    return ScoredTokens.of(tuple(row.tokens.token_ids.tolist()), row.tokens.trained.tolist())
 
 
 def shares(toy: Toy, rows: Sequence[EnumeratedRow], case: Case) -> Share:

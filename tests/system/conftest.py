@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from system_runs import RECIPE
 
+from rexrag.preparation.tiny_model import make_tiny_model
+from rexrag.preparation.warmstart import warm_start
 from rexrag.retrieval.bm25 import build_bm25
-from rexrag.tiny_model import make_tiny_model
-from rexrag.warmstart import warm_start
 from rexrag.worlds.write import world_texts, write_world
 
 

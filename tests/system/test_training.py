@@ -16,7 +16,7 @@ from system_runs import assert_books_balance, child_of, read_lines, run_rexrag, 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rexrag.metrics as keys
-from rexrag.models import load_model, load_tokenizer
+from rexrag.model.loading import load_model, load_tokenizer
 
 pytestmark = pytest.mark.system
 

@@ -9,15 +9,14 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rexrag.data.corpus import iter_corpus
-from rexrag.data.demonstrations import Demonstration, load_demonstrations
+from rexrag.data.demonstrations import GOING_ON, Demonstration, load_demonstrations
 from rexrag.data.questions import load_questions
-from rexrag.dead_end import GOING_ON
 from rexrag.env.actions import Answer, Search, parse_action
 from rexrag.env.codec import Codec
 from rexrag.env.observation import render_observation
 from rexrag.errors import ConfigError
+from rexrag.preparation.tiny_model import make_word_tokenizer
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
-from rexrag.tiny_model import make_word_tokenizer
 from rexrag.worlds.world import WorldFiles
 from rexrag.worlds.write import WorldKind, world_texts, write_world
 

@@ -1,0 +1,287 @@
+"""The embedded generation engine: continuous batching of a small Llama-like model, on CPU or one GPU.
+
+    generate ──▶ scheduler ──plan──▶ forward pass in a worker thread ──▶ sampled tokens ──▶ finished generations
+                    ▲                                                                          │
+                    └──────── the next turn, submitted while the loop yields ◀─────────────────┘
+
+Between two passes the event loop runs a few rounds, so that whoever gets a result and answers without real waiting
+(retrieval in this process) is in the next pass: the course of a run depends on the order of requests alone.
+
+Weights change between two passes (§3). With `keep` running sequences go on over the keys and values they have: each
+recorded log-prob is that of the distribution which was sampled from, part old and part new. With `recompute` all
+keys and values are void: before its next token a sequence is prefilled again, and from there on its log-probs equal
+those of a full forward pass under the new weights. Tokens that were sampled before keep their log-prob and version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal, ParamSpec, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rexrag.engine.model_pass import ModelPass, Outcome
+from rexrag.engine.protocol import EngineStats, Finish, GenerateRequest, Generation
+from rexrag.engine.scheduler import LiveSequence, Scheduler
+from rexrag.engine.stops import StopFinder
+from rexrag.errors import RexragError
+from rexrag.model.loading import Device
+from rexrag.types import WeightVersion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PREFILL_TOKENS: Final = {"cpu": 512, "cuda": 4096}
+"""Most prompt tokens of one pass: large enough for full speed, small enough that decoding goes on."""
+
+_YIELDS: Final = 8
+"""Rounds of the event loop between two passes: a result passes a few tasks until it becomes the next request."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class EngineClosedError(RexragError):
+    """The engine was closed before the generation ended."""
+
+
+class TokenText(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+    def decode(self, ids: Sequence[int], /) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchEngineSettings:
+    """
+    Attributes:
+        max_sequences: cache slots: running sequences, and finished ones whose prefix is kept.
+        max_length: most tokens of a sequence, prompt included.
+        dtype: precision of weights and cache; log-probs are float32 either way.
+        inflight: what happens to running sequences at a weight change.
+        num_threads: torch threads of this process; None leaves them as they are.
+        device: where weights and cache are.
+    """
+
+    max_sequences: int
+    max_length: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    inflight: Literal["keep", "recompute"] = "keep"
+    num_threads: int | None = None
+    device: Device = "cpu"
+
+
+class TorchEngine:
+    """Implements `rexrag.engine.protocol.Engine` over a transformers model, whose weights are copied.
+
+    Life cycle: the first request starts the loop; `close` ends it and fails what is still pending.
+
+    Example:
+        >>> engine = TorchEngine(model, settings=settings, codec=codec, version=version)
+        >>> generation = await engine.generate(GenerateRequest(prompt_ids=[1, 2], max_tokens=8))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, settings: TorchEngineSettings, codec: TokenText, version: WeightVersion
+    ) -> None:
+        """
+        Raises:
+            ModelError: the architecture is not supported, or the model's context is shorter than `max_length`.
+        """
+        self._settings = settings
+        self._codec = codec
+        self._version = version
+        self._stops = StopFinder(codec.decode)
+        self._scheduler = Scheduler(num_slots=settings.max_sequences, prefill_tokens=_PREFILL_TOKENS[settings.device])
+        self._pass = ModelPass(
+            model,
+            num_slots=settings.max_sequences,
+            max_length=settings.max_length,
+            dtype=getattr(torch, settings.dtype),
+            device=torch.device(settings.device),
+        )
+        self._futures: dict[LiveSequence, asyncio.Future[Generation]] = {}
+        # One thread for all passes: torch keeps a pool of workers for each thread that computes.
+        self._executor = ThreadPoolExecutor(1, "engine")
+        if settings.num_threads is not None:
+            self._executor.submit(torch.set_num_threads, settings.num_threads)
+        self._task: asyncio.Task[None] | None = None
+        self._wake = asyncio.Event()
+        self._pass_lock = asyncio.Lock()
+        self._closed = False
+        self._sampled_tokens = 0
+
+    @property
+    def version(self) -> WeightVersion:
+        return self._version
+
+    async def generate(self, request: GenerateRequest) -> Generation:
+        """Sample one continuation; a cancelled call leaves the batch before the next pass.
+
+        Raises:
+            ValueError: the prompt is empty, does not fit with `max_tokens`, or has a token id out of range; or
+                `score_from` is not within it.
+            EngineClosedError: the engine is closed, or was before the end.
+        """
+        self._check_request(request)
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
+        sequence = LiveSequence.of(request)
+        future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
+        self._futures[sequence] = future
+        self._scheduler.add(sequence)
+        self._wake.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="torch-engine")
+        return await future
+
+    async def update_weights(
+        self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
+    ) -> None:
+        """Swap the weights between two passes.
+
+        Args:
+            weights: by the names of the model's `named_parameters()` (a tied head is left out), float32, or
+                bfloat16 as the uint16 that hold its bits. None: the weights stay, only their version changes.
+
+        Raises:
+            ValueError: a name is missing or unknown, or an array has another shape or type. Nothing has changed then.
+            EngineClosedError: the engine is closed.
+        """
+        if weights is not None:
+            self._pass.weights.check(weights)
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
+        async with self._pass_lock:
+            if weights is not None:
+                await self._in_thread(self._pass.weights.load, weights)
+            self._version = version
+            if weights is not None and self._settings.inflight == "recompute":
+                self._scheduler.invalidate()
+
+    def release(self, cache_salt: str) -> None:
+        self._scheduler.release(cache_salt)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            sampled_tokens=self._sampled_tokens,
+            prefilled_tokens=self._pass.prefilled_tokens,
+            reused_tokens=self._scheduler.reused_tokens,
+            running=self._scheduler.num_running,
+            waiting=self._scheduler.num_waiting,
+            forward_s=self._pass.forward_s,
+        )
+
+    async def close(self) -> None:
+        """End after the pass that is under way."""
+        self._closed = True
+        self._wake.set()
+        if self._task is not None:
+            await asyncio.wait([self._task])
+        self._fail_all(EngineClosedError("the engine was closed"))
+        self._executor.shutdown()
+
+    async def _run(self) -> None:
+        while not self._closed:
+            await self._wake.wait()
+            for _ in range(_YIELDS):
+                await asyncio.sleep(0)
+            self._drop_cancelled()
+            if not self._futures:
+                self._wake.clear()
+                continue
+            try:
+                async with self._pass_lock:
+                    await self._step()
+            except Exception as error:  # noqa: BLE001  # fault boundary: whoever waits gets the error
+                self._fail_all(error)
+
+    async def _step(self) -> None:
+        """One pass, and what came out of it handed to its requests, in order of admission."""
+        plan = self._scheduler.plan()
+        if not plan.spans:
+            return
+        outcomes = await self._in_thread(self._pass.run, plan)
+        for span, outcome in zip(plan.spans, outcomes, strict=True):
+            self._scheduler.advance(span)
+            self._record(span.sequence, outcome)
+
+    def _record(self, sequence: LiveSequence, outcome: Outcome) -> None:
+        step = self._version.step
+        if outcome.scores:
+            sequence.scores = outcome.scores
+            sequence.score_versions = [step] * len(outcome.scores)
+        if outcome.token_id is None:
+            return
+        sequence.token_ids.append(outcome.token_id)
+        sequence.logprobs.append(outcome.logprob)
+        sequence.versions.append(step)
+        self._sampled_tokens += 1
+        finish = self._finish_of(sequence)
+        if finish is None:
+            return
+        self._scheduler.finish(sequence)
+        future = self._futures.pop(sequence)
+        if not future.done():
+            future.set_result(_generation(sequence, finish))
+
+    async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, partial(function, *args, **kwargs))
+
+    def _finish_of(self, sequence: LiveSequence) -> Finish | None:
+        request = sequence.request
+        sampled = sequence.sampled_ids
+        if sampled[-1] in self._codec.eos_ids:
+            return "eos"
+        if request.stop and self._stops.completes(sampled, request.stop):
+            return "stop"
+        return "length" if len(sampled) == request.max_tokens else None
+
+    def _check_request(self, request: GenerateRequest) -> None:
+        length, bound = len(request.prompt_ids), self._settings.max_length
+        if not length:
+            raise ValueError("prompt_ids is empty; a generation needs at least one token")
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens is {request.max_tokens}, it must be at least 1")
+        if length + request.max_tokens > bound:
+            raise ValueError(f"{length} prompt tokens and max_tokens {request.max_tokens} exceed max_length {bound}")
+        vocab_size = self._pass.weights.shape.vocab_size
+        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
+            raise ValueError(f"prompt_ids has a token outside [0, {vocab_size})")
+        if request.score_from is not None and not 1 <= request.score_from <= length:
+            raise ValueError(f"score_from {request.score_from} is outside [1, {length}]; the first token has no score")
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [sequence for sequence, future in self._futures.items() if future.done()]:
+            del self._futures[sequence]
+            self._scheduler.drop(sequence)
+
+    def _fail_all(self, error: Exception) -> None:
+        """Every pending request ends with this error; nothing that the cache holds is trusted any more."""
+        for sequence, future in self._futures.items():
+            self._scheduler.drop(sequence)
+            if not future.done():
+                future.set_exception(error)
+        self._futures.clear()
+        self._scheduler.invalidate()
+
+
+def _generation(sequence: LiveSequence, finish: Finish) -> Generation:
+    return Generation(
+        token_ids=sequence.sampled_ids,
+        logprobs=sequence.logprobs,
+        versions=sequence.versions,
+        finish=finish,
+        scores=sequence.scores,
+        score_versions=sequence.score_versions,
+    )

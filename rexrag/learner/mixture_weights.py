@@ -1,0 +1,87 @@
+"""w_mix = π_v/q of the rows of a step, whatever the mixture (§5, §5b, §6).
+
+Legend: E trained tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rexrag.env.branch import Branch
+from rexrag.hints import HintPool
+from rexrag.learner.branches import BranchRates
+from rexrag.learner.correction import CorrectionSettings, importance_weight, mixture_logprob, token_probe_logprob
+from rexrag.learner.loss import LossSettings
+from rexrag.learner.probe_filter import FilterKind
+from rexrag.learner.sequence_weights import sequence_log_weights
+from rexrag.learner.trained_tokens import TrainedTokens, Transfer, trained_tokens
+from rexrag.types import FloatArray, Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """What the learner has to know of how probes are made (§2, §5b, §8). `rate` is p."""
+
+    rate: float = 0.5
+    branch: Branch = "answer"
+    transfer: Transfer = "hinted"
+    filter: FilterKind = "hint_logprob"
+
+
+class MixtureWeigher:
+    """Weights of the rows of one step. With `sequence`, `weigh_sequences` comes before `weights`.
+
+    `alpha` is α: of the step's rows with `token`, that which p implies with `sequence`.
+    """
+
+    def __init__(
+        self,
+        *,
+        correction: CorrectionSettings,
+        probe: ProbeSettings,
+        hints: HintPool,
+        num_probes: int,
+        num_targets: int,
+    ) -> None:
+        self._correction = correction
+        self._probe = probe
+        self._hints = hints
+        self._sequences: dict[Trajectory, float] = {}
+        if correction.mixture == "sequence":
+            self.alpha = probe.rate / (1.0 + probe.rate)
+        else:
+            self.alpha = num_probes / (num_probes + num_targets) if num_probes else 0.0
+        assert self.alpha < 1.0, "a probe's parent counts in the step"
+
+    def weigh_sequences(self, rows: Sequence[Trajectory], rates: BranchRates) -> None:
+        probe = self._probe
+        log_weights = sequence_log_weights(
+            rows, probe_rate=probe.rate, hints=self._hints, branch=probe.branch, transfer=probe.transfer, rates=rates
+        )
+        self._sequences = dict(zip(rows, log_weights.tolist(), strict=True))
+
+    def tokens_of(self, row: Trajectory, loss: LossSettings) -> TrainedTokens:
+        return trained_tokens(
+            row,
+            hints=self._hints,
+            transfer=self._probe.transfer,
+            train_hints=loss.train_hints,
+            train_prefix=loss.train_prefix,
+        )
+
+    def weights(self, row: Trajectory, tokens: TrainedTokens) -> FloatArray:
+        """[E] w_mix, unbounded: it is at most 1/(1−α)."""
+        weight: FloatArray = importance_weight(self._log_ratio(row, tokens), bound="none").numpy()
+        return weight
+
+    def _log_ratio(self, row: Trajectory, tokens: TrainedTokens) -> torch.Tensor:
+        behavior = torch.from_numpy(tokens.behavior_logprob)
+        if self._correction.mixture == "none":
+            return torch.zeros_like(behavior)
+        if self._correction.mixture == "sequence":
+            return torch.full_like(behavior, self._sequences[row])
+        log_mu = token_probe_logprob(row, hints=self._hints, transfer=self._probe.transfer)[tokens.source]
+        return behavior - mixture_logprob(behavior, torch.from_numpy(log_mu), self.alpha)

@@ -1,0 +1,98 @@
+"""What `[prepare]` names, made under RUN/prepared/ before step 0 and reused on resume.
+
+Each part is built beside its place and renamed when it is complete, so that what is there is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rexrag.config import Config
+from rexrag.env.prompt import read_template
+from rexrag.model.loading import fetch_smollm2, smollm2_folder
+from rexrag.preparation.tiny_model import make_tiny_model
+from rexrag.preparation.warmstart import PromptSettings, WarmstartProgress, warm_start
+from rexrag.processes import process_environment, run_in_child
+from rexrag.reporting.terminal import Progress
+from rexrag.retrieval.bm25 import build_bm25
+from rexrag.worlds.write import world_texts, write_world
+
+
+def prepare(config: Config, *, folder: Path, num_threads: int, progress: Progress) -> None:
+    """Make what is missing under `folder`: world, index, model, warm start, in this order."""
+    wanted = config.prepare
+    seed = config.train.seed if wanted.seed is None else wanted.seed
+    world, index, model, start = (folder / name for name in ("world", "index", "model", "warmstart"))
+    folder.mkdir(parents=True, exist_ok=True)
+    if wanted.world and not world.exists():
+        progress.stage(f"writing the {wanted.world} world")
+        scratch = folder / "world.tmp"
+        shutil.rmtree(scratch, ignore_errors=True)
+        write_world(wanted.world, scratch, seed=seed, size=wanted.world_size)
+        scratch.rename(world)
+    if wanted.index and not index.exists():
+        progress.stage("building the index")
+        build_bm25(world / "corpus.jsonl", index)
+    base = _base_model(config, world=world, out=model, seed=seed, progress=progress)
+    if wanted.warmstart and not start.exists():
+        assert base is not None, "the recipe was checked: a warm start has a model"
+        _warm_start(config, base, world=world, out=start, seed=seed, num_threads=num_threads, progress=progress)
+
+
+def _base_model(config: Config, *, world: Path, out: Path, seed: int, progress: Progress) -> Path | None:
+    """The model before any training; a fetched one is linked, not copied."""
+    kind = config.prepare.model
+    if kind == "smollm2-135m-instruct":
+        if not smollm2_folder().is_dir():
+            progress.stage("fetching SmolLM2-135M-Instruct")
+            # Unpacking takes half a gigabyte, which this process would keep to the end of the run.
+            run_in_child(fetch_smollm2, name="fetching the model", environment={}, progress=progress.note)
+        if not out.exists():
+            out.symlink_to(smollm2_folder(), target_is_directory=True)
+        return out
+    if kind == "tiny":
+        if not out.exists():
+            progress.stage("making a tiny model")
+            make_tiny_model(world_texts(world), out, seed=seed)
+        return out
+    return None if config.model.path is None else Path(config.model.path)
+
+
+def _warm_start(
+    config: Config, model: Path, *, world: Path, out: Path, seed: int, num_threads: int, progress: Progress
+) -> None:
+    progress.stage("warm start on demonstrations", total=1.0)
+
+    def show(state: WarmstartProgress) -> None:
+        progress.advance_to(state.update / state.num_updates)
+
+    env, wanted = config.env, config.prepare
+    # This process is outside Ray's shares: it takes a GPU that it sees, where the learner is meant to be on one.
+    on_gpu = torch.cuda.is_available() and config.learner.num_gpus != 0
+    result = run_in_child(
+        partial(
+            warm_start,
+            model,
+            demonstrations=world / "demonstrations.jsonl",
+            out=out,
+            seed=seed,
+            learning_rate=wanted.warmstart_learning_rate,
+            batch_size=wanted.warmstart_batch_size,
+            epochs=wanted.warmstart_epochs,
+            prompt=PromptSettings(
+                template=None if env.prompt_file is None else read_template(env.prompt_file),
+                system_prompt=env.system_prompt,
+            ),
+            threads=num_threads,
+            device="cuda" if on_gpu else "cpu",
+        ),
+        name="the warm start",
+        environment=process_environment(num_threads),
+        progress=show,
+    )
+    if result.depth is not None:
+        progress.note(f"the dead end: {result.depth}")

@@ -1,0 +1,81 @@
+"""What a finished run tells at the end: EM before and after, dead ends over time, one that a probe left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Final
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+import rexrag.metrics as keys
+from rexrag.reporting.trace import coloured_trace
+from rexrag.run_folder import RunFolder, read_jsonl
+
+Line = dict[str, Any]
+
+_BARS: Final = "▁▂▃▄▅▆▇█"
+
+
+def print_report(run: RunFolder, *, console: Console) -> None:
+    """Print all parts for which the run has figures."""
+    console.print(Group(*_parts(run)))
+
+
+def _parts(run: RunFolder) -> Iterator[RenderableType]:
+    evaluations, steps = read_jsonl(run.eval), read_jsonl(run.metrics)
+    for split in ("test", "dev"):
+        lines = [line for line in evaluations if line["split"] == split]
+        if len(lines) > 1:
+            yield em_table(lines[0], lines[-1], split=split)
+    rates = [
+        float(str(line[keys.TARGET_DEAD_END_RATE])) for line in steps if line[keys.TARGET_DEAD_END_RATE] is not None
+    ]
+    if rates:
+        yield Text(f"dead ends among rollouts, step by step: {bars(rates)}  {rates[0]:.0%} to {rates[-1]:.0%}")
+    yield from _rescue(read_jsonl(run.samples))
+    if run.committed_checkpoints():
+        yield Text(f"best checkpoint: {run.best_checkpoint()}")
+    yield Text(f"run folder:      {run.root}")
+    yield Text(f"curves:          tensorboard --logdir {run.tensorboard}")
+
+
+def em_table(before: Line, after: Line, *, split: str) -> Table:
+    """EM of two evaluations on the same questions, with 95% intervals, in all and by hops."""
+    table = Table(title=f"EM on {after['n']} {split} questions")
+    table.add_column("")
+    table.add_column("before")
+    table.add_column(f"after step {after['step']}")
+    table.add_row("all", _with_interval(before), _with_interval(after))
+    for hops, row in before["by_hops"].items():
+        later = after["by_hops"].get(hops)
+        if later is not None:
+            plural = "" if hops == "1" else "s"
+            table.add_row(f"{hops} hop{plural} (n = {row['n']:.0f})", f"{row['em']:.2f}", f"{later['em']:.2f}")
+    return table
+
+
+def _with_interval(line: Line) -> str:
+    return f"{line['em']:.2f} [{line['em_low']:.2f}, {line['em_high']:.2f}]"
+
+
+def bars(shares: Sequence[float]) -> str:
+    """Shares in [0, 1] as a line of bars.
+
+    Example:
+        >>> bars([0.0, 0.5, 1.0])
+        '▁▅█'
+    """
+    return "".join(_BARS[min(int(share * len(_BARS)), len(_BARS) - 1)] for share in shares)
+
+
+def _rescue(samples: Sequence[Line]) -> Iterator[RenderableType]:
+    """The last dead end of the run that a probe left."""
+    for parent, probe in reversed(list(pairwise(samples))):
+        if probe["rescued"] and parent["group_id"] == probe["group_id"]:
+            yield Panel(coloured_trace(str(parent["text"]).strip()), title="a dead end")
+            yield Panel(coloured_trace(str(probe["text"]).strip()), title="the probe that left it")
+            return

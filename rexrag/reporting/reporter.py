@@ -1,0 +1,89 @@
+"""The one that tells what a run does: on the terminal, in TensorBoard and in the files of the run folder.
+
+StepResult ──▶ alarms ──▶ board (metrics.jsonl, scalars, histograms, samples) and terminal
+scores of an evaluation ──▶ figures with intervals ──▶ board (eval.jsonl, scalars) and terminal
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import rexrag.metrics as keys
+from rexrag.reporting.alarms import Alarms
+from rexrag.reporting.board import Board
+from rexrag.reporting.evaluation import summarize
+from rexrag.reporting.terminal import Progress
+from rexrag.types import EpisodeScore, Sample, StepResult
+
+LOG = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Tells stages, steps and evaluations, each as it happens."""
+
+    def __init__(self, *, board: Board, progress: Progress) -> None:
+        self._board = board
+        self._progress = progress
+        self._alarms = Alarms()
+        self._showed_rescue = False
+
+    def stage(self, name: str) -> None:
+        """Something begins that may take a while."""
+        self._progress.stage(name)
+
+    def training(self, *, done: int, total: int) -> None:
+        """The steps begin: `done` of `total` are behind."""
+        self._progress.training(done=done, total=total)
+
+    def waiting(self, step: int, *, finished: int, needed: int) -> None:
+        """The learner waits for the groups of a step."""
+        self._progress.waiting(step, finished=finished, needed=needed)
+
+    def step(
+        self, result: StepResult, *, learner_wait_s: float, step_s: float, rollout_tokens_per_s: float | None
+    ) -> None:
+        """A learner step is over: its metrics and samples, and what they warn of.
+
+        Args:
+            learner_wait_s: seconds that the learner waited for its groups.
+            step_s: seconds from the step before to the end of this one.
+            rollout_tokens_per_s: sampled by all actors together; None where that is not known.
+        """
+        metrics = {
+            **result.metrics,
+            keys.STEP: float(result.step),
+            keys.VERSION: float(result.step),
+            keys.TIME_LEARNER_WAIT: learner_wait_s,
+            keys.TIME_STEP: step_s,
+            keys.ROLLOUT_TOKENS_PER_S: rollout_tokens_per_s,
+        }
+        flags, warnings = self._alarms.look(metrics)
+        metrics |= flags
+        self._board.step(result.step, metrics=metrics, histograms=result.histograms)
+        self._tell_samples(result)
+        self._progress.step(result.step, metrics=metrics)
+        for warning in warnings:
+            LOG.warning("step %d: %s: %s", result.step, warning.key, warning.text)
+            self._progress.note(f"  {warning.key}: {warning.text}")
+
+    def evaluation(self, scores: Sequence[EpisodeScore], *, split: str, step: int, seconds: float) -> None:
+        """An evaluation is over: a line of `eval.jsonl`."""
+        line = summarize(scores).to_line(split=split, step=step, version=step, seconds=seconds)
+        self._board.evaluation(line)
+        self._progress.evaluation(line)
+
+    def _tell_samples(self, result: StepResult) -> None:
+        for sample in result.samples:
+            self._board.sample(result.step, sample)
+        rescue = _rescue_in(result.samples)
+        if rescue is not None and not self._showed_rescue:
+            self._showed_rescue = True
+            failed, probe = rescue
+            traces = f"--- a rollout of it:\n{failed.text}\n--- the probe:\n{probe.text}"
+            self._progress.note(f"the first dead end that a probe leads out of\n{traces}")
+
+
+def _rescue_in(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:
+    """A failed rollout and the probe that is right where it was wrong."""
+    return (samples[0], samples[1]) if len(samples) == 2 and samples[1].rescued else None

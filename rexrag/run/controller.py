@@ -1,0 +1,233 @@
+"""The main loop: take, step, outcome, push, record, checkpoint, evaluate, publish, until the last step.
+
+    RolloutActor x N ──append──▶ ReplayActor ──take(step)──▶ LearnerActor ──export──▶ RolloutActor x N
+          ▲                          │ lease                                              │
+          └──────────────────────────┘◀──────────────── publish(version) ────────────────┘
+
+What each loop waits for, and what unblocks it:
+    rollout actor   a lease: admission (bounded staleness), opened by `publish`; weights, pushed after each step
+    assign          groups_per_step finished groups, and no older group left behind; unblocked by `append`
+    step            the learner's optimizer step; nothing else runs in the learner
+    evaluate        greedy episodes under the version just pushed, before the next step is taken
+Every wait looks after the parts meanwhile (`Supervisor`): a dead rollout actor is replaced, a dead buffer or
+learner ends the run with its cause, and a stop signal is heard. `run/train.py` makes and wires the parts.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rexrag.buffer.replay_actor import ReplayActor
+from rexrag.errors import PartDiedError, RunFailure
+from rexrag.learner.checkpoint import prune
+from rexrag.learner.learner_actor import LearnerActor
+from rexrag.reporting.reporter import Reporter
+from rexrag.run.fleet import Fleet
+from rexrag.run.remote import Handle, Ref, T, call, value_of
+from rexrag.run.supervisor import Supervisor
+from rexrag.run_folder import RunFolder
+from rexrag.types import EpisodeScore, Question, StepBatch, StepResult, WeightVersion
+
+LOG = logging.getLogger(__name__)
+
+PART_TIMEOUT_S = 600.0
+"""Bound of what no part should ever need so long for: starting, saving, exporting, counting."""
+ASSIGN_POLL_S = 2.0
+MAX_EVAL_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """Of the main loop. `stall_timeout_s` bounds a learner step, a wait for groups without progress, an evaluation."""
+
+    num_steps: int
+    checkpoint_every: int
+    eval_every: int
+    stall_timeout_s: float
+    keep_checkpoints: int
+    groups_per_step: int
+    transfer_dtype: Literal["float32", "bfloat16"]
+
+
+class Controller:
+    """Takes groups, steps the learner, publishes weights, evaluates and checkpoints, until the last step.
+
+    Life: `run` once; `save` after `Interrupted`.
+
+    Args:
+        first: the version of the weights that learner and actors were built with.
+        dev, test: questions of `data.dev` and `data.eval`.
+    """
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        *,
+        run_folder: RunFolder,
+        first: WeightVersion,
+        buffer: Handle[ReplayActor],
+        learner: Handle[LearnerActor],
+        fleet: Fleet,
+        supervisor: Supervisor,
+        reporter: Reporter,
+        dev: Sequence[Question],
+        test: Sequence[Question],
+    ) -> None:
+        self._settings = settings
+        self._run_folder = run_folder
+        self._version = first
+        self._buffer = buffer
+        self._learner = learner
+        self._fleet = fleet
+        self._supervisor = supervisor
+        self._reporter = reporter
+        self._questions = {"dev": dev, "test": test}
+        self._saved_step = first.step
+
+    def run(self) -> None:
+        """All steps that are left, with the evaluations before, between and after.
+
+        Raises:
+            RunFailure: a part died or stalled.
+            Interrupted: a stop signal came; `save` keeps what was finished.
+        """
+        first = self._version.step
+        for ref in self._fleet.ready():
+            self._wait(ref, what="a rollout actor starts", interruptible=True)
+        self._fleet.run()
+        if first == 0:
+            self._evaluate("test")
+        if self._has_evaluation(first):
+            self._evaluate("dev")
+        self._reporter.training(done=first, total=self._settings.num_steps)
+        self._publish()
+        while self._version.step < self._settings.num_steps:
+            self._step(self._version.step + 1)
+        self._evaluate("test")
+
+    def save(self) -> None:
+        """A checkpoint of the last finished step, unless there is one."""
+        if self._saved_step != self._version.step:
+            self._checkpoint()
+
+    def _step(self, step: int) -> None:
+        started = time.monotonic()
+        batch = self._take(step)
+        learner_wait_s = time.monotonic() - started
+        # From here until the outcome is noted nothing is interrupted: the step counts, or it does not.
+        result = self._train(step, batch)
+        self._note_outcome(result)
+        self._push(updated=result.updated)
+        self._reporter.step(
+            result,
+            learner_wait_s=learner_wait_s,
+            step_s=time.monotonic() - started,
+            rollout_tokens_per_s=self._fleet.tokens_per_s(),
+        )
+        if step % self._settings.checkpoint_every == 0 or step == self._settings.num_steps:
+            self._checkpoint()
+        if self._has_evaluation(step):
+            self._evaluate("dev")
+        self._publish()
+
+    def _has_evaluation(self, step: int) -> bool:
+        """Whether the dev questions are evaluated at this step: first, last, and every so often."""
+        every = self._settings.eval_every
+        return step in (0, self._settings.num_steps) or (every > 0 and step % every == 0)
+
+    def _take(self, step: int) -> Ref[StepBatch]:
+        """The step's batch, once the buffer has assigned it; it goes from the buffer to the learner, not through here."""
+        rho = self._wait(call(self._learner, LearnerActor.rho), what="the learner tells ρ")
+        finished, deadline = -1, 0.0
+        while not self._wait(
+            call(self._buffer, ReplayActor.assign, step, rho=rho, timeout_s=ASSIGN_POLL_S),
+            what=f"the buffer assigns step {step}",
+            interruptible=True,
+        ):
+            status = self._wait(call(self._buffer, ReplayActor.status), what="the buffer's status")
+            self._reporter.waiting(step, finished=status.finished, needed=self._settings.groups_per_step)
+            if status.finished != finished:
+                finished, deadline = status.finished, time.monotonic() + self._settings.stall_timeout_s
+            if time.monotonic() > deadline:
+                raise RunFailure(
+                    f"the learner waits for step {step}, and no group has finished for "
+                    f"{self._settings.stall_timeout_s:.0f} s; the buffer holds: {status}"
+                )
+        self._fleet.progressed()
+        return call(self._buffer, ReplayActor.take, step)
+
+    def _train(self, step: int, batch: Ref[StepBatch]) -> StepResult:
+        return self._supervisor.wait(
+            call(self._learner, LearnerActor.step, value_of(batch)),
+            what=f"the learner's step {step}",
+            timeout_s=self._settings.stall_timeout_s,
+            interruptible=False,
+        )
+
+    def _note_outcome(self, result: StepResult) -> None:
+        """The step counts from here on: its groups are consumed, and the learner is at its version."""
+        noted = call(self._buffer, ReplayActor.outcome, result.step, applied=result.applied)
+        self._wait(noted, what=f"the buffer notes step {result.step}")
+        self._version = WeightVersion(incarnation=self._version.incarnation, step=result.step)
+
+    def _push(self, *, updated: bool) -> None:
+        """Start the transfer of the current version to all actors; an unchanged one is only renamed."""
+        for ref in self._fleet.pending_updates():
+            self._wait(ref, what="an actor confirms the weights before these", interruptible=False)
+        weights = call(self._learner, LearnerActor.export, self._settings.transfer_dtype) if updated else None
+        self._fleet.publish(self._version, weights)
+
+    def _publish(self) -> None:
+        """Open admission for the current version."""
+        told = call(self._buffer, ReplayActor.publish, self._version)
+        self._wait(told, what=f"the buffer hears of {self._version}")
+
+    def _evaluate(self, split: str) -> None:
+        """Greedy episodes of a split under the current version, unless `eval.jsonl` has them.
+
+        Where an actor dies meanwhile, the evaluation begins again on the actors that there are then.
+        """
+        questions = self._questions[split]
+        started, step = time.monotonic(), self._version.step
+        if not questions or split in self._run_folder.evaluated(step):
+            return
+        self._reporter.stage(f"evaluating {len(questions)} {split} questions at step {step}")
+        for attempt in range(MAX_EVAL_ATTEMPTS):
+            try:
+                scores = self._scores(split, questions)
+                break
+            except PartDiedError:
+                if attempt + 1 == MAX_EVAL_ATTEMPTS:
+                    raise
+                LOG.warning("an actor died during the evaluation at step %d, it begins again", step)
+        self._reporter.evaluation(scores, split=split, step=step, seconds=time.monotonic() - started)
+
+    def _scores(self, split: str, questions: Sequence[Question]) -> list[EpisodeScore]:
+        self._supervisor.look()
+        for ref in self._fleet.pending_updates():
+            self._wait(ref, what=f"an actor takes {self._version}", interruptible=True)
+        shares = [
+            self._supervisor.wait(ref, what=f"evaluation on {split}", timeout_s=self._settings.stall_timeout_s)
+            for ref in self._fleet.evaluate(questions, version=self._version)
+        ]
+        return [score for share in shares for score in share]
+
+    def _checkpoint(self) -> None:
+        step = self._version.step
+        self._reporter.stage(f"saving the checkpoint of step {step}")
+        saved = call(self._learner, LearnerActor.save, self._run_folder.checkpoints)
+        self._wait(saved, what=f"the checkpoint of step {step}")
+        self._saved_step = step
+        self._run_folder.set_steps(step)
+        prune(
+            self._run_folder.checkpoints,
+            keep_last=self._settings.keep_checkpoints,
+            best=self._run_folder.best_checkpoint(),
+        )
+
+    def _wait(self, ref: Ref[T], *, what: str, interruptible: bool = False) -> T:
+        return self._supervisor.wait(ref, what=what, timeout_s=PART_TIMEOUT_S, interruptible=interruptible)

@@ -1,0 +1,237 @@
+"""`rexrag train`, from a locked run folder to its end: prepares, starts Ray, makes and wires the parts, ends them.
+
+The one module that builds all parts; the loop that they then run in is `run/controller.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import torch
+
+from rexrag.buffer.recovery import accounting_from_log
+from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
+from rexrag.config import Config
+from rexrag.data.questions import load_questions
+from rexrag.env.codec import Codec
+from rexrag.errors import ConfigError, Interrupted
+from rexrag.files import write_atomic
+from rexrag.hints import HintPool, load_hints
+from rexrag.learner.learner_actor import LearnerSpec, start_learner
+from rexrag.model.loading import check_context, fastest_dtype, load_config, load_tokenizer
+from rexrag.preparation.prepare import prepare
+from rexrag.reporting.board import Board
+from rexrag.reporting.reporter import Reporter
+from rexrag.reporting.terminal import Progress
+from rexrag.retrieval.manifest import check_index
+from rexrag.retrieval.open import open_target
+from rexrag.run.controller import Controller, LoopSettings
+from rexrag.run.fleet import Fleet
+from rexrag.run.part_settings import (
+    Layout,
+    device_of,
+    learner_settings,
+    plan_layout,
+    replay_settings,
+    rollout_settings,
+)
+from rexrag.run.plan import TrainRequest, cluster_address
+from rexrag.run.remote import call
+from rexrag.run.signals import StopSignal
+from rexrag.run.supervisor import Supervisor
+from rexrag.run_folder import RunFolder
+from rexrag.types import Question, WeightVersion
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run reads, checked before anything is started."""
+
+    train: tuple[Question, ...]
+    dev: tuple[Question, ...]
+    test: tuple[Question, ...]
+    hints: HintPool
+    model_path: str
+
+
+def train(request: TrainRequest, *, progress: Progress) -> None:
+    """Train until the last step of the recipe.
+
+    Raises:
+        UserError: settings or files that cannot be used; nothing was started.
+        RunFailure: a part of the run died or stalled; the last checkpoint is intact.
+        Interrupted: a stop signal came; a checkpoint of all finished steps was saved.
+    """
+    config, run = request.config, request.run
+    with StopSignal().installed() as stop:
+        num_cores = os.cpu_count() or 1
+        if cluster_address() is None:
+            # What a cluster has Ray will say; GPUs that this machine lacks are told before `[prepare]` takes minutes.
+            plan_layout(config, num_cores=num_cores, node_cores=num_cores, num_gpus=torch.cuda.device_count())
+        num_threads = config.learner.threads or num_cores
+        prepare(config, folder=run.prepared, num_threads=num_threads, progress=progress)
+        inputs = read_inputs(request)
+        progress.stage("starting Ray")
+        with _ray(), Board(run, purge_step=request.start_step + 1 if request.resumed else None) as board:
+            stop.be_graceful()
+            _train(request, inputs=inputs, stop=stop, board=board, progress=progress)
+
+
+def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Board, progress: Progress) -> None:
+    config, run = request.config, request.run
+    nodes = [max(1, int(node["Resources"].get("CPU", 0))) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    # Ray counts the GPUs of a machine whose torch was built for the CPU alone, too.
+    gpus = ray.cluster_resources().get("GPU", 0.0) if torch.backends.cuda.is_built() else 0.0  # type: ignore[no-untyped-call]
+    layout = plan_layout(config, num_cores=sum(nodes), node_cores=max(nodes), num_gpus=float(gpus))
+    progress.stage("starting the learner and the rollout actors")
+    buffer = start_replay_actor(
+        replay_settings(config, folder=run.buffer, questions=inputs.train),
+        resume_step=request.start_step if request.resumed or request.start_step else None,
+    )
+    learner = start_learner(
+        _learner_spec(request, layout=layout, inputs=inputs),
+        num_cpus=layout.cpus_per_process,
+        num_gpus=layout.learner_gpus,
+    )
+    incarnation = ray.get(call(buffer, ReplayActor.position)).incarnation
+    first = WeightVersion(incarnation=incarnation, step=request.start_step)
+    fleet = Fleet(
+        rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor_threads),
+        num_actors=layout.num_actors,
+        num_groups=layout.num_groups,
+        num_cpus=layout.cpus_per_process,
+        num_gpus=config.rollout.num_gpus,
+        version=first,
+        buffer=buffer,
+        on_death=buffer.release.remote,
+    )
+    supervisor = Supervisor(fleet=fleet, parts={"replay buffer": buffer, "learner": learner}, stop=stop)
+    controller = Controller(
+        _loop_settings(config),
+        run_folder=run,
+        first=first,
+        buffer=buffer,
+        learner=learner,
+        fleet=fleet,
+        supervisor=supervisor,
+        reporter=Reporter(board=board, progress=progress),
+        dev=inputs.dev,
+        test=inputs.test,
+    )
+    try:
+        _run(controller)
+    finally:
+        _write_accounting(run)
+        fleet.stop()
+
+
+def _run(controller: Controller) -> None:
+    try:
+        controller.run()
+    except Interrupted:
+        controller.save()
+        raise
+
+
+def read_inputs(request: TrainRequest) -> Inputs:
+    """All files that the run reads, and the retriever, looked at before anything is started.
+
+    Raises:
+        UserError: the first one that cannot be used.
+    """
+    config = request.config
+    skip, limit = config.data.skip_bad_rows, config.eval.max_questions
+
+    def load(paths: Sequence[Path]) -> tuple[Question, ...]:
+        return load_questions(paths, skip_bad_rows=skip).questions if paths else ()
+
+    model_path = str(request.checkpoint) if request.checkpoint is not None else config.model.path
+    assert model_path is not None, "the recipe was checked: a run has a model"
+    check_context(load_config(model_path), config.env.max_trajectory_tokens)
+    codec = Codec(load_tokenizer(model_path))
+    hints = load_hints(config.probe.hints, codec=codec, removable=config.probe.transfer == "hint_free")
+    if hints.has_empty and config.correction.mixture != "none":
+        raise ConfigError(
+            f'probe.hints = {config.probe.hints}: has a "|" alone, a fork without a hint, which correction.mixture = '
+            f'"{config.correction.mixture}" has no density for; take it out, or set correction.mixture = "none".'
+        )
+    retriever = config.retriever
+    if retriever.kind == "http":
+        assert retriever.url is not None, "the recipe was checked: a server has a URL"
+        open_target(retriever.url)
+    else:
+        assert retriever.path is not None, "the recipe was checked: an index has a path"
+        check_index(retriever.path)
+    return Inputs(
+        train=load(config.data.train),
+        dev=load(config.data.dev)[:limit],
+        test=load(config.data.eval)[:limit],
+        hints=hints,
+        model_path=model_path,
+    )
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """The cluster that RAY_ADDRESS names, else a local Ray that ends with this process.
+
+    The namespace is this process's own, so runs on one cluster do not meet.
+    """
+    joins = cluster_address() is not None
+    ray.init(
+        address=None if joins else "local",  # without an address Ray would join any head of this machine
+        include_dashboard=None if joins else False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=False,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> LearnerSpec:
+    config = request.config
+    assert config.model.path is not None, "the recipe was checked: a run has a model"
+    device = device_of(layout.learner_gpus)
+    return LearnerSpec(
+        model=Path(config.model.path) if request.checkpoint is None else request.checkpoint,
+        settings=learner_settings(config, device=device),
+        device=device,
+        hints=[inputs.hints.ids(index) for index in range(len(inputs.hints))],
+        kept=[inputs.hints.kept(index) for index in range(len(inputs.hints))],
+        threads=layout.learner_threads,
+        seed=config.train.seed,
+        evidence_folder=request.run.root,
+        checkpoint=request.checkpoint,
+        reference=Path(config.model.path) if config.loss.kl_coef > 0 else None,
+    )
+
+
+def _loop_settings(config: Config) -> LoopSettings:
+    fastest = fastest_dtype(device_of(config.rollout.num_gpus))
+    dtype = fastest if config.rollout.dtype == "auto" else config.rollout.dtype
+    return LoopSettings(
+        num_steps=config.train.steps,
+        groups_per_step=config.train.groups_per_step,
+        checkpoint_every=config.train.checkpoint_every,
+        keep_checkpoints=config.train.keep_checkpoints,
+        eval_every=config.eval.every,
+        stall_timeout_s=config.train.stall_timeout_s,
+        transfer_dtype=dtype,
+    )
+
+
+def _write_accounting(run: RunFolder) -> None:
+    """`accounting.json`, from the log alone."""
+    write_atomic(run.accounting, json.dumps(accounting_from_log(run.buffer), indent=1) + "\n")

@@ -1,0 +1,127 @@
+"""Tiny models of each architecture, an engine over them, and the transformers forward pass to compare with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+from rexrag.engine.protocol import GenerateRequest, Generation
+from rexrag.engine.torch_engine import TorchEngine, TorchEngineSettings
+from rexrag.model.loading import Device
+from rexrag.types import WeightVersion
+
+VOCAB_SIZE = 101
+EOS_ID = 100
+V0 = WeightVersion(incarnation="a", step=0)
+V1 = WeightVersion(incarnation="a", step=1)
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def make_model(name: str, *, seed: int = 0) -> PreTrainedModel:
+    if name == "llama":
+        config: PreTrainedConfig = LlamaConfig(**_SIZES, tie_word_embeddings=True)
+    elif name == "llama-untied-biased-llama3rope":
+        config = LlamaConfig(
+            **_SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3_ROPE
+        )
+    elif name == "qwen2":
+        config = Qwen2Config(**_SIZES, tie_word_embeddings=True)
+    else:
+        assert name == "qwen3"
+        config = Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False)
+    model = build(config, seed=seed)
+    with torch.no_grad():  # biases and norms start at constants, which would hide that they are not used
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def build(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model.train(False)
+    return model
+
+
+class Letters:
+    """Token i is the i-th printable character; the last token ends the text."""
+
+    def __init__(self, eos_ids: frozenset[int] = frozenset({EOS_ID})) -> None:
+        self.eos_ids = eos_ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(33 + i) for i in ids)
+
+
+def make_engine(
+    model: PreTrainedModel,
+    *,
+    max_sequences: int = 8,
+    max_length: int = 128,
+    inflight: Literal["keep", "recompute"] = "keep",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    endless: bool = False,
+    device: Device = "cpu",
+) -> TorchEngine:
+    settings = TorchEngineSettings(
+        max_sequences=max_sequences,
+        max_length=max_length,
+        inflight=inflight,
+        dtype=dtype,
+        num_threads=1,
+        device=device,
+    )
+    return TorchEngine(model, settings=settings, codec=Letters(frozenset()) if endless else Letters(), version=V0)
+
+
+async def generate_all(engine: TorchEngine, *requests: GenerateRequest) -> list[Generation]:
+    try:
+        return list(await asyncio.gather(*(engine.generate(request) for request in requests)))
+    finally:
+        await engine.close()
+
+
+def prompt(length: int, *, seed: int = 0) -> list[int]:
+    return list(np.random.default_rng(seed).integers(0, EOS_ID, length).tolist())
+
+
+@torch.inference_mode()
+def reference_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+    """[len(ids), V] log-probs of the token after each position, from one full forward pass of transformers."""
+    logits = model(torch.tensor([list(ids)])).logits[0]
+    return np.asarray(logits.float().log_softmax(-1))
+
+
+def reference_of(model: PreTrainedModel, prompt_ids: Sequence[int], tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    """[len(tokens)] log-prob of each token after the prompt and the tokens before it."""
+    logprobs = reference_logprobs(model, [*prompt_ids, *tokens])
+    positions = np.arange(len(prompt_ids) - 1, len(prompt_ids) + len(tokens) - 1)
+    return logprobs[positions, list(tokens)]
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, npt.NDArray[np.generic]]:
+    return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}

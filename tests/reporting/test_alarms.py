@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import pytest
+
+import rexrag.metrics as keys
+from rexrag.reporting.alarms import Alarms
+
+
+@pytest.mark.parametrize(
+    ("key", "fine", "bad", "warning", "advice"),
+    [
+        (keys.WEIGHT_ESS_PROBE, 0.11, 0.09, keys.WARNING_ESS, 'method = "escape"'),
+        (keys.WEIGHT_ESS_TARGET, 0.11, 0.09, keys.WARNING_ESS, "replay.max_staleness"),
+        (keys.WEIGHT_TRUNCATED_SHARE, 0.1, 0.11, keys.WARNING_TRUNCATION, "replay.max_staleness"),
+        (keys.TARGET_REFLECT_RATE, 0.2, 0.21, keys.WARNING_REFLECTING, "hint_free"),
+        (keys.POLICY_MISMATCH_KL, 0.01, 0.011, keys.WARNING_MISMATCH, "rollout.dtype"),
+    ],
+)
+def test_a_warning_begins_once_and_lasts(key: str, fine: float, bad: float, warning: str, advice: str) -> None:
+    watch = Alarms()
+    begun, flags = [], []
+    for value in (None, fine, bad, bad, fine, bad):
+        seen, started = watch.look({key: value})
+        flags.append(seen[warning])
+        begun.append([one.key for one in started])
+        assert all(advice in one.text for one in started)
+    assert flags == [0, 0, 1, 1, 0, 1]
+    assert begun == [[], [], [warning], [], [], [warning]]
+
+
+def test_correct_rows_that_become_unlikely() -> None:
+    watch = Alarms()
+    flags = [
+        watch.look({keys.POLICY_CORRECT_LOGPROB: value})[0][keys.WARNING_FORGETTING]
+        for value in (-0.2, -0.2, -0.22, -0.25, -0.35, -0.2, None)
+    ]
+    assert flags == [0, 0, 0, 0, 1, 0, 0]
+    quiet = Alarms()
+    tiny = [quiet.look({keys.POLICY_CORRECT_LOGPROB: value})[0] for value in (-0.01, -0.01, -0.01, -0.04)]
+    assert not any(flags[keys.WARNING_FORGETTING] for flags in tiny)

@@ -1,0 +1,64 @@
+"""The report of a finished run, from its files."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from rexrag.reporting.final_report import bars, print_report
+from rexrag.run_folder import RunFolder
+
+
+def evaluation(step: int, em: float) -> dict[str, object]:
+    by_hops = {"1": {"em": 1.0, "n": 4}, "2": {"em": em, "n": 6}}
+    return {
+        "split": "test",
+        "step": step,
+        "n": 10,
+        "em": em,
+        "em_low": em - 0.1,
+        "em_high": em + 0.1,
+        "by_hops": by_hops,
+    }
+
+
+def sample(kind: str, *, rescued: bool, text: str, group: str = "1-0") -> dict[str, object]:
+    return {"kind": kind, "rescued": rescued, "group_id": group, "text": text}
+
+
+def report(folder: Path, **files: list[dict[str, object]]) -> str:
+    for name, lines in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = io.StringIO()
+    print_report(RunFolder(folder), console=Console(file=out, width=100))
+    return out.getvalue()
+
+
+def test_report_shows_em_dead_ends_and_a_rescue(tmp_path: Path) -> None:
+    text = report(
+        tmp_path,
+        eval=[evaluation(0, 0.2), evaluation(12, 0.8)],
+        metrics=[{"target/dead_end_rate": rate} for rate in (0.9, None, 0.3)],
+        samples=[
+            sample("target", rescued=False, text="<answer>wrong</answer>"),
+            sample("probe", rescued=True, text="<answer>right</answer>"),
+            sample("target", rescued=False, text="<answer>later</answer>", group="1-9"),
+        ],
+    )
+    assert "0.20 [0.10, 0.30]" in text
+    assert "0.80 [0.70, 0.90]" in text
+    assert "2 hops (n = 6)" in text
+    assert "90% to 30%" in text
+    assert text.index("wrong") < text.index("right")
+    assert "later" not in text
+
+
+def test_report_of_a_run_without_figures_names_its_folder(tmp_path: Path) -> None:
+    assert str(tmp_path) in report(tmp_path, eval=[], metrics=[], samples=[]).replace("\n", "")
+
+
+def test_bars_cover_the_whole_range() -> None:
+    assert bars([0.0, 0.124, 0.5, 1.0]) == "▁▁▅█"

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rexrag.errors import ConfigError, Interrupted, RunFolderError
+from rexrag.recipe import load_recipe
+from rexrag.run.plan import Plan, open_run, plan_run
+from rexrag.run_folder import RunFolder, read_jsonl
+
+RECIPE = """
+[prepare]
+model = "tiny"
+world = "synthetic"
+index = "bm25"
+warmstart = true
+[train]
+steps = 10
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def plan(recipe: Path | None, *overrides: str, run_dir: Path | None = None, resume: str = "auto") -> Plan:
+    return plan_run(recipe, overrides=overrides, run_dir=run_dir, resume=resume)
+
+
+def train_to(plan: Plan, *steps: int, interrupt: bool = False) -> RunFolder:
+    """Leaves a run folder as a training would that checkpoints after each of `steps`."""
+    try:
+        with open_run(plan) as request:
+            (request.run.prepared / "world").mkdir(parents=True, exist_ok=True)
+            (request.run.prepared / "index").mkdir(exist_ok=True)
+            (request.run.prepared / "warmstart").mkdir(exist_ok=True)
+            for name in ("train", "dev", "test"):
+                (request.run.prepared / "world" / f"{name}.jsonl").touch()
+            for step in steps:
+                checkpoint = request.run.checkpoints / f"step-{step:06d}"
+                checkpoint.mkdir()
+                (checkpoint / "COMMIT").touch()
+                with request.run.metrics.open("a") as file:
+                    file.writelines(json.dumps({"step": one}) + "\n" for one in (step, step + 1))
+                request.run.set_steps(step)
+            if interrupt:
+                raise Interrupted("stopped")
+    except Interrupted:
+        pass
+    return RunFolder(plan.root)
+
+
+def test_a_new_run_with_a_default_name(recipe: Path, tmp_path: Path) -> None:
+    new = plan(recipe)
+    assert new.root.parent == tmp_path / "runs"
+    assert new.root.name.startswith("mine-2")
+    assert not new.root.exists()
+    with open_run(new) as request:
+        assert (request.start_step, request.checkpoint, request.resumed) == (0, None, False)
+        assert request.config.model.path == str(new.root / "prepared" / "warmstart")
+        assert load_recipe(request.run.config).config == request.config
+    assert (tmp_path / "runs" / "latest").resolve() == new.root
+
+
+def test_latest_is_left_alone_by_folders_elsewhere(recipe: Path, tmp_path: Path) -> None:
+    train_to(plan(recipe, run_dir=tmp_path / "else" / "where"))
+    assert not (tmp_path / "else" / "latest").is_symlink()
+
+
+def test_resume_with_the_runs_own_settings(recipe: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    train_to(plan(recipe, run_dir=root), 4, 8, interrupt=True)
+    again = plan(None, run_dir=root)
+    assert (again.is_new, again.start_step, again.checkpoint) == (False, 8, root / "checkpoints" / "step-000008")
+    assert again.recipe.name == "mine"
+    text = (root / "config.toml").read_text()
+    with open_run(again) as request:
+        assert request.resumed
+        assert [line["step"] for line in read_jsonl(request.run.metrics)] == [4, 5, 8]
+    assert (root / "config.toml").read_text() == text
+
+
+def test_resume_before_the_first_checkpoint_begins_at_step_0(recipe: Path, tmp_path: Path) -> None:
+    train_to(plan(recipe, run_dir=tmp_path / "run"), interrupt=True)
+    again = plan(recipe, run_dir=tmp_path / "run")
+    assert (again.is_new, again.start_step, again.checkpoint) == (False, 0, None)
+
+
+def test_resume_survives_a_moved_run_folder(recipe: Path, tmp_path: Path) -> None:
+    train_to(plan(recipe, run_dir=tmp_path / "run"), 4, interrupt=True)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    again = plan(None, run_dir=tmp_path / "moved")
+    assert again.start_step == 4
+    assert again.recipe.config.data.train == [tmp_path / "moved" / "prepared" / "world" / "train.jsonl"]
+
+
+def test_what_may_change_on_resume_is_written_down(recipe: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    train_to(plan(recipe, run_dir=root), 4, interrupt=True)
+    words = ["train.steps=20", "train.checkpoint_every=5", "eval.every=2"]
+    words += ["rollout.num_actors=3", "learner.micro_batch_tokens=64"]
+    with open_run(plan(recipe, *words, run_dir=root)) as request:
+        assert request.config.train.steps == 20
+        assert request.config.learner.micro_batch_tokens == 64
+    stored = load_recipe(root / "config.toml").config
+    assert (stored.train.steps, stored.train.checkpoint_every, stored.eval.every) == (20, 5, 2)
+
+
+@pytest.mark.parametrize("word", ["train.seed=1", "probe.rate=0.25", "method=grpo", "train.groups_per_step=9"])
+def test_other_changes_are_refused_by_name(recipe: Path, tmp_path: Path, word: str) -> None:
+    train_to(plan(recipe, run_dir=tmp_path / "run"), 4, interrupt=True)
+    with pytest.raises(ConfigError) as caught:
+        plan(None, word, run_dir=tmp_path / "run")
+    changed = {"method=grpo": "probe.rate"}.get(word, word.partition("=")[0])
+    assert f"{changed} = " in str(caught.value)
+    assert "[--set]" in str(caught.value) or "method grpo" in str(caught.value)
+
+
+def test_a_finished_run_has_nothing_to_do_until_steps_grow(recipe: Path, tmp_path: Path) -> None:
+    train_to(plan(recipe, run_dir=tmp_path / "run"), 5, 10)
+    assert plan(None, run_dir=tmp_path / "run").finished
+    more = plan(None, "train.steps=12", run_dir=tmp_path / "run")
+    assert not more.finished
+    assert more.start_step == 10
+    with pytest.raises(ConfigError, match="must be at least 10"):
+        plan(None, "train.steps=8", run_dir=tmp_path / "run")
+
+
+def test_all_steps_done_but_not_ended_is_not_finished(recipe: Path, tmp_path: Path) -> None:
+    train_to(plan(recipe, run_dir=tmp_path / "run"), 10, interrupt=True)
+    again = plan(None, run_dir=tmp_path / "run")
+    assert (again.finished, again.start_step) == (False, 10)
+
+
+def test_never_refuses_a_run_that_exists(recipe: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    train_to(plan(recipe, run_dir=root, resume="never"))
+    with pytest.raises(RunFolderError, match="exists"):
+        plan(recipe, run_dir=root, resume="never")
+
+
+def test_an_older_checkpoint_begins_a_new_run(recipe: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    train_to(plan(recipe, run_dir=root), 4, 8, interrupt=True)
+    older = root / "checkpoints" / "step-000004"
+    fork = plan(None, "optimizer.learning_rate=1e-7", resume=str(older))
+    assert (fork.is_new, fork.start_step, fork.checkpoint) == (True, 4, older)
+    assert fork.root != root
+    with open_run(fork) as request:
+        assert not request.resumed
+        assert request.config.optimizer.learning_rate == 1e-7
+        assert request.config.prepare.model is None
+        assert request.config.data.train == [root / "prepared" / "world" / "train.jsonl"]
+        assert request.run.record().steps == 4
+    with pytest.raises(RunFolderError, match="exists"):
+        plan(None, resume=str(older), run_dir=root)
+    with pytest.raises(ConfigError, match="leave"):
+        plan(recipe, resume=str(older))
+
+
+def test_the_newest_checkpoint_goes_on_with_its_run_unless_a_new_folder_is_named(recipe: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    train_to(plan(recipe, run_dir=root), 4, 8, interrupt=True)
+    newest = str(root / "checkpoints" / "step-000008")
+    assert not plan(None, resume=newest).is_new
+    assert not plan(None, resume=newest, run_dir=Path("run")).is_new
+    assert plan(None, resume=newest, run_dir=tmp_path / "new").is_new
+
+
+def test_words_that_are_no_checkpoint(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="auto, never, or a checkpoint"):
+        plan(None, resume="always")
+    train_to(plan(recipe, run_dir=tmp_path / "run"), 4, interrupt=True)
+    (tmp_path / "run" / "checkpoints" / "step-000006").mkdir()
+    with pytest.raises(RunFolderError, match="no committed checkpoint; the run has step-000004"):
+        plan(None, resume=str(tmp_path / "run" / "checkpoints" / "step-000006"))
+
+
+def test_a_run_that_went_on_meanwhile_is_noticed(recipe: Path, tmp_path: Path) -> None:
+    train_to(plan(recipe, run_dir=tmp_path / "run"), 4, interrupt=True)
+    early = plan(None, run_dir=tmp_path / "run")
+    train_to(plan(None, run_dir=tmp_path / "run"), 8, interrupt=True)
+    with pytest.raises(RunFolderError, match="has gone on meanwhile"), open_run(early):
+        pass
+
+
+@pytest.mark.parametrize("run_dir", [None, Path("runs/first")])
+def test_a_job_on_a_cluster_must_name_a_lasting_run_folder(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_dir: Path | None
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ConfigError) as caught:
+        plan(recipe, run_dir=run_dir)
+    assert f"--run-dir = {run_dir or '(not given)'}: " in str(caught.value)
+    assert "must be an absolute path" in str(caught.value)
+    assert "10.0.0.1:6379" in str(caught.value)
+    assert plan(recipe, run_dir=tmp_path / "run").root == tmp_path / "run"
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert plan(recipe, run_dir=run_dir).is_new
