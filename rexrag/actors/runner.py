@@ -39,14 +39,9 @@ class EpisodeRunner:
         Raises:
             GroupFailedError: fewer than two targets (one where a group has one) ended without an outage.
         """
+        salt = self._salt(lease)
         episodes = [
-            Episode(
-                self._parts,
-                lease.question,
-                salt=self._salt(lease),
-                names=_names(lease, rollout),
-                on_progress=on_progress,
-            )
+            Episode(self._parts, lease.question, salt=salt, names=_names(lease, rollout), on_progress=on_progress)
             for rollout in range(self._parts.settings.group_size)
         ]
         verdict = _Verdict(num_targets=len(episodes))
@@ -57,7 +52,7 @@ class EpisodeRunner:
                     for row, episode in enumerate(episodes)
                 ]
         finally:
-            self._parts.engine.release(self._salt(lease))
+            self._parts.engine.release(salt)
         pairs = [task.result() for task in running]
         targets = [target for target, _ in pairs]
         usable = sum(not target.is_masked for target in targets)

@@ -1,8 +1,8 @@
 """The one writer of a run's TensorBoard events, `metrics.jsonl`, `eval.jsonl`, `samples.jsonl` and `log.jsonl`.
 
 Keys of the jsonl files are the TensorBoard tags. A metric without a value is `null` there and no point here.
-What is compared in one chart has one tag, `compare/...`, and a run of its own for each curve (`target` and `probe`, `dev`
-and `test`): TensorBoard tells runs apart by colour.
+What is compared in one chart has one tag, `compare/...`, and a run of its own for each curve (`target` and `probe`,
+`dev` and `test`): TensorBoard tells runs apart by colour.
 """
 
 from __future__ import annotations

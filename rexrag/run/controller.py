@@ -140,7 +140,7 @@ class Controller:
         return step in (0, self._settings.num_steps) or (every > 0 and step % every == 0)
 
     def _take(self, step: int) -> Ref[StepBatch]:
-        """The step's batch, once the buffer has assigned it; it goes from the buffer to the learner, not through here."""
+        """The step's batch, once the buffer has assigned it: a reference, since its data goes to the learner alone."""
         rho = self._wait(call(self._learner, LearnerActor.rho), what="the learner tells ρ")
         finished, deadline = -1, 0.0
         while not self._wait(

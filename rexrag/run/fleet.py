@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -29,7 +29,7 @@ MAX_RESTARTS_IN_A_ROW = 5
 """Deaths of actors without a finished group between them: then the cause is not a passing one."""
 
 
-Weights: TypeAlias = Mapping[str, npt.NDArray[np.generic]]
+Weights: TypeAlias = dict[str, npt.NDArray[np.generic]]
 
 
 @dataclass(kw_only=True)
