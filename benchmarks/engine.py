@@ -61,6 +61,10 @@ SETTINGS = EpisodeSettings(
     probe_rate=0.0,
     branch="answer",
     seed=0,
+    dead_end="rollout",
+    scored="none",
+    eval_episodes=64,
+    prompt_template=None,
     system_prompt=SYSTEM_PROMPT,
 )
 NUM_DEMONSTRATIONS = 96
@@ -317,7 +321,9 @@ async def _run_own(prepared: Prepared, *, codec: Codec, num_threads: int) -> Run
             max_sequences=len(prepared.questions),
             max_length=SETTINGS.max_trajectory_tokens,
             dtype=dtype,
+            inflight="keep",
             num_threads=num_threads,
+            device="cpu",
         ),
         codec=codec,
         version=VERSION,

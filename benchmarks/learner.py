@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import mkdtemp
@@ -30,6 +30,8 @@ from rexrag import metrics as keys
 from rexrag.arrow import group_to_ipc
 from rexrag.hints import HintPool
 from rexrag.learner.correction import CorrectionSettings
+from rexrag.learner.loss import LossSettings
+from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.types import EndReason, Kind, Origin, StepBatch, Trajectory, TrajectoryGroup
@@ -40,22 +42,36 @@ TURN_TOKENS: Final = 96
 OBSERVATION_TOKENS: Final = 200
 NUM_TURNS: Final = 3
 CEILING_SIZE: Final = 8192
-_QWEN: Final = {"vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 4096}
+_VOCABULARY: Final = 151_936
 
 SHAPES: Final[dict[str, Callable[[], PreTrainedConfig]]] = {
     "qwen3-0.6b": lambda: Qwen3Config(
-        **_QWEN, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128,
+        vocab_size=_VOCABULARY, tie_word_embeddings=True, max_position_embeddings=4096, hidden_size=1024,
+        intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
     ),
     "qwen2.5-3b": lambda: Qwen2Config(
-        **_QWEN, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-        num_key_value_heads=2,
+        vocab_size=_VOCABULARY, tie_word_embeddings=True, max_position_embeddings=4096, hidden_size=2048,
+        intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
     ),
     "tiny": lambda: Qwen3Config(
         vocab_size=512, tie_word_embeddings=True, max_position_embeddings=2048, hidden_size=64, intermediate_size=128,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     ),
 }  # fmt: skip
+
+SETTINGS: Final = LearnerSettings(
+    correction=CorrectionSettings(mixture="none", bound="truncate", cap=2.0, low=0.5, high=2.0),
+    loss=LossSettings(
+        baseline="joint", clip_low=0.2, clip_high=0.2, dual_clip=3.0, kl_coef=0.0, train_hints=True,
+        train_prefix=False, preserve=1.0, preserve_knee=0.5, preserve_rows=16,
+    ),
+    optimizer=OptimizerSettings(
+        learning_rate=1e-6, warmup_steps=0, decay_steps=0, beta1=0.9, beta2=0.99, weight_decay=0.0, max_grad_norm=1.0
+    ),
+    probe=ProbeSettings(rate=0.5, branch="answer", transfer="hinted", filter="hint_logprob"),
+    max_staleness=2, micro_batch_tokens=4096, autocast="bfloat16", gradient_checkpointing=False, max_bad_steps=3,
+)  # fmt: skip
+"""What `rexrag train` takes by default, in bfloat16; spelt out, so that pydantic is not needed to measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +146,7 @@ def measure(
 ) -> Result:
     """Steps of as many rows as have `num_tokens` together."""
     device = model.device
-    settings = LearnerSettings(
-        correction=CorrectionSettings(mixture="none"),
-        optimizer=OptimizerSettings(learning_rate=1e-6),
-        micro_batch_tokens=micro_batch,
-        autocast="bfloat16",
-    )
+    settings = replace(SETTINGS, micro_batch_tokens=micro_batch)
     learner = LearnerCore(model, settings=settings, hints=HintPool([[5, 6]]), evidence_folder=Path(mkdtemp()))
     groups = random_groups(num_tokens, vocabulary=int(model.config.vocab_size), seed=0)
     times, updates = [], []

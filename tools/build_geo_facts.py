@@ -138,7 +138,7 @@ def largest_neighbour(code: str, first: dict[str, Record], second: dict[str, Rec
         [by_iso3.get(iso3, "") for iso3 in second[code].get("borders") or []],  # type: ignore[attr-defined]
     )
     found = {
-        max((iso for iso in ones if iso in first), key=lambda iso: first[iso]["areakm2"], default=None)
+        max((iso for iso in ones if iso in first), key=lambda iso: float(str(first[iso]["areakm2"])), default=None)
         for ones in lists
     }
     return found.pop() if len(found) == 1 else None

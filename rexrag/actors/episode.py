@@ -50,11 +50,11 @@ class EpisodeSettings:
     probe_rate: float
     branch: Literal["answer", "turn"]
     seed: int
-    dead_end: Literal["rollout", "group"] = "rollout"
-    scored: Literal["none", "probes", "all"] = "none"
-    eval_episodes: int = 64
-    prompt_template: str | None = None
-    system_prompt: str | None = None
+    dead_end: Literal["rollout", "group"]
+    scored: Literal["none", "probes", "all"]
+    eval_episodes: int
+    prompt_template: str | None
+    system_prompt: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

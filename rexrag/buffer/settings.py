@@ -25,12 +25,12 @@ class ReplaySettings:
     groups_per_step: int
     max_staleness: int
     seed: int
-    lease_timeout_s: float = 300.0
-    lease_deadline_s: float = 3600.0
-    max_attempts: int = 3
-    segment_bytes: int = 64 << 20
-    num_steps: int | None = None
-    refill: bool = False
+    lease_timeout_s: float
+    lease_deadline_s: float
+    max_attempts: int
+    segment_bytes: int
+    num_steps: int | None
+    refill: bool
 
     def __post_init__(self) -> None:
         if not self.questions:

@@ -75,10 +75,10 @@ class TorchEngineSettings:
 
     max_sequences: int
     max_length: int
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    inflight: Literal["keep", "recompute"] = "keep"
-    num_threads: int | None = None
-    device: Device = "cpu"
+    dtype: Literal["float32", "bfloat16"]
+    inflight: Literal["keep", "recompute"]
+    num_threads: int | None
+    device: Device
 
 
 class TorchEngine:

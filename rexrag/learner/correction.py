@@ -32,11 +32,11 @@ class CorrectionSettings:
         bound, cap, low, high: what `importance_weight` does with the staleness weight.
     """
 
-    mixture: Mixture = "token"
-    bound: Bound = "truncate"
-    cap: float = 2.0
-    low: float = 0.5
-    high: float = 2.0
+    mixture: Mixture
+    bound: Bound
+    cap: float
+    low: float
+    high: float
 
 
 def mixture_logprob(behavior_logprob: Tensor, probe_logprob: Tensor, alpha: float) -> Tensor:

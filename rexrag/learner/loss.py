@@ -20,16 +20,16 @@ class LossSettings:
         preserve_rows: kept rows that a step trains on.
     """
 
-    baseline: Baseline = "joint"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float = 3.0
-    kl_coef: float = 0.0
-    train_hints: bool = True
-    train_prefix: bool = False
-    preserve: float = 0.0
-    preserve_knee: float = 0.0
-    preserve_rows: int = 16
+    baseline: Baseline
+    clip_low: float
+    clip_high: float
+    dual_clip: float
+    kl_coef: float
+    train_hints: bool
+    train_prefix: bool
+    preserve: float
+    preserve_knee: float
+    preserve_rows: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -25,10 +25,10 @@ from rexrag.types import FloatArray, Trajectory
 class ProbeSettings:
     """What the learner has to know of how probes are made (§2, §5b, §8). `rate` is p."""
 
-    rate: float = 0.5
-    branch: Branch = "answer"
-    transfer: Transfer = "hinted"
-    filter: FilterKind = "hint_logprob"
+    rate: float
+    branch: Branch
+    transfer: Transfer
+    filter: FilterKind
 
 
 class MixtureWeigher:

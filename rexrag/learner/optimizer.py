@@ -18,13 +18,13 @@ _LAST_SHARE: Final = 0.1
 class OptimizerSettings:
     """Settings of AdamW. Weight decay acts on matrices, not on norms and biases."""
 
-    learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    beta1: float = 0.9
-    beta2: float = 0.99
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    learning_rate: float
+    warmup_steps: int
+    decay_steps: int
+    beta1: float
+    beta2: float
+    weight_decay: float
+    max_grad_norm: float
 
 
 class Optimizer:

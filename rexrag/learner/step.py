@@ -55,15 +55,15 @@ class LearnerSettings:
         max_bad_steps: consecutive steps with a non-finite loss or gradient that end the run.
     """
 
-    correction: CorrectionSettings = field(default_factory=CorrectionSettings)
-    loss: LossSettings = field(default_factory=LossSettings)
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    probe: ProbeSettings = field(default_factory=ProbeSettings)
-    max_staleness: int = 2
-    micro_batch_tokens: int = 4096
-    autocast: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
-    max_bad_steps: int = 3
+    correction: CorrectionSettings
+    loss: LossSettings
+    optimizer: OptimizerSettings
+    probe: ProbeSettings
+    max_staleness: int
+    micro_batch_tokens: int
+    autocast: Literal["float32", "bfloat16"]
+    gradient_checkpointing: bool
+    max_bad_steps: int
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ class _Pass:
 class LearnerCore:
     """The policy being trained, its optimizer, and the step counter that is its version.
 
-        core = LearnerCore(model, settings=LearnerSettings(), hints=pool, evidence_folder=run_folder)
+        core = LearnerCore(model, settings=settings, hints=pool, evidence_folder=run_folder)
         result = core.step(batch)             # batch.step == core.num_steps + 1
         weights = core.export_weights(dtype="float32")
 

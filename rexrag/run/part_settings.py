@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from rexrag.actors.build import RolloutSettings
 from rexrag.actors.episode import EpisodeSettings
 from rexrag.buffer.settings import ReplaySettings
-from rexrag.config import Config
+from rexrag.config import Config, Section
 from rexrag.env.prompt import read_template
 from rexrag.errors import ConfigError
 from rexrag.learner.correction import CorrectionSettings
@@ -18,7 +18,13 @@ from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
 from rexrag.model.loading import Device, fastest_dtype
+from rexrag.run.controller import LoopSettings
 from rexrag.types import Question
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +77,29 @@ def plan_layout(config: Config, *, num_cores: int, node_cores: int, num_gpus: fl
     )
 
 
+def copied(settings: type[SettingsT], section: Section, **rest: object) -> SettingsT:
+    """Settings of a part: the section's fields of the same names, and `rest`, which goes before them.
+
+    Raises:
+        TypeError: a field of the settings is in neither.
+    """
+    names = {field.name for field in fields(settings)}
+    shared = {name: getattr(section, name) for name in type(section).model_fields if name in names}
+    return settings(**{**shared, **rest})
+
+
 def episode_settings(config: Config) -> EpisodeSettings:
-    env = config.env
-    return EpisodeSettings(
+    return copied(
+        EpisodeSettings,
+        config.env,
         group_size=config.rollout.group_size,
-        max_turns=env.max_turns,
-        max_turn_tokens=env.max_turn_tokens,
-        max_observation_tokens=env.max_observation_tokens,
-        max_trajectory_tokens=env.max_trajectory_tokens,
-        top_k=env.top_k,
         probe_rate=config.probe.rate,
         branch=config.probe.branch,
         dead_end=config.probe.dead_end,
         scored=_scored(config),
         seed=config.train.seed,
         eval_episodes=config.rollout.episodes_per_actor,
-        prompt_template=None if env.prompt_file is None else read_template(env.prompt_file),
-        system_prompt=env.system_prompt,
+        prompt_template=None if config.env.prompt_file is None else read_template(config.env.prompt_file),
     )
 
 
@@ -120,62 +132,38 @@ def rollout_settings(config: Config, *, model_path: str, num_threads: int) -> Ro
 
 
 def learner_settings(config: Config, *, device: Device) -> LearnerSettings:
-    correction, loss, optimizer, learner = config.correction, config.loss, config.optimizer, config.learner
-    return LearnerSettings(
-        correction=CorrectionSettings(
-            mixture=correction.mixture,
-            bound=correction.bound,
-            cap=correction.cap,
-            low=correction.low,
-            high=correction.high,
-        ),
-        loss=LossSettings(
-            baseline=loss.baseline,
-            clip_low=loss.clip_low,
-            clip_high=loss.clip_high,
-            dual_clip=loss.dual_clip,
-            kl_coef=loss.kl_coef,
-            train_hints=loss.train_hints,
-            train_prefix=loss.train_prefix,
-            preserve=loss.preserve,
-            preserve_knee=loss.preserve_knee,
-            preserve_rows=loss.preserve_rows,
-        ),
-        optimizer=OptimizerSettings(
-            learning_rate=optimizer.learning_rate,
-            warmup_steps=optimizer.warmup_steps,
-            decay_steps=optimizer.decay_steps,
-            beta1=optimizer.beta1,
-            beta2=optimizer.beta2,
-            weight_decay=optimizer.weight_decay,
-            max_grad_norm=optimizer.max_grad_norm,
-        ),
-        probe=ProbeSettings(
-            rate=config.probe.rate,
-            branch=config.probe.branch,
-            transfer=config.probe.transfer,
-            filter=config.probe.filter,
-        ),
+    learner = config.learner
+    return copied(
+        LearnerSettings,
+        learner,
+        correction=copied(CorrectionSettings, config.correction),
+        loss=copied(LossSettings, config.loss),
+        optimizer=copied(OptimizerSettings, config.optimizer),
+        probe=copied(ProbeSettings, config.probe),
         max_staleness=config.replay.max_staleness,
-        micro_batch_tokens=learner.micro_batch_tokens,
         autocast=fastest_dtype(device) if learner.autocast == "auto" else learner.autocast,
-        gradient_checkpointing=learner.gradient_checkpointing,
-        max_bad_steps=learner.max_bad_steps,
     )
 
 
 def replay_settings(config: Config, *, folder: Path, questions: tuple[Question, ...]) -> ReplaySettings:
-    replay = config.replay
-    return ReplaySettings(
+    return copied(
+        ReplaySettings,
+        config.replay,
         folder=folder,
         questions=questions,
         groups_per_step=config.train.groups_per_step,
         num_steps=config.train.steps,
-        max_staleness=replay.max_staleness,
         seed=config.train.seed,
-        lease_timeout_s=replay.lease_timeout_s,
-        lease_deadline_s=replay.lease_deadline_s,
-        max_attempts=replay.max_attempts,
-        segment_bytes=replay.segment_mb << 20,
-        refill=replay.refill,
+        segment_bytes=config.replay.segment_mb << 20,
+    )
+
+
+def loop_settings(config: Config) -> LoopSettings:
+    fastest = fastest_dtype(device_of(config.rollout.num_gpus))
+    return copied(
+        LoopSettings,
+        config.train,
+        num_steps=config.train.steps,
+        eval_every=config.eval.every,
+        transfer_dtype=fastest if config.rollout.dtype == "auto" else config.rollout.dtype,
     )

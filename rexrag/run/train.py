@@ -18,26 +18,26 @@ import torch
 
 from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
-from rexrag.config import Config
 from rexrag.data.questions import load_questions
 from rexrag.env.codec import Codec
 from rexrag.errors import ConfigError, Interrupted
 from rexrag.files import write_atomic
 from rexrag.hints import HintPool, load_hints
 from rexrag.learner.learner_actor import LearnerSpec, start_learner
-from rexrag.model.loading import check_context, fastest_dtype, load_config, load_tokenizer
+from rexrag.model.loading import check_context, load_config, load_tokenizer
 from rexrag.preparation.prepare import prepare
 from rexrag.reporting.board import Board
 from rexrag.reporting.reporter import Reporter
 from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.manifest import check_index
 from rexrag.retrieval.open import open_target
-from rexrag.run.controller import Controller, LoopSettings
+from rexrag.run.controller import Controller
 from rexrag.run.fleet import Fleet
 from rexrag.run.part_settings import (
     Layout,
     device_of,
     learner_settings,
+    loop_settings,
     plan_layout,
     replay_settings,
     rollout_settings,
@@ -116,7 +116,7 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     )
     supervisor = Supervisor(fleet=fleet, parts={"replay buffer": buffer, "learner": learner}, stop=stop)
     controller = Controller(
-        _loop_settings(config),
+        loop_settings(config),
         run_folder=run,
         first=first,
         buffer=buffer,
@@ -215,20 +215,6 @@ def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> L
         evidence_folder=request.run.root,
         checkpoint=request.checkpoint,
         reference=Path(config.model.path) if config.loss.kl_coef > 0 else None,
-    )
-
-
-def _loop_settings(config: Config) -> LoopSettings:
-    fastest = fastest_dtype(device_of(config.rollout.num_gpus))
-    dtype = fastest if config.rollout.dtype == "auto" else config.rollout.dtype
-    return LoopSettings(
-        num_steps=config.train.steps,
-        groups_per_step=config.train.groups_per_step,
-        checkpoint_every=config.train.checkpoint_every,
-        keep_checkpoints=config.train.keep_checkpoints,
-        eval_every=config.eval.every,
-        stall_timeout_s=config.train.stall_timeout_s,
-        transfer_dtype=dtype,
     )
 
 

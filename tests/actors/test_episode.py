@@ -122,6 +122,11 @@ def settings(**changes: object) -> EpisodeSettings:
         "probe_rate": 1.0,
         "branch": "answer",
         "seed": 0,
+        "dead_end": "rollout",
+        "scored": "none",
+        "eval_episodes": 64,
+        "prompt_template": None,
+        "system_prompt": None,
         **changes,
     }
     return EpisodeSettings(**values)  # type: ignore[arg-type]

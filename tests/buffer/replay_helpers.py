@@ -24,11 +24,18 @@ def make_questions(num: int) -> tuple[Question, ...]:
     )
 
 
-def make_settings(folder: Path, **changes: float) -> ReplaySettings:
+def make_settings(folder: Path, **changes: float | None) -> ReplaySettings:
     """Small settings; `num_questions` questions, other changes by their names."""
-    num_questions = int(changes.pop("num_questions", 6))
-    values: dict[str, float] = {"groups_per_step": 2, "max_staleness": 2, "seed": 0, "lease_timeout_s": 10.0}
-    values |= {"lease_deadline_s": 100.0, "max_attempts": 2, "segment_bytes": 1 << 20, **changes}
+    num_questions = int(changes.pop("num_questions", 6) or 0)
+    values: dict[str, float | None] = {"groups_per_step": 2, "max_staleness": 2, "seed": 0, "lease_timeout_s": 10.0}
+    values |= {
+        "lease_deadline_s": 100.0,
+        "max_attempts": 2,
+        "segment_bytes": 1 << 20,
+        "num_steps": None,
+        "refill": False,
+        **changes,
+    }
     return ReplaySettings(folder=folder, questions=make_questions(num_questions), **values)  # type: ignore[arg-type]
 
 

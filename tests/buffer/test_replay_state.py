@@ -14,7 +14,6 @@ from rexrag.arrow import group_from_ipc, group_to_ipc
 from rexrag.buffer.ledger import GroupState
 from rexrag.buffer.records import Assign, Issue
 from rexrag.buffer.schedule import Candidate, issue_order, select_batch
-from rexrag.buffer.settings import ReplaySettings
 from rexrag.errors import DataError, UnknownLeaseError
 from rexrag.types import GroupLease, WeightVersion
 
@@ -307,7 +306,7 @@ def test_questions_must_exist_and_be_unique() -> None:
     values = make_settings(Path("unused"))
     for questions, message in (((), "no question"), (make_questions(2) * 2, "occurs twice")):
         with pytest.raises(DataError, match=message):
-            ReplaySettings(folder=values.folder, questions=questions, groups_per_step=1, max_staleness=1, seed=0)
+            replace(values, questions=questions)
 
 
 def simulate(rig: Rig, *, rng: random.Random, num_steps: int, loss_rate: float) -> tuple[Counter[int], int]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from plain_settings import torch_engine_settings
 from tiny_engines import (
     EOS_ID,
     V0,
@@ -23,7 +24,7 @@ from tiny_engines import (
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from rexrag.engine.protocol import GenerateRequest
-from rexrag.engine.torch_engine import EngineClosedError, TorchEngine, TorchEngineSettings
+from rexrag.engine.torch_engine import EngineClosedError, TorchEngine
 from rexrag.errors import ModelError
 from rexrag.model.loading import fastest_dtype
 
@@ -159,7 +160,7 @@ def unsupported_configs() -> list[tuple[PreTrainedConfig, str]]:
 
 @pytest.mark.parametrize(("config", "message"), unsupported_configs())
 def test_models_it_cannot_run_are_refused(config: PreTrainedConfig, message: str) -> None:
-    settings = TorchEngineSettings(max_sequences=2, max_length=64)
+    settings = torch_engine_settings(max_sequences=2, max_length=64)
     with pytest.raises(ModelError, match=message):
         TorchEngine(build(config), settings=settings, codec=Letters(), version=V0)
 
@@ -176,7 +177,7 @@ def test_a_failing_pass_fails_every_request_and_the_engine_goes_on() -> None:
         def decode(self, ids: object) -> str:
             raise LookupError("no such token")
 
-    settings = TorchEngineSettings(max_sequences=2, max_length=64)
+    settings = torch_engine_settings(max_sequences=2, max_length=64)
     model = make_model("llama")
 
     async def run() -> None:

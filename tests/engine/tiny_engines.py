@@ -9,10 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from plain_settings import torch_engine_settings
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from rexrag.engine.protocol import GenerateRequest, Generation
-from rexrag.engine.torch_engine import TorchEngine, TorchEngineSettings
+from rexrag.engine.torch_engine import TorchEngine
 from rexrag.model.loading import Device
 from rexrag.types import WeightVersion
 
@@ -87,7 +88,7 @@ def make_engine(
     endless: bool = False,
     device: Device = "cpu",
 ) -> TorchEngine:
-    settings = TorchEngineSettings(
+    settings = torch_engine_settings(
         max_sequences=max_sequences,
         max_length=max_length,
         inflight=inflight,

@@ -7,20 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from learner_builders import POOL, core, random_groups, solved_group, step_batch, tiny_model, tokenizer
+from plain_settings import correction_settings, learner_settings, loss_settings, optimizer_settings, probe_settings
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rexrag.errors import RunFolderError
 from rexrag.learner.checkpoint import COMMIT, list_checkpoints, load_checkpoint, prune, save_checkpoint
-from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec
-from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture_weights import ProbeSettings
-from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.probe_filter import INITIAL_SUCCESS
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.model.loading import save_model
 
-SETTINGS = LearnerSettings(optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=3, weight_decay=0.01))
+SETTINGS = learner_settings(optimizer=optimizer_settings(learning_rate=1e-3, warmup_steps=3, weight_decay=0.01))
 
 
 def train(learner: LearnerCore, *, to: int) -> None:
@@ -42,9 +39,9 @@ def load_model(folder: Path) -> LlamaForCausalLM:
 
 EXACT = replace(
     SETTINGS,
-    probe=ProbeSettings(filter="none"),
-    correction=CorrectionSettings(mixture="sequence"),
-    loss=LossSettings(train_prefix=True, preserve=1.0),
+    probe=probe_settings(filter="none"),
+    correction=correction_settings(mixture="sequence"),
+    loss=loss_settings(train_prefix=True, preserve=1.0),
 )
 
 

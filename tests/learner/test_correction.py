@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_builders import POOL, probe, trajectory
+from plain_settings import correction_settings, loss_settings, probe_settings
 
-from rexrag.learner.correction import CorrectionSettings, importance_weight, mixture_logprob, token_probe_logprob
-from rexrag.learner.loss import LossSettings, policy_loss
-from rexrag.learner.mixture_weights import MixtureWeigher, ProbeSettings
+from rexrag.learner.correction import importance_weight, mixture_logprob, token_probe_logprob
+from rexrag.learner.loss import policy_loss
+from rexrag.learner.mixture_weights import MixtureWeigher
 from rexrag.types import Origin, Trajectory
 
 INF = math.inf
@@ -19,10 +20,10 @@ LOGPROBS = st.floats(-200.0, 0.0, width=32)
 
 
 def weights(row: Trajectory, *, alpha: float, mixture: str = "token") -> dict[int, float]:
-    settings = CorrectionSettings(mixture=mixture)  # type: ignore[arg-type]
-    weigher = MixtureWeigher(correction=settings, probe=ProbeSettings(), hints=POOL, num_probes=0, num_targets=1)
+    settings = correction_settings(mixture=mixture)
+    weigher = MixtureWeigher(correction=settings, probe=probe_settings(), hints=POOL, num_probes=0, num_targets=1)
     weigher.alpha = alpha
-    tokens = weigher.tokens_of(row, LossSettings(train_prefix=True))
+    tokens = weigher.tokens_of(row, loss_settings(train_prefix=True))
     w = weigher.weights(row, tokens)
     return dict(zip(tokens.source.tolist(), w.tolist(), strict=True))
 
@@ -98,7 +99,7 @@ def test_no_gradient_flows_into_the_weights() -> None:
     logprob = torch.full((2,), -1.0, requires_grad=True)
     weight = importance_weight(logprob - behavior)
     loss = policy_loss(
-        logprob, proximal_logprob=logprob, advantage=torch.ones(2), weight=weight, settings=LossSettings()
+        logprob, proximal_logprob=logprob, advantage=torch.ones(2), weight=weight, settings=loss_settings()
     ).loss.sum()
     loss.backward()  # type: ignore[no-untyped-call]
     assert behavior.grad is None

@@ -8,25 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from learner_builders import POOL, random_groups, solved_group, step_batch, tiny_model, tokenizer
+from plain_settings import correction_settings, learner_settings, loss_settings, optimizer_settings, probe_settings
 from torch import Tensor
 
 from rexrag.learner.checkpoint import load_checkpoint, save_checkpoint
-from rexrag.learner.correction import CorrectionSettings
-from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture_weights import ProbeSettings
-from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerCore, LearnerSettings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-SETTINGS = LearnerSettings(
-    optimizer=OptimizerSettings(learning_rate=1e-3), loss=LossSettings(preserve=1.0), micro_batch_tokens=64
+SETTINGS = learner_settings(
+    optimizer=optimizer_settings(learning_rate=1e-3), loss=loss_settings(preserve=1.0), micro_batch_tokens=64
 )
 EXACT = replace(
     SETTINGS,
-    probe=ProbeSettings(filter="none"),
-    correction=CorrectionSettings(mixture="sequence"),
-    loss=LossSettings(train_prefix=True),
+    probe=probe_settings(filter="none"),
+    correction=correction_settings(mixture="sequence"),
+    loss=loss_settings(train_prefix=True),
 )
 
 
@@ -59,7 +56,7 @@ def test_steps_are_those_of_the_cpu(settings: LearnerSettings, tmp_path: Path) -
 
 
 def test_a_step_in_bfloat16_goes_the_same_way(tmp_path: Path) -> None:
-    wide = replace(SETTINGS, optimizer=OptimizerSettings(learning_rate=1e-3, beta1=0.0))
+    wide = replace(SETTINGS, optimizer=optimizer_settings(learning_rate=1e-3, beta1=0.0))
     before = weights_after(0, wide, device="cpu", folder=tmp_path)
     theirs = weights_after(1, wide, device="cpu", folder=tmp_path) - before
     ours = weights_after(1, replace(wide, autocast="bfloat16"), device="cuda", folder=tmp_path) - before

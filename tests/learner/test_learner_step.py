@@ -21,25 +21,23 @@ from learner_builders import (
     target,
     tiny_model,
 )
+from plain_settings import correction_settings, learner_settings, loss_settings, optimizer_settings, probe_settings
 from torch import Tensor
 
 import rexrag.metrics as keys
 from rexrag.errors import RunFailure, StaleGroupError
 from rexrag.learner.advantage import group_advantages
 from rexrag.learner.branches import BranchRates
-from rexrag.learner.correction import CorrectionSettings
-from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture_weights import MixtureWeigher, ProbeSettings
-from rexrag.learner.optimizer import OptimizerSettings
+from rexrag.learner.mixture_weights import MixtureWeigher
 from rexrag.learner.sequence_weights import sequence_log_weights
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.types import Kind, StepResult, TrajectoryGroup
 
-UNCLIPPED = OptimizerSettings(learning_rate=1e-3, max_grad_norm=1e9)
+UNCLIPPED = optimizer_settings(learning_rate=1e-3, max_grad_norm=1e9)
 
 
 def settings(**fields: object) -> LearnerSettings:
-    return replace(LearnerSettings(optimizer=UNCLIPPED, probe=ProbeSettings(filter="none")), **fields)  # type: ignore[arg-type]
+    return replace(learner_settings(optimizer=UNCLIPPED, probe=probe_settings(filter="none")), **fields)  # type: ignore[arg-type]
 
 
 def parameters(learner: LearnerCore) -> dict[str, Tensor]:
@@ -56,7 +54,7 @@ def gradient_by_hand(groups: Sequence[TrajectoryGroup], *, alpha: float, kl_coef
     total = torch.zeros(())
     count = 0
     weigher = MixtureWeigher(
-        correction=CorrectionSettings(), probe=ProbeSettings(), hints=POOL, num_probes=0, num_targets=1
+        correction=correction_settings(), probe=probe_settings(), hints=POOL, num_probes=0, num_targets=1
     )
     weigher.alpha = alpha
     for one in groups:
@@ -68,7 +66,7 @@ def gradient_by_hand(groups: Sequence[TrajectoryGroup], *, alpha: float, kl_coef
             baseline="joint",
         )
         for row, advantage in zip(rows, advantages, strict=True):
-            tokens = weigher.tokens_of(row, LossSettings())
+            tokens = weigher.tokens_of(row, loss_settings())
             at = tokens.trained
             count += len(at)
             ids = torch.from_numpy(row.token_ids.astype(np.int64))[None]
@@ -103,14 +101,14 @@ def test_gradient_is_that_of_the_formulas_however_the_batch_is_cut(tmp_path: Pat
 
 
 ESTIMATORS = {
-    "sequence": settings(correction=CorrectionSettings(mixture="sequence"), loss=LossSettings(train_prefix=True)),
-    "hint-free": settings(probe=ProbeSettings(transfer="hint_free", filter="none")),
+    "sequence": settings(correction=correction_settings(mixture="sequence"), loss=loss_settings(train_prefix=True)),
+    "hint-free": settings(probe=probe_settings(transfer="hint_free", filter="none")),
     "exact hint-free": settings(
-        probe=ProbeSettings(transfer="hint_free", filter="none"),
-        correction=CorrectionSettings(mixture="sequence"),
-        loss=LossSettings(train_prefix=True),
+        probe=probe_settings(transfer="hint_free", filter="none"),
+        correction=correction_settings(mixture="sequence"),
+        loss=loss_settings(train_prefix=True),
     ),
-    "preserving": settings(loss=LossSettings(preserve=2.0)),
+    "preserving": settings(loss=loss_settings(preserve=2.0)),
 }
 
 
@@ -178,7 +176,7 @@ def test_a_rows_staleness_weight_is_the_product_over_its_tokens(tmp_path: Path) 
 def test_kl_is_over_the_policy_tokens_of_all_rows(tmp_path: Path, micro_batch_tokens: int) -> None:
     flat = group(target(1.0, branch_point=1), target(1.0, ids=(13, 14), branch_point=1), name="flat")
     groups = [*random_groups(2), flat]
-    config = settings(micro_batch_tokens=micro_batch_tokens, loss=LossSettings(kl_coef=0.1))
+    config = settings(micro_batch_tokens=micro_batch_tokens, loss=loss_settings(kl_coef=0.1))
     learner = core(tmp_path, settings=config, reference=tiny_model(seed=9))
     result = learner.step(step_batch(groups))
     assert_gradient(learner, gradient_by_hand(groups, alpha=2 / 10, kl_coef=0.1))
@@ -241,7 +239,7 @@ def test_bounds_reach_the_gradient(tmp_path: Path) -> None:
 def first_step(
     folder: Path, groups: Sequence[TrajectoryGroup], *, bound: Literal["truncate", "mask", "none"]
 ) -> tuple[LearnerCore, StepResult]:
-    learner = core(folder, settings=settings(correction=CorrectionSettings(mixture="none", bound=bound)))
+    learner = core(folder, settings=settings(correction=correction_settings(mixture="none", bound=bound)))
     return learner, learner.step(step_batch(groups))
 
 
@@ -254,7 +252,7 @@ def shift_logprobs(one: TrajectoryGroup, *, by: float) -> TrajectoryGroup:
 
 
 def test_step_without_advantage_leaves_all_but_the_counter(tmp_path: Path) -> None:
-    decaying = OptimizerSettings(learning_rate=1e-2, weight_decay=0.1, warmup_steps=4)
+    decaying = optimizer_settings(learning_rate=1e-2, weight_decay=0.1, warmup_steps=4)
     learner = core(tmp_path, settings=settings(optimizer=decaying))
     before = parameters(learner)
     result = learner.step(step_batch([group(target(1.0), target(1.0)), group(target(0.0), target(0.0), name="b")]))
@@ -270,14 +268,14 @@ def test_step_without_advantage_leaves_all_but_the_counter(tmp_path: Path) -> No
 
 
 def test_warm_up_counts_updates(tmp_path: Path) -> None:
-    config = settings(optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=2))
+    config = settings(optimizer=optimizer_settings(learning_rate=1e-3, warmup_steps=2))
     learner = core(tmp_path, settings=config)
     rates = [learner.step(step_batch(random_groups(), step=s)).metrics[keys.LEARNING_RATE] for s in (1, 2, 3)]
     assert rates == pytest.approx([5e-4, 1e-3, 1e-3])
 
 
 def test_decay_falls_to_a_tenth_after_the_warm_up(tmp_path: Path) -> None:
-    config = settings(optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=1, decay_steps=3))
+    config = settings(optimizer=optimizer_settings(learning_rate=1e-3, warmup_steps=1, decay_steps=3))
     learner = core(tmp_path, settings=config)
     rates = []
     for step in range(1, 6):
@@ -287,7 +285,7 @@ def test_decay_falls_to_a_tenth_after_the_warm_up(tmp_path: Path) -> None:
 
 
 def test_training_makes_good_rows_likelier(tmp_path: Path) -> None:
-    learner = core(tmp_path, settings=settings(optimizer=OptimizerSettings(learning_rate=3e-3)))
+    learner = core(tmp_path, settings=settings(optimizer=optimizer_settings(learning_rate=3e-3)))
     seen = [learner.step(step_batch(random_groups(), step=s)).metrics[keys.POLICY_CORRECT_LOGPROB] for s in range(1, 3)]
     for _ in range(8):
         again = random_groups(version=learner.num_steps)
@@ -298,7 +296,7 @@ def test_training_makes_good_rows_likelier(tmp_path: Path) -> None:
 
 
 def test_rate_of_the_filter_follows_the_steps_before(tmp_path: Path) -> None:
-    learner = core(tmp_path, settings=settings(probe=ProbeSettings()))
+    learner = core(tmp_path, settings=settings(probe=probe_settings()))
     assert learner.rho == 0.18
     wrong = [shift_rewards(one) for one in random_groups()]
     first = learner.step(step_batch(wrong))
@@ -376,7 +374,7 @@ def test_a_batch_of_another_step_is_refused(tmp_path: Path) -> None:
 
 def test_kl_needs_a_reference(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"kl_coef is 0.1"):
-        core(tmp_path, settings=settings(loss=LossSettings(kl_coef=0.1)))
+        core(tmp_path, settings=settings(loss=loss_settings(kl_coef=0.1)))
 
 
 def test_exported_weights(tmp_path: Path) -> None:
@@ -394,7 +392,7 @@ def test_exported_weights(tmp_path: Path) -> None:
 
 
 def test_metrics_are_finite_documented_and_complete(tmp_path: Path) -> None:
-    result = core(tmp_path, settings=settings(probe=ProbeSettings())).step(step_batch(random_groups()))
+    result = core(tmp_path, settings=settings(probe=probe_settings())).step(step_batch(random_groups()))
     by_controller = {keys.TIME_LEARNER_WAIT, keys.ROLLOUT_TOKENS_PER_S}
     histograms = {key for key in keys.DESCRIPTIONS if key.startswith("histogram/")}
     warnings = {key for key in keys.DESCRIPTIONS if key.startswith("warning/")}

@@ -4,16 +4,17 @@ import math
 
 import pytest
 import torch
+from plain_settings import loss_settings
 from torch import Tensor
 
-from rexrag.learner.loss import LossSettings, PolicyLoss, kl_k3, policy_loss
+from rexrag.learner.loss import PolicyLoss, kl_k3, policy_loss
 
 
 def loss_of(ratio: float, advantage: float, weight: float = 1.0) -> tuple[PolicyLoss, Tensor]:
     logprob = torch.tensor([math.log(ratio) - 2.0], dtype=torch.float64, requires_grad=True)
     proximal = torch.full_like(logprob, -2.0).requires_grad_()
     w = torch.full_like(logprob, weight).requires_grad_()
-    settings = LossSettings(clip_low=0.2, clip_high=0.3, dual_clip=3.0)
+    settings = loss_settings(clip_low=0.2, clip_high=0.3, dual_clip=3.0)
     parts = policy_loss(
         logprob,
         proximal_logprob=proximal,

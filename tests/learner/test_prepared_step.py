@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import pytest
 from learner_builders import POOL, group, probe, target, trajectory
+from plain_settings import correction_settings, loss_settings, probe_settings
 
 from rexrag.errors import StaleGroupError
 from rexrag.learner.branches import BranchRates
-from rexrag.learner.correction import CorrectionSettings
-from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.prepared_step import PreparedStep, check_ages, prepare_step
 from rexrag.learner.probe_filter import FilterKind
 from rexrag.learner.trained_tokens import trained_tokens
@@ -22,9 +20,9 @@ def prepare(
     return prepare_step(
         groups,
         rho=rho,
-        probe=ProbeSettings(filter=kind),
-        correction=CorrectionSettings(),
-        loss=LossSettings(),
+        probe=probe_settings(filter=kind),
+        correction=correction_settings(),
+        loss=loss_settings(),
         hints=POOL,
         rates=BranchRates(),
     )

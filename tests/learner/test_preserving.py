@@ -19,16 +19,14 @@ from learner_builders import (
     tiny_model,
     trajectory,
 )
+from plain_settings import learner_settings, loss_settings, optimizer_settings, probe_settings
 
 import rexrag.metrics as keys
-from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture_weights import ProbeSettings
-from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.preserving import KEPT_ROWS, PreservedRow, PreservingSet, decrease_penalty, join_gradients
 from rexrag.learner.step import LearnerSettings
 from rexrag.types import EndReason, Origin, TrajectoryGroup
 
-UNCLIPPED = OptimizerSettings(learning_rate=1e-3, max_grad_norm=1e9)
+UNCLIPPED = optimizer_settings(learning_rate=1e-3, max_grad_norm=1e9)
 
 
 def solved(first_token: int) -> TrajectoryGroup:
@@ -37,10 +35,10 @@ def solved(first_token: int) -> TrajectoryGroup:
 
 
 def settings(preserve: float, *, knee: float = 0.0) -> LearnerSettings:
-    return LearnerSettings(
+    return learner_settings(
         optimizer=UNCLIPPED,
-        probe=ProbeSettings(filter="none"),
-        loss=LossSettings(preserve=preserve, preserve_knee=knee),
+        probe=probe_settings(filter="none"),
+        loss=loss_settings(preserve=preserve, preserve_knee=knee),
     )
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from learner_builders import POOL, group, probe, target, trajectory
+from plain_settings import correction_settings
 
 import rexrag.metrics as keys
-from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.rollout_metrics import reflects, rollout_metrics
 from rexrag.learner.token_metrics import effective_sample_size, token_metrics
 from rexrag.types import EndReason, Origin
@@ -24,7 +24,7 @@ def test_shares_of_rollouts_and_groups() -> None:
         keys.TARGET_DEAD_END_RATE: 5 / 7,
         keys.TARGET_UNPROBEABLE_RATE: 3 / 5,
         keys.TARGET_LIMIT_RATE: 1 / 7,
-        keys.TARGET_VALID_ACTION_RATE: 1 - 1 / 14,
+        keys.TARGET_VALID_ACTION_RATE: 1 - 1 / 7,
         keys.TARGET_TOKENS: 3,
         keys.TARGET_RETRIEVAL_RECALL: None,
         keys.PROBE_COUNT: 2,
@@ -75,7 +75,7 @@ def test_reflecting_means_in_the_policys_own_words() -> None:
 def test_nothing_has_no_values() -> None:
     got = rollout_metrics([], hints=POOL, version=0)
     assert {got[key] for key in (keys.TARGET_EM, keys.GROUP_RESCUED, keys.DEAD_LIMIT, keys.STALENESS_MAX)} == {None}
-    assert set(token_metrics([], correction=CorrectionSettings()).values()) == {None}
+    assert set(token_metrics([], correction=correction_settings()).values()) == {None}
 
 
 def test_effective_sample_size() -> None:

@@ -7,11 +7,10 @@ import math
 import numpy as np
 import pytest
 from learner_builders import probe, target, trajectory
+from plain_settings import correction_settings, loss_settings, probe_settings
 
 from rexrag.hints import HintPool
-from rexrag.learner.correction import CorrectionSettings
-from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture_weights import MixtureWeigher, ProbeSettings
+from rexrag.learner.mixture_weights import MixtureWeigher
 from rexrag.learner.trained_tokens import trained_tokens
 from rexrag.types import Origin, Trajectory
 
@@ -74,14 +73,14 @@ def test_probes_without_scores_are_refused() -> None:
 
 def weights(row: Trajectory, *, alpha: float) -> list[float]:
     weigher = MixtureWeigher(
-        correction=CorrectionSettings(),
-        probe=ProbeSettings(transfer="hint_free", filter="none"),
+        correction=correction_settings(),
+        probe=probe_settings(transfer="hint_free", filter="none"),
         hints=POOL,
         num_probes=0,
         num_targets=1,
     )
     weigher.alpha = alpha
-    return [float(w) for w in weigher.weights(row, weigher.tokens_of(row, LossSettings()))]
+    return [float(w) for w in weigher.weights(row, weigher.tokens_of(row, loss_settings()))]
 
 
 def test_token_weights_of_a_hint_free_probe_by_hand() -> None:

@@ -14,12 +14,13 @@ import pytest
 import torch
 from enumerated_gradient import Moments, ScoredTokens, on_policy
 from enumeration import EnumeratedRow, ExactRates, Tokens, Toy
+from plain_settings import correction_settings, loss_settings, probe_settings
 
 from rexrag.learner.advantage import Baseline, group_advantages
 from rexrag.learner.branches import BranchPosition, BranchRates, branch_places, place_of
 from rexrag.learner.correction import CorrectionSettings, Mixture
 from rexrag.learner.loss import LossSettings
-from rexrag.learner.mixture_weights import MixtureWeigher, ProbeSettings
+from rexrag.learner.mixture_weights import MixtureWeigher
 from rexrag.learner.objective import Objective
 from rexrag.learner.prepared_step import PreparedRow
 from rexrag.learner.probe_filter import hint_score
@@ -123,7 +124,7 @@ def estimate(world: World, case: Case) -> Moments:
         scores = [hint_score(row.trajectory) for row in rows if row.trajectory.kind is Kind.PROBE]
         least = float(np.quantile(scores, case.keep_hints_above))
         rows = [r for r in rows if r.trajectory.kind is Kind.TARGET or hint_score(r.trajectory) >= least]
-    correction = CorrectionSettings(
+    correction = correction_settings(
         mixture=case.mixture,
         bound="none" if case.cap is None else "truncate",
         cap=case.cap or 2.0,
@@ -131,7 +132,7 @@ def estimate(world: World, case: Case) -> Moments:
     num_probes = sum(row.probability for row in rows if row.trajectory.kind is Kind.PROBE)
     weigher = weigher_of(world, case, rows, correction, num_probes=num_probes)
     share = shares(toy, rows, case)
-    loss = LossSettings(train_hints=case.train_hints, train_prefix=case.train_prefix)
+    loss = loss_settings(train_hints=case.train_hints, train_prefix=case.train_prefix)
     prepared = [prepare(row, weigher, loss, advantage=share(row)) for row in rows]
     pairs = [(row, one) for row, one in zip(rows, prepared, strict=True) if len(one.tokens.trained)]
     tokens = [tokens_of(one) for _, one in pairs]
@@ -160,7 +161,7 @@ def weigher_of(
     world: World, case: Case, rows: Sequence[EnumeratedRow], correction: CorrectionSettings, *, num_probes: float
 ) -> MixtureWeigher:
     toy = world.toy
-    probe = ProbeSettings(rate=toy.probe_rate, transfer=case.transfer, filter="none")
+    probe = probe_settings(rate=toy.probe_rate, transfer=case.transfer, filter="none")
     weigher = MixtureWeigher(correction=correction, probe=probe, hints=toy.hints, num_probes=1, num_targets=1)
     if case.mixture == "sequence":
         switches = {row.trajectory: row.switch for row in rows}

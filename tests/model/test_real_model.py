@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
+from plain_settings import torch_engine_settings
 from transformers import PreTrainedModel
 
 from rexrag.engine.protocol import GenerateRequest, Generation
-from rexrag.engine.torch_engine import TorchEngine, TorchEngineSettings
+from rexrag.engine.torch_engine import TorchEngine
 from rexrag.env.actions import STOP_STRINGS, Search, locate_action
 from rexrag.env.codec import Codec
 from rexrag.env.prompt import render_prompt
@@ -34,7 +35,7 @@ def codec() -> Codec:
 
 def generate(model: PreTrainedModel, codec: Codec, *requests: GenerateRequest) -> list[Generation]:
     async def run() -> list[Generation]:
-        settings = TorchEngineSettings(max_sequences=8, max_length=512)
+        settings = torch_engine_settings(max_sequences=8, max_length=512)
         engine = TorchEngine(model, settings=settings, codec=codec, version=VERSION)
         try:
             return list(await asyncio.gather(*map(engine.generate, requests)))
