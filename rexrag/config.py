@@ -226,7 +226,7 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints; the last step always has one.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that are kept, besides the best on dev.")
     stall_timeout_s: float = Field(
-        900.0, gt=0, description="The run fails when no group finishes for so long while the learner waits."
+        900.0, gt=0, description="Seconds without progress, of whatever the run waits for, after which it fails."
     )
 
 

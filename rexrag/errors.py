@@ -39,6 +39,10 @@ class PartDiedError(RunFailure):
     """The process of a part died while somebody waited for it."""
 
 
+class EngineBrokenError(RunFailure):
+    """An engine that fails again and again: its actor is to be built anew."""
+
+
 class Interrupted(RexragError):
     """The run was asked to stop and has checkpointed. Exit status 130."""
 

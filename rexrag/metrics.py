@@ -50,6 +50,8 @@ TARGET_SEARCHES: Final = _metric("target/searches", "Mean answered searches of a
 TARGET_TURNS: Final = _metric("target/turns", "Mean model turns of a target.")
 TARGET_TOKENS: Final = _metric("target/tokens", "Mean tokens of a target after the prompt, observations included.")
 TARGET_POLICY_TOKENS: Final = _metric("target/policy_tokens", "Mean tokens that the policy wrote in a target.")
+TARGET_GENERATE_S: Final = _metric("target/generate_s", "Mean seconds that a target waited for the engine.")
+TARGET_SEARCH_S: Final = _metric("target/search_s", "Mean seconds that a target waited for the retriever.")
 PROBE_COUNT: Final = _metric("probe/count", "Probes of the step, before the filter.")
 PROBE_EM: Final = _metric("probe/em", "Mean exact match of probes.")
 PROBE_F1: Final = _metric("probe/f1", "Mean F1 of probes.")
@@ -164,6 +166,8 @@ LEARNER_SHARED_SHARE: Final = _metric(
 ROLLOUT_TOKENS_PER_S: Final = _metric(
     "rollout/tokens_per_s", "Tokens that all actors sampled per second since the step before."
 )
+ROLLOUT_ACTORS: Final = _metric("rollout/actors", "Rollout actors at work at the end of the step.")
+ROLLOUT_REPLACED: Final = _metric("rollout/replaced", "Actors that died or broke and were replaced, since the start.")
 
 # Warnings: 1 while a bound is passed, else 0.
 WARNING_ESS: Final = _metric("warning/low_ess", "The effective sample size of targets or probes is below .1.")

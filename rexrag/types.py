@@ -348,6 +348,15 @@ class StepResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FleetReport:
+    """How the actors do. `tokens_per_s`: sampled by all together since the last report, None after a replacement."""
+
+    num_ready: int
+    num_replaced: int
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EpisodeScore:
     """One evaluated question: what `eval.jsonl` is made of."""
 

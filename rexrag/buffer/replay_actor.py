@@ -31,15 +31,22 @@ class ReplayActor:
     It is not restarted by Ray: what a new one resumes at is the controller's decision.
 
         buffer = start_replay_actor(settings, resume_step=None)
+        position = ray.get(buffer.open.remote())
         ray.get(buffer.publish.remote(version))
         if ray.get(buffer.assign.remote(1, rho=0.18, timeout_s=30.0)):
             batch = ray.get(buffer.take.remote(1))
     """
 
     def __init__(self, settings: ReplaySettings, *, resume_step: int | None) -> None:
-        self._state = open_buffer(settings, resume_step=resume_step, clock=time.monotonic)
+        self._settings = settings
+        self._resume_step = resume_step
         self._changed = asyncio.Event()
         self._deaths: Counter[str] = Counter()
+
+    async def open(self) -> BufferPosition:
+        """Read the log and begin. Not done in the constructor, whose errors Ray hands on as text alone."""
+        self._state = open_buffer(self._settings, resume_step=self._resume_step, clock=time.monotonic)
+        return self._state.position()
 
     async def lease(self, actor_id: str, *, num: int, held: WeightVersion | None, wait_s: float) -> list[GroupLease]:
         """Up to `num` groups, waiting at most `wait_s` seconds for the first.
@@ -92,9 +99,6 @@ class ReplayActor:
 
     async def status(self) -> BufferStatus:
         return self._state.status()
-
-    async def position(self) -> BufferPosition:
-        return self._state.position()
 
     def _wake(self) -> None:
         self._changed.set()

@@ -79,6 +79,7 @@ class ReplayState:
         self._unpublished: dict[int, int] = {}
         self._held: dict[str, WeightVersion | None] = {}
         self._num_issued = 0
+        self._num_ended = 0
         self._epoch = max(ledger.asked, default=0)
         self._line = deque(
             (epoch, key)
@@ -152,6 +153,7 @@ class ReplayState:
             raise
         if self._settings.refill and parsed.is_flat:
             self._drop([group], DropReason.FLAT)
+            self._num_ended += 1
             return "flat"
         finish = Finish(
             group_id=group_id,
@@ -165,6 +167,7 @@ class ReplayState:
         )
         self._commit([finish])
         self._leases.end(group_id)
+        self._num_ended += 1
         return "accepted"
 
     def fail(self, actor_id: str, *, group_id: str, reason: str) -> None:
@@ -262,6 +265,7 @@ class ReplayState:
             assigned=len(self._ledger.in_state(GroupState.ASSIGNED)),
             capacity=self.capacity,
             questions_to_ask_again=len(self._ledger.again),
+            num_ended=self._num_ended,
             actors={actor_id: self._actor_status(actor_id) for actor_id in self._actor_ids()},
         )
 

@@ -24,7 +24,10 @@ class ActorStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class BufferStatus:
-    """Group counts now. `capacity` bounds waiting + leased + finished + assigned to unpublished steps."""
+    """Group counts now. `capacity` bounds waiting + leased + finished + assigned to unpublished steps.
+
+    `num_ended` counts the groups that came to an end since the buffer began: finished, or flat and replaced.
+    """
 
     published: WeightVersion | None
     last_step: int
@@ -34,6 +37,7 @@ class BufferStatus:
     assigned: int
     capacity: int
     questions_to_ask_again: int
+    num_ended: int
     actors: Mapping[str, ActorStatus]
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import ray
 import torch
+from ray import ObjectRef
 from ray.actor import ActorHandle
 
+from rexrag.files import folder_bytes
 from rexrag.hints import HintPool
 from rexrag.learner.checkpoint import load_checkpoint, save_checkpoint
 from rexrag.learner.step import LearnerCore, LearnerSettings
@@ -48,10 +50,15 @@ class LearnerSpec:
     reference: Path | None = None
 
 
+_BESIDE: Final = "beside"
+"""The thread that answers while the main one computes."""
+
+
 class LearnerActor:
     """One learner rank.
 
         learner = start_learner(spec, num_cpus=1.0, num_gpus=0.0)
+        ray.get(learner.ready.remote())
         result = ray.get(learner.step.remote(batch))
         weights = learner.export.remote("float32")      # a reference that actors read without a copy
 
@@ -59,6 +66,12 @@ class LearnerActor:
     """
 
     def __init__(self, spec: LearnerSpec) -> None:
+        self._spec = spec
+        self._saving: Path | None = None
+
+    def ready(self) -> None:
+        """Build model and optimizer. Not done in the constructor, whose errors Ray hands on as text alone."""
+        spec = self._spec
         torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
         resumed = load_checkpoint(spec.checkpoint) if spec.checkpoint is not None else None
@@ -90,6 +103,7 @@ class LearnerActor:
 
     def save(self, folder: Path) -> Path:
         """Write the checkpoint of the current step under `folder`; returns its folder."""
+        self._saving = folder
         return save_checkpoint(
             folder,
             model=self._core.model,
@@ -97,10 +111,24 @@ class LearnerActor:
             trainer_state=self._core.trainer_state(),
         )
 
+    def progress(self) -> tuple[int, int]:
+        """What grows while a step or a checkpoint goes on: passes of the model, bytes of checkpoints on disk."""
+        saved = 0 if self._saving is None else folder_bytes(self._saving)
+        return self._core.num_passes, saved
+
 
 def start_learner(spec: LearnerSpec, *, num_cpus: float, num_gpus: float) -> ActorHandle[LearnerActor]:
     """A `LearnerActor` in its own process, for which Ray reserves these shares."""
     remote = ray.remote(LearnerActor).options(
-        num_cpus=num_cpus, num_gpus=num_gpus, runtime_env={"env_vars": process_environment(spec.threads)}
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        concurrency_groups={_BESIDE: 1},
+        runtime_env={"env_vars": process_environment(spec.threads)},
     )
     return cast("ActorHandle[LearnerActor]", remote.remote(spec))
+
+
+def ask_progress(learner: ActorHandle[LearnerActor]) -> ObjectRef[tuple[int, int]]:
+    """`LearnerActor.progress`, answered while a step or a checkpoint goes on."""
+    ref: ObjectRef[tuple[int, int]] = learner.progress.options(concurrency_group=_BESIDE).remote()
+    return ref

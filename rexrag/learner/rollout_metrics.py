@@ -99,6 +99,8 @@ def _target_metrics(rows: Sequence[Trajectory], hints: HintPool) -> Metrics:
         keys.TARGET_TURNS: mean(row.num_turns for row in rows),
         keys.TARGET_TOKENS: mean(len(row.token_ids) - row.prompt_length for row in rows),
         keys.TARGET_POLICY_TOKENS: mean(int((row.origin == Origin.POLICY).sum()) for row in rows),
+        keys.TARGET_GENERATE_S: mean(row.generate_s for row in rows),
+        keys.TARGET_SEARCH_S: mean(row.search_s for row in rows),
     }
 
 

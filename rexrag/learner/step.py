@@ -112,6 +112,7 @@ class LearnerCore:
             raise ValueError(f"loss.kl_coef is {settings.loss.kl_coef}: above 0 it needs a reference model, at 0 none")
         self.model = model
         self.num_steps = 0
+        self.num_passes = 0
         self._settings = settings
         self._hints = hints
         self._reference = reference
@@ -276,6 +277,7 @@ class LearnerCore:
                 done.loss += backward_in_chunks(self.model, micro, chunk_loss=objective.chunk_loss)
             done.records += objective.records
             done.num_micro_batches += 1
+            self.num_passes += 1
             done.num_packed_tokens += len(micro.token_ids)
             done.num_row_tokens += micro.num_row_tokens
             if not math.isfinite(done.loss):
@@ -303,6 +305,7 @@ class LearnerCore:
 
             with self._autocast():
                 total += backward_in_chunks(self.model, micro, chunk_loss=penalty)
+            self.num_passes += 1
         done.preserve_cosine = join_gradients(parameters, objective=objective)
         done.preserve_loss = total
         done.loss += total

@@ -14,7 +14,7 @@ from rexrag.reporting.alarms import Alarms
 from rexrag.reporting.board import Board
 from rexrag.reporting.evaluation import summarize
 from rexrag.reporting.terminal import Progress
-from rexrag.types import EpisodeScore, Sample, StepResult
+from rexrag.types import EpisodeScore, FleetReport, Sample, StepResult
 
 LOG = logging.getLogger(__name__)
 
@@ -40,15 +40,13 @@ class Reporter:
         """The learner waits for the groups of a step."""
         self._progress.waiting(step, finished=finished, needed=needed)
 
-    def step(
-        self, result: StepResult, *, learner_wait_s: float, step_s: float, rollout_tokens_per_s: float | None
-    ) -> None:
+    def step(self, result: StepResult, *, learner_wait_s: float, step_s: float, fleet: FleetReport) -> None:
         """A learner step is over: its metrics and samples, and what they warn of.
 
         Args:
             learner_wait_s: seconds that the learner waited for its groups.
             step_s: seconds from the step before to the end of this one.
-            rollout_tokens_per_s: sampled by all actors together; None where that is not known.
+            fleet: how the rollout actors do.
         """
         metrics = {
             **result.metrics,
@@ -56,7 +54,9 @@ class Reporter:
             keys.VERSION: float(result.step),
             keys.TIME_LEARNER_WAIT: learner_wait_s,
             keys.TIME_STEP: step_s,
-            keys.ROLLOUT_TOKENS_PER_S: rollout_tokens_per_s,
+            keys.ROLLOUT_TOKENS_PER_S: fleet.tokens_per_s,
+            keys.ROLLOUT_ACTORS: float(fleet.num_ready),
+            keys.ROLLOUT_REPLACED: float(fleet.num_replaced),
         }
         flags, warnings = self._alarms.look(metrics)
         metrics |= flags

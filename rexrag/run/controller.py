@@ -17,32 +17,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from rexrag.buffer.replay_actor import ReplayActor
 from rexrag.errors import PartDiedError, RunFailure
 from rexrag.learner.checkpoint import prune
-from rexrag.learner.learner_actor import LearnerActor
+from rexrag.learner.learner_actor import LearnerActor, ask_progress
 from rexrag.reporting.reporter import Reporter
 from rexrag.run.fleet import Fleet
-from rexrag.run.remote import Handle, Ref, T, call, value_of
+from rexrag.run.remote import Handle, Ref, T, call, peek, value_of
 from rexrag.run.supervisor import Supervisor
 from rexrag.run_folder import RunFolder
 from rexrag.types import EpisodeScore, Question, StepBatch, StepResult, WeightVersion
 
 LOG = logging.getLogger(__name__)
 
-PART_TIMEOUT_S = 600.0
-"""Bound of what no part should ever need so long for: starting, saving, exporting, counting."""
-ASSIGN_POLL_S = 2.0
-MAX_EVAL_ATTEMPTS = 3
+ASSIGN_POLL_S: Final = 2.0
+MAX_EVAL_ATTEMPTS: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """Of the main loop. `stall_timeout_s` bounds a learner step, a wait for groups without progress, an evaluation."""
+    """Of the main loop. `stall_timeout_s` bounds a wait for groups while none ends."""
 
     num_steps: int
     checkpoint_every: int
@@ -96,8 +94,8 @@ class Controller:
             Interrupted: a stop signal came; `save` keeps what was finished.
         """
         first = self._version.step
-        for ref in self._fleet.ready():
-            self._wait(ref, what="a rollout actor starts", interruptible=True)
+        self._wait(call(self._learner, LearnerActor.ready), what="the run waits for the learner to load its model")
+        self._supervisor.until(lambda: self._fleet.is_ready, what="the run waits for its rollout actors to start")
         self._fleet.run()
         if first == 0:
             self._evaluate("test")
@@ -126,7 +124,7 @@ class Controller:
             result,
             learner_wait_s=learner_wait_s,
             step_s=time.monotonic() - started,
-            rollout_tokens_per_s=self._fleet.tokens_per_s(),
+            fleet=self._fleet.report(),
         )
         if step % self._settings.checkpoint_every == 0 or step == self._settings.num_steps:
             self._checkpoint()
@@ -141,21 +139,21 @@ class Controller:
 
     def _take(self, step: int) -> Ref[StepBatch]:
         """The step's batch, once the buffer has assigned it: a reference, since its data goes to the learner alone."""
-        rho = self._wait(call(self._learner, LearnerActor.rho), what="the learner tells ρ")
-        finished, deadline = -1, 0.0
+        rho = self._wait(call(self._learner, LearnerActor.rho), what="the run waits for the learner to tell ρ")
+        ended, deadline = -1, 0.0
         while not self._wait(
             call(self._buffer, ReplayActor.assign, step, rho=rho, timeout_s=ASSIGN_POLL_S),
-            what=f"the buffer assigns step {step}",
+            what=f"the run waits for the buffer to assign step {step}",
             interruptible=True,
         ):
-            status = self._wait(call(self._buffer, ReplayActor.status), what="the buffer's status")
+            status = self._wait(call(self._buffer, ReplayActor.status), what="the run waits for the buffer's status")
             self._reporter.waiting(step, finished=status.finished, needed=self._settings.groups_per_step)
-            if status.finished != finished:
-                finished, deadline = status.finished, time.monotonic() + self._settings.stall_timeout_s
+            if status.num_ended != ended:
+                ended, deadline = status.num_ended, time.monotonic() + self._settings.stall_timeout_s
             if time.monotonic() > deadline:
                 raise RunFailure(
-                    f"the learner waits for step {step}, and no group has finished for "
-                    f"{self._settings.stall_timeout_s:.0f} s; the buffer holds: {status}"
+                    f"the learner waits for step {step}, and no group has ended for "
+                    f"{self._settings.stall_timeout_s:.0f} s (train.stall_timeout_s); the buffer holds: {status}"
                 )
         self._fleet.progressed()
         return call(self._buffer, ReplayActor.take, step)
@@ -163,28 +161,27 @@ class Controller:
     def _train(self, step: int, batch: Ref[StepBatch]) -> StepResult:
         return self._supervisor.wait(
             call(self._learner, LearnerActor.step, value_of(batch)),
-            what=f"the learner's step {step}",
-            timeout_s=self._settings.stall_timeout_s,
+            what=f"the run waits for the learner's step {step}",
+            progress=self._learner_progress,
             interruptible=False,
         )
 
     def _note_outcome(self, result: StepResult) -> None:
         """The step counts from here on: its groups are consumed, and the learner is at its version."""
         noted = call(self._buffer, ReplayActor.outcome, result.step, applied=result.applied)
-        self._wait(noted, what=f"the buffer notes step {result.step}")
+        self._wait(noted, what=f"the run waits for the buffer to note step {result.step}")
         self._version = WeightVersion(incarnation=self._version.incarnation, step=result.step)
 
     def _push(self, *, updated: bool) -> None:
         """Start the transfer of the current version to all actors; an unchanged one is only renamed."""
-        for ref in self._fleet.pending_updates():
-            self._wait(ref, what="an actor confirms the weights before these", interruptible=False)
+        self._wait_for_current_actors(interruptible=False)
         weights = call(self._learner, LearnerActor.export, self._settings.transfer_dtype) if updated else None
         self._fleet.publish(self._version, weights)
 
     def _publish(self) -> None:
         """Open admission for the current version."""
         told = call(self._buffer, ReplayActor.publish, self._version)
-        self._wait(told, what=f"the buffer hears of {self._version}")
+        self._wait(told, what=f"the run waits for the buffer to hear of {self._version}")
 
     def _evaluate(self, split: str) -> None:
         """Greedy episodes of a split under the current version, unless `eval.jsonl` has them.
@@ -208,10 +205,9 @@ class Controller:
 
     def _scores(self, split: str, questions: Sequence[Question]) -> list[EpisodeScore]:
         self._supervisor.look()
-        for ref in self._fleet.pending_updates():
-            self._wait(ref, what=f"an actor takes {self._version}", interruptible=True)
+        self._wait_for_current_actors(interruptible=True)
         shares = [
-            self._supervisor.wait(ref, what=f"evaluation on {split}", timeout_s=self._settings.stall_timeout_s)
+            self._supervisor.wait(ref, what=f"the run waits for {split} scores", progress=self._fleet.num_tokens)
             for ref in self._fleet.evaluate(questions, version=self._version)
         ]
         return [score for share in shares for score in share]
@@ -220,7 +216,7 @@ class Controller:
         step = self._version.step
         self._reporter.stage(f"saving the checkpoint of step {step}")
         saved = call(self._learner, LearnerActor.save, self._run_folder.checkpoints)
-        self._wait(saved, what=f"the checkpoint of step {step}")
+        self._wait(saved, what=f"the run waits for the checkpoint of step {step}", progress=self._learner_progress)
         self._saved_step = step
         self._run_folder.set_steps(step)
         prune(
@@ -229,5 +225,18 @@ class Controller:
             best=self._run_folder.best_checkpoint(),
         )
 
-    def _wait(self, ref: Ref[T], *, what: str, interruptible: bool = False) -> T:
-        return self._supervisor.wait(ref, what=what, timeout_s=PART_TIMEOUT_S, interruptible=interruptible)
+    def _wait_for_current_actors(self, *, interruptible: bool) -> None:
+        self._supervisor.until(
+            lambda: self._fleet.is_current,
+            what=f"the run waits for its actors to take the weights of step {self._version.step}",
+            progress=self._fleet.num_tokens,
+            interruptible=interruptible,
+        )
+
+    def _learner_progress(self) -> object:
+        return peek(ask_progress(self._learner))
+
+    def _wait(
+        self, ref: Ref[T], *, what: str, progress: Callable[[], object] | None = None, interruptible: bool = False
+    ) -> T:
+        return self._supervisor.wait(ref, what=what, progress=progress, interruptible=interruptible)

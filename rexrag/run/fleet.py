@@ -1,6 +1,10 @@
 """The rollout actors of a run: started, given weights, asked for evaluations, and replaced when they die.
 
-start -> ready -> run ... (death -> lease back to the buffer, a new actor under a new id) ... -> stop
+    starting ──ready──▶ at work ──death, or a broken engine──▶ replaced: its leases go back, a new one is starting
+                           ▲ current weights first                a place for it may have to be waited for
+
+What the run waits for is asked of the members that there are, never of those that were: `is_current` and `is_ready`
+are looked at again after each `check`.
 """
 
 from __future__ import annotations
@@ -9,33 +13,38 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rexrag.actors.build import RolloutSettings
 from rexrag.actors.rollout_actor import RolloutActor, start_rollout_actor
 from rexrag.engine.protocol import EngineStats
-from rexrag.errors import RunFailure
+from rexrag.errors import EngineBrokenError, RexragError, RunFailure
 from rexrag.run.remote import Handle, Ref, call, value_of
-from rexrag.types import EpisodeScore, Question, WeightVersion
+from rexrag.types import EpisodeScore, FleetReport, Question, WeightVersion
 
 LOG = logging.getLogger(__name__)
 
-MAX_RESTARTS_IN_A_ROW = 5
+MAX_DEATHS_IN_A_ROW: Final = 5
 """Deaths of actors without a finished group between them: then the cause is not a passing one."""
-
+TELL_EVERY_S: Final = 60.0
 
 Weights: TypeAlias = dict[str, npt.NDArray[np.generic]]
 
 
 @dataclass(kw_only=True)
 class _Member:
+    """An actor. `starting` is its `ready` call, until that has ended; `updates` are those that it has not confirmed."""
+
     actor_id: str
     handle: Handle[RolloutActor]
+    starting: Ref[int] | None
+    started_at: float
+    told_at: float
     run: Ref[None] | None = None
     updates: list[Ref[None]] = field(default_factory=list)
 
@@ -59,62 +68,109 @@ class Fleet:
         num_gpus: float,
         version: WeightVersion,
         buffer: Handle[Any],
-        on_death: Callable[[str], None],
+        on_death: Callable[[str], object],
     ) -> None:
         self._settings = settings
         self._num_groups = num_groups
+        self._num_cpus = num_cpus
+        self._num_gpus = num_gpus
         self._initial = version
         self._current: tuple[WeightVersion, Ref[Weights] | None] = (version, None)
         self._buffer = buffer
         self._on_death = on_death
-        self._num_cpus = num_cpus
-        self._num_gpus = num_gpus
-        self._sampled = (time.monotonic(), 0)
+        self._is_running = False
         self._num_started = 0
-        self._restarts = 0
+        self._num_replaced = 0
+        self._deaths = 0
+        self._sampled = (time.monotonic(), 0)
         self._members = [self._start() for _ in range(num_actors)]
 
-    def ready(self) -> list[Ref[int]]:
-        """One reference per actor, resolved once it is built."""
-        return [call(member.handle, RolloutActor.ready) for member in self._members]
-
     def run(self) -> None:
-        """Let all actors lease and produce."""
-        for member in self._members:
+        """Let all actors lease and produce, those that are still to come too."""
+        self._is_running = True
+        for member in self._ready_members():
             member.run = call(member.handle, RolloutActor.run)
 
     def publish(self, version: WeightVersion, weights: Ref[Weights] | None) -> None:
         """Hand new weights to all actors without waiting for them; None: the weights did not change.
 
-        The previous version's object is let go once every actor has switched.
+        An actor that is still starting gets the current ones when it is ready. The previous version's object is let
+        go once every actor has switched.
         """
         self._current = (version, weights if weights is not None else self._current[1])
-        for member in self._members:
+        for member in self._ready_members():
             member.updates.append(_update(member.handle, version, weights))
 
-    def pending_updates(self) -> list[Ref[None]]:
-        """Weight updates that an actor has not confirmed yet."""
-        return [ref for member in self._members for ref in member.updates]
+    @property
+    def is_ready(self) -> bool:
+        """Whether every actor has been built."""
+        return all(member.starting is None for member in self._members)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether there is an actor at work, and all of them have confirmed the current weights."""
+        ready = self._ready_members()
+        return bool(ready) and not any(member.updates for member in ready)
 
     def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[Ref[list[EpisodeScore]]]:
-        """Greedy episodes under one version, questions dealt to the actors in turn."""
-        shares = [questions[i :: len(self._members)] for i in range(len(self._members))]
+        """Greedy episodes under one version, questions dealt to the actors at work in turn."""
+        ready = self._ready_members()
+        shares = [questions[i :: len(ready)] for i in range(len(ready))]
         return [
             call(member.handle, RolloutActor.evaluate, share, version=version)
-            for member, share in zip(self._members, shares, strict=True)
+            for member, share in zip(ready, shares, strict=True)
             if share
         ]
 
-    def tokens_per_s(self) -> float | None:
-        """Sampled tokens of all actors per second since the last call; None right after an actor was replaced."""
+    def num_tokens(self) -> int:
+        """Tokens that the actors' engines have computed: it grows as long as one of them works."""
+        return sum(stats.sampled_tokens + stats.prefilled_tokens for stats in self._stats())
+
+    def report(self) -> FleetReport:
+        """How the actors have done since the last report."""
         now, sampled = time.monotonic(), sum(stats.sampled_tokens for stats in self._stats())
         before, self._sampled = self._sampled, (now, sampled)
-        return (sampled - before[1]) / (now - before[0]) if sampled >= before[1] else None
+        rate = (sampled - before[1]) / (now - before[0]) if sampled >= before[1] else None
+        return FleetReport(num_ready=len(self._ready_members()), num_replaced=self._num_replaced, tokens_per_s=rate)
+
+    def progressed(self) -> None:
+        """A group has finished: deaths from here on count anew."""
+        self._deaths = 0
+
+    def check(self) -> None:
+        """Let actors that are ready begin, replace those that died or whose engine broke, confirm weight updates.
+
+        Raises:
+            RunFailure: an actor ended for a reason that another one would meet too, or actors die without a finished
+                group between.
+        """
+        for index, member in enumerate(self._members):
+            try:
+                self._check(member)
+            except RayTaskError as error:
+                if isinstance(error.cause, RexragError) and not isinstance(error.cause, EngineBrokenError):
+                    raise error.cause from None
+                self._members[index] = self._replace(member, error.cause)
+            except RayError as error:
+                self._members[index] = self._replace(member, error)
+
+    def stop(self, *, timeout_s: float = 10.0) -> None:
+        """Ask all actors to end, then end those that have not."""
+        for member in self._members:
+            call(member.handle, RolloutActor.stop)
+        runs = [member.run for member in self._members if member.run is not None]
+        if runs:
+            ray.wait(list(runs), num_returns=len(runs), timeout=timeout_s)
+        for member in self._members:
+            ray.kill(member.handle)
+
+    def _ready_members(self) -> list[_Member]:
+        return [member for member in self._members if member.starting is None]
 
     def _stats(self, *, timeout_s: float = 5.0) -> list[EngineStats]:
         """Counters of the actors that answer in time."""
-        refs = [call(member.handle, RolloutActor.stats) for member in self._members]
-        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+        refs = [call(member.handle, RolloutActor.stats) for member in self._ready_members()]
+        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s) if refs else ([], [])
         stats = []
         for ref in done:
             try:
@@ -123,39 +179,35 @@ class Fleet:
                 continue  # replaced by `check`, which is called all the time
         return stats
 
-    def progressed(self) -> None:
-        """A group has finished: deaths from here on count anew."""
-        self._restarts = 0
-
-    def check(self) -> None:
-        """Replace actors that died, confirm weight updates.
-
-        Raises:
-            RunFailure: an actor ended with an error of its own, or actors die without a finished group between.
-        """
-        for index, member in enumerate(self._members):
-            try:
-                self._check(member)
-            except RayActorError as error:
-                self._members[index] = self._replace(member, error)
-            except RayTaskError as error:
-                raise RunFailure(f"rollout actor {member.actor_id} failed: {error.cause!r}") from error
-
-    def stop(self, *, timeout_s: float = 10.0) -> None:
-        """Ask all actors to end, then end those that have not."""
-        for member in self._members:
-            call(member.handle, RolloutActor.stop)
-        runs = [member.run for member in self._members if member.run is not None]
-        ray.wait(runs, num_returns=len(runs), timeout=timeout_s) if runs else None
-        for member in self._members:
-            ray.kill(member.handle)
-
     def _check(self, member: _Member) -> None:
+        if member.starting is not None:
+            self._check_start(member)
         if member.run is not None and ray.wait([member.run], timeout=0)[0]:
             ray.get(member.run)
         if member.updates:
             done, member.updates = ray.wait(member.updates, num_returns=len(member.updates), timeout=0)
             ray.get(done)
+
+    def _check_start(self, member: _Member) -> None:
+        assert member.starting is not None, "it is starting"
+        if not ray.wait([member.starting], timeout=0)[0]:
+            now = time.monotonic()
+            if now - member.told_at > TELL_EVERY_S:
+                member.told_at = now
+                LOG.warning(
+                    "rollout actor %s has not started in %.0f s: it waits for a node with %g CPUs and %g GPUs free, or "
+                    "loads its model; %d others are at work",
+                    *(member.actor_id, now - member.started_at, self._num_cpus, self._num_gpus),
+                    len(self._ready_members()),
+                )
+            return
+        ray.get(member.starting)
+        member.starting = None
+        version, weights = self._current
+        if version != self._initial:
+            member.updates.append(_update(member.handle, version, weights))
+        if self._is_running:
+            member.run = call(member.handle, RolloutActor.run)
 
     def _start(self) -> _Member:
         actor_id = f"rollout-{self._num_started}"
@@ -169,23 +221,21 @@ class Fleet:
             num_cpus=self._num_cpus,
             num_gpus=self._num_gpus,
         )
-        return _Member(actor_id=actor_id, handle=handle)
+        now = time.monotonic()
+        ready = call(handle, RolloutActor.ready)
+        return _Member(actor_id=actor_id, handle=handle, starting=ready, started_at=now, told_at=now)
 
-    def _replace(self, member: _Member, error: RayActorError) -> _Member:
-        self._restarts += 1
-        if self._restarts > MAX_RESTARTS_IN_A_ROW:
+    def _replace(self, member: _Member, error: BaseException) -> _Member:
+        self._deaths += 1
+        if self._deaths > MAX_DEATHS_IN_A_ROW:
             raise RunFailure(
-                f"{self._restarts} rollout actors died without a finished group between them, the last one: {error}"
+                f"{self._deaths} rollout actors died without a finished group between them, the last one: {error}"
             ) from error
         LOG.warning("rollout actor %s died, a new one takes its groups: %s", member.actor_id, error)
+        self._num_replaced += 1
+        ray.kill(member.handle)  # one whose engine broke is still there
         self._on_death(member.actor_id)
-        new = self._start()
-        version, weights = self._current
-        if version != self._initial:
-            new.updates.append(_update(new.handle, version, weights))
-        if member.run is not None:
-            new.run = call(new.handle, RolloutActor.run)
-        return new
+        return self._start()
 
 
 def _update(actor: Handle[RolloutActor], version: WeightVersion, weights: Ref[Weights] | None) -> Ref[None]:

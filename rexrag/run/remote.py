@@ -8,8 +8,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast, overload
 
+import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rexrag.errors import PartDiedError, RexragError, RunFailure
 
 T = TypeVar("T")
 ActorT = TypeVar("ActorT")
@@ -43,6 +47,38 @@ def call(
     """
     ref: Ref[Any] = getattr(actor, method.__name__).remote(*args, **kwargs)
     return ref
+
+
+def result_of(ref: Ref[T], *, what: str) -> T:
+    """The value behind a reference, waited for; errors of this package as what they are.
+
+    Args:
+        what: who waits for what, for the message.
+
+    Raises:
+        PartDiedError: the process that makes it died.
+        RunFailure: it failed, or Ray lost it.
+    """
+    try:
+        value: T = ray.get(ref)
+        return value
+    except RayTaskError as error:
+        if isinstance(error.cause, RexragError):
+            raise error.cause from None
+        raise RunFailure(f"{what}: {error.cause!r}") from error
+    except RayActorError as error:
+        raise PartDiedError(f"{what}: its process died: {error}") from error
+    except RayError as error:
+        raise RunFailure(f"{what}: Ray lost it ({type(error).__name__}): {error}") from error
+
+
+def peek(ref: Ref[T], *, timeout_s: float = 5.0) -> T | None:
+    """The value behind a reference that should be there soon; None where it is not, or never will be."""
+    try:
+        value: T = ray.get(ref, timeout=timeout_s)
+        return value
+    except RayError:
+        return None
 
 
 def value_of(ref: Ref[T]) -> T:

@@ -1,49 +1,87 @@
-"""Waiting with open eyes: every wait looks after the parts of the run, hears stop signals, and has a bound."""
+"""Waiting with open eyes: every wait looks after the parts of the run, hears stop signals, and has a bound.
+
+A bound is on progress, not on the whole: a wait ends when nothing has moved for `train.stall_timeout_s`, and says who
+waited for whom.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
 
-from rexrag.errors import Interrupted, PartDiedError, RexragError, RunFailure
+from rexrag.errors import Interrupted, RunFailure
 from rexrag.run.fleet import Fleet
-from rexrag.run.remote import Handle, Ref, T
+from rexrag.run.remote import Handle, Ref, T, result_of
 from rexrag.run.signals import StopSignal
 
-POLL_S = 0.2
-PING_EVERY_S = 5.0
+POLL_S: Final = 0.2
+PING_EVERY_S: Final = 5.0
+PROGRESS_EVERY_S: Final = 10.0
 
 
 class Supervisor:
     """Waits for results of buffer, learner and fleet.
 
     A pending ping per part tells of its death at once; a busy part answers late, which is no fault.
+
+    Args:
+        stall_timeout_s: seconds without progress that end a wait.
     """
 
-    def __init__(self, *, fleet: Fleet, parts: Mapping[str, Handle[Any]], stop: StopSignal) -> None:
+    def __init__(
+        self, *, fleet: Fleet, parts: Mapping[str, Handle[Any]], stop: StopSignal, stall_timeout_s: float
+    ) -> None:
         self._fleet = fleet
         self._parts = parts
         self._stop = stop
+        self._stall_timeout_s = stall_timeout_s
         self._pings: dict[str, Ref[Any]] = {}
         self._last_ping = 0.0
 
-    def wait(self, ref: Ref[T], *, what: str, timeout_s: float, interruptible: bool = True) -> T:
+    def wait(
+        self, ref: Ref[T], *, what: str, progress: Callable[[], object] | None = None, interruptible: bool = True
+    ) -> T:
         """The value behind a reference.
 
+        Args:
+            what: who waits for what, for the message.
+            progress: something that changes as long as the work goes on; None: it is one piece.
+
         Raises:
-            RunFailure: a part died or failed, or `timeout_s` passed; `what` says who waited for what.
+            RunFailure: a part died or failed, or there was no progress for too long.
             Interrupted: a stop signal came (where `interruptible`).
         """
-        deadline = time.monotonic() + timeout_s
-        while not ray.wait([ref], timeout=POLL_S)[0]:
+        self.until(
+            lambda: bool(ray.wait([ref], timeout=POLL_S)[0]),
+            what=what,
+            progress=progress,
+            interruptible=interruptible,
+            pause_s=0.0,
+        )
+        return result_of(ref, what=what)
+
+    def until(
+        self,
+        is_done: Callable[[], bool],
+        *,
+        what: str,
+        progress: Callable[[], object] | None = None,
+        interruptible: bool = True,
+        pause_s: float = POLL_S,
+    ) -> None:
+        """Wait until something is so; as `wait`."""
+        bound = _Bound(self._stall_timeout_s, progress=progress)
+        while not is_done():
             self.look(interruptible=interruptible)
-            if time.monotonic() > deadline:
-                raise RunFailure(f"{what}: nothing came in {timeout_s:.0f} s")
-        return self._get(ref, what=what)
+            if bound.is_over():
+                raise RunFailure(
+                    f"{what}: no progress in {self._stall_timeout_s:.0f} s; where it only needs longer, resume with a "
+                    "larger train.stall_timeout_s"
+                )
+            time.sleep(pause_s)
 
     def look(self, *, interruptible: bool = True) -> None:
         """Replace dead rollout actors, notice a dead buffer or learner, hear a stop signal."""
@@ -57,20 +95,26 @@ class Supervisor:
         for name, handle in self._parts.items():
             pending = self._pings.get(name)
             if pending is not None and ray.wait([pending], timeout=0)[0]:
-                self._get(self._pings.pop(name), what=f"the {name}")
+                result_of(self._pings.pop(name), what=f"the {name}")
             if name not in self._pings and due:
                 self._pings[name] = handle.__ray_ready__.remote()
         if due:
             self._last_ping = time.monotonic()
 
-    @staticmethod
-    def _get(ref: Ref[T], *, what: str) -> T:
-        try:
-            value: T = ray.get(ref)
-            return value
-        except RayActorError as error:
-            raise PartDiedError(f"{what}: its process died: {error}") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, RexragError):
-                raise error.cause from None
-            raise RunFailure(f"{what}: {error.cause!r}") from error
+
+class _Bound:
+    """Over when nothing has changed for `timeout_s`. Progress is asked for only now and then: it may be a call."""
+
+    def __init__(self, timeout_s: float, *, progress: Callable[[], object] | None) -> None:
+        self._timeout_s = timeout_s
+        self._progress = progress
+        self._seen: object = None
+        self._asked_at = self._moved_at = time.monotonic()
+
+    def is_over(self) -> bool:
+        now = time.monotonic()
+        if self._progress is not None and now - self._asked_at >= min(PROGRESS_EVERY_S, self._timeout_s / 2):
+            self._asked_at = now
+            if (seen := self._progress()) != self._seen:
+                self._seen, self._moved_at = seen, time.monotonic()
+        return now - self._moved_at > self._timeout_s

@@ -18,9 +18,10 @@ import torch
 
 from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
+from rexrag.buffer.status import BufferPosition
 from rexrag.data.questions import load_questions
 from rexrag.env.codec import Codec
-from rexrag.errors import ConfigError, Interrupted
+from rexrag.errors import ConfigError, Interrupted, RunFailure
 from rexrag.files import write_atomic
 from rexrag.hints import HintPool, load_hints
 from rexrag.learner.learner_actor import LearnerSpec, start_learner
@@ -43,7 +44,7 @@ from rexrag.run.part_settings import (
     rollout_settings,
 )
 from rexrag.run.plan import TrainRequest, cluster_address
-from rexrag.run.remote import call
+from rexrag.run.remote import Handle, call, result_of
 from rexrag.run.signals import StopSignal
 from rexrag.run.supervisor import Supervisor
 from rexrag.run_folder import RunFolder
@@ -102,8 +103,9 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         num_cpus=layout.cpus_per_process,
         num_gpus=layout.learner_gpus,
     )
-    incarnation = ray.get(call(buffer, ReplayActor.position)).incarnation
-    first = WeightVersion(incarnation=incarnation, step=request.start_step)
+    first = WeightVersion(
+        incarnation=_opened(buffer, stall_timeout_s=config.train.stall_timeout_s).incarnation, step=request.start_step
+    )
     fleet = Fleet(
         rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor_threads),
         num_actors=layout.num_actors,
@@ -114,7 +116,12 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         buffer=buffer,
         on_death=buffer.release.remote,
     )
-    supervisor = Supervisor(fleet=fleet, parts={"replay buffer": buffer, "learner": learner}, stop=stop)
+    supervisor = Supervisor(
+        fleet=fleet,
+        parts={"replay buffer": buffer, "learner": learner},
+        stop=stop,
+        stall_timeout_s=config.train.stall_timeout_s,
+    )
     controller = Controller(
         loop_settings(config),
         run_folder=run,
@@ -140,6 +147,14 @@ def _run(controller: Controller) -> None:
     except Interrupted:
         controller.save()
         raise
+
+
+def _opened(buffer: Handle[ReplayActor], *, stall_timeout_s: float) -> BufferPosition:
+    what = "the run waits for the replay buffer to read its log"
+    opened = call(buffer, ReplayActor.open)
+    if not ray.wait([opened], timeout=stall_timeout_s)[0]:
+        raise RunFailure(f"{what}: not done in {stall_timeout_s:.0f} s (train.stall_timeout_s)")
+    return result_of(opened, what=what)
 
 
 def read_inputs(request: TrainRequest) -> Inputs:

@@ -26,7 +26,9 @@ Handle: TypeAlias = Any
 
 
 def start(replay: ReplaySettings, *, resume_step: int | None) -> Handle:
-    return start_replay_actor(replay, resume_step=resume_step)
+    handle: Handle = start_replay_actor(replay, resume_step=resume_step)
+    get(handle.open.remote())
+    return handle
 
 
 def get(ref: object) -> Any:  # noqa: ANN401
@@ -110,6 +112,7 @@ def test_errors_reach_the_caller_as_what_they_are(buffer: Handle, tmp_path: Path
 def test_the_poll_of_a_dead_actor_gets_nothing(tmp_path: Path) -> None:
     async def scenario() -> None:
         actor = ReplayActor(make_settings(tmp_path), resume_step=None)
+        await actor.open()
         poll = asyncio.create_task(actor.lease("a", num=1, held=FIRST, wait_s=20.0))
         await asyncio.sleep(0)
         await actor.release("a")
@@ -125,6 +128,7 @@ def test_a_lost_lease_reaches_a_waiting_actor_by_itself(tmp_path: Path) -> None:
     async def scenario() -> None:
         settings = make_settings(tmp_path, groups_per_step=1, max_staleness=0, lease_timeout_s=0.2)
         actor = ReplayActor(settings, resume_step=None)
+        await actor.open()
         await actor.publish(FIRST)
         (first,) = await actor.lease("a", num=1, held=FIRST, wait_s=0.0)
         (second,) = await actor.lease("b", num=1, held=FIRST, wait_s=20.0)

@@ -162,9 +162,11 @@ def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
         evidence_folder=tmp_path,
     )
     actor = LearnerActor(spec)
+    actor.ready()
     assert actor.step(step_batch(random_groups())).updated
     folder = actor.save(tmp_path / "checkpoints")
     other = LearnerActor(replace(spec, checkpoint=folder))
+    other.ready()
     assert other.rho() == actor.rho()
     ours, theirs = actor.export("float32"), other.export("float32")
     assert all((ours[name] == theirs[name]).all() for name in ours)

@@ -1,0 +1,176 @@
+"""The main loop, without Ray: in which order it asks whom, and what is left after a stop or a death anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from local_parts import LocalActor, LocalFleet, LocalLearner, LocalReporter, LocalSupervisor, Script
+from replay_helpers import make_questions, make_settings
+
+from rexrag.buffer.recovery import accounting_from_log
+from rexrag.buffer.replay_actor import ReplayActor
+from rexrag.errors import Interrupted, PartDiedError
+from rexrag.run.controller import Controller, LoopSettings
+from rexrag.run.signals import StopSignal
+from rexrag.run_folder import RunFolder
+from rexrag.types import WeightVersion
+
+GROUPS = 2
+STEP = [
+    "learner.rho", "buffer.assign", "buffer.take", "learner.step", "buffer.outcome", "fleet.publish", "buffer.publish",
+]  # fmt: skip
+
+
+@dataclass
+class Rig:
+    """A run of the loop over local parts."""
+
+    controller: Controller
+    script: Script
+    buffer: ReplayActor
+    learner: LocalLearner
+    fleet: LocalFleet
+    reporter: LocalReporter
+    stop: StopSignal
+    run: RunFolder
+
+    def interrupt(self) -> None:
+        self.stop.received = "SIGTERM"
+
+
+def make_rig(folder: Path, *, num_steps: int = 3, eval_every: int = 0, checkpoint_every: int = 2) -> Rig:
+    run = RunFolder.create(folder / "run", recipe="mine", seed=0, config="")
+    run.__enter__()
+    script, stop = Script(), StopSignal()
+    buffer = ReplayActor(make_settings(run.buffer, groups_per_step=GROUPS, max_staleness=1), resume_step=None)
+    first = WeightVersion(incarnation=asyncio.run(buffer.open()).incarnation, step=0)
+    learner = LocalLearner(groups_per_step=GROUPS)
+    fleet = LocalFleet(buffer, version=first, script=script)
+
+    def evaluated(split: str, step: int) -> None:
+        with run.eval.open("a") as file:
+            file.write(json.dumps({"split": split, "step": step, "em": 0.5}) + "\n")
+
+    reporter = LocalReporter(on_evaluation=evaluated)
+    controller = Controller(
+        LoopSettings(
+            num_steps=num_steps,
+            checkpoint_every=checkpoint_every,
+            eval_every=eval_every,
+            stall_timeout_s=5.0,
+            keep_checkpoints=9,
+            groups_per_step=GROUPS,
+            transfer_dtype="float32",
+        ),
+        run_folder=run,
+        first=first,
+        buffer=cast("Any", LocalActor(buffer, name="buffer", script=script)),
+        learner=cast("Any", LocalActor(learner, name="learner", script=script)),
+        fleet=cast("Any", fleet),
+        supervisor=cast("Any", LocalSupervisor(fleet=fleet, stop=stop)),
+        reporter=cast("Any", reporter),
+        dev=make_questions(3),
+        test=make_questions(4),
+    )
+    return Rig(controller, script, buffer, learner, fleet, reporter, stop, run)
+
+
+def without_polls(calls: list[str]) -> list[str]:
+    """The calls in order, each run of polls for a batch as one."""
+    kept = [call for call in calls if call != "buffer.status"]
+    return [call for i, call in enumerate(kept) if call != "buffer.assign" or kept[i + 1] != "buffer.assign"]
+
+
+def test_a_step_asks_in_this_order(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, num_steps=2, checkpoint_every=9)
+    rig.controller.run()
+    calls = without_polls(rig.script.calls)
+    before = ["learner.ready", "fleet.run", "fleet.evaluate", "fleet.evaluate", "buffer.publish"]
+    assert calls[: len(before)] == before
+    first, second = calls[len(before) : len(before) + 8], calls[len(before) + 8 :]
+    assert first == [*STEP[:5], "learner.export", *STEP[5:]], "weights are exported before they are handed out"
+    # Nothing changed in the second step: its version is handed out without weights. It is the last: saved, evaluated.
+    assert second == [*STEP[:6], "learner.save", "fleet.evaluate", "buffer.publish", "fleet.evaluate"]
+    assert rig.fleet.weights is None
+
+
+def test_evaluations_are_of_the_version_just_pushed(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, num_steps=4, eval_every=2)
+    rig.controller.run()
+    assert rig.reporter.evaluations == [("test", 0, 4), ("dev", 0, 3), ("dev", 2, 3), ("dev", 4, 3), ("test", 4, 4)]
+    assert rig.learner.saved == [2, 4]
+    assert rig.reporter.steps == [1, 2, 3, 4]
+
+
+def num_calls(tmp_path: Path) -> int:
+    rig = make_rig(tmp_path, eval_every=1)
+    rig.controller.run()
+    return len(rig.script.calls)
+
+
+def at_every_call(tmp_path: Path, happening: Callable[[Rig], Callable[[], None]]) -> list[Rig]:
+    """One rig for each call of a whole run, to which something happens just before that call."""
+    rigs = []
+    for number in range(num_calls(tmp_path / "whole")):
+        rig = make_rig(tmp_path / str(number), eval_every=1)
+        rig.script.before[number] = happening(rig)
+        rigs.append(rig)
+    return rigs
+
+
+def test_a_stop_between_any_two_calls_leaves_whole_steps(tmp_path: Path) -> None:
+    stopped = 0
+    for rig in at_every_call(tmp_path, lambda rig: rig.interrupt):
+        try:
+            rig.controller.run()
+        except Interrupted:
+            stopped += 1
+            rig.controller.save()
+        done = rig.learner.num_steps
+        assert rig.run.record().steps == done or done == 0
+        assert (rig.learner.saved or [0])[-1] == done, "what was learnt is saved"
+        assert accounting_from_log(rig.run.buffer)["consumed"] == done * GROUPS, "and its groups are consumed"
+        assert rig.reporter.steps == list(range(1, done + 1)), "and it was told"
+    assert stopped > 10
+
+
+def test_the_death_of_an_actor_anywhere_costs_nothing(tmp_path: Path) -> None:
+    replaced = 0
+    for rig in at_every_call(tmp_path, lambda rig: rig.fleet.die):
+        rig.controller.run()
+        replaced += rig.fleet.num_replaced
+        assert rig.learner.num_steps == 3
+        assert rig.reporter.evaluations == [
+            ("test", 0, 4), ("dev", 0, 3), ("dev", 1, 3), ("dev", 2, 3), ("dev", 3, 3), ("test", 3, 4),
+        ]  # fmt: skip
+        assert accounting_from_log(rig.run.buffer)["consumed"] == 3 * GROUPS
+    assert replaced > 10
+
+
+def test_an_evaluation_that_dies_again_and_again_ends_the_run(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path)
+    evaluate = rig.fleet.evaluate
+
+    def dying(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        rig.fleet.die()
+        return evaluate(*args, **kwargs)
+
+    rig.fleet.evaluate = dying  # type: ignore[method-assign]
+    with pytest.raises(PartDiedError):
+        rig.controller.run()
+    assert rig.script.calls.count("fleet.evaluate") == 3
+    assert rig.reporter.evaluations == []
+
+
+def test_what_eval_jsonl_has_is_not_evaluated_again(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, num_steps=1)
+    rig.run.eval.write_text(json.dumps({"split": "dev", "step": 1, "em": 0.5}) + "\n")
+    rig.controller.run()
+    assert ("dev", 1, 3) not in rig.reporter.evaluations
+    assert ("test", 1, 4) in rig.reporter.evaluations
