@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -119,16 +119,18 @@ class LearnerActor:
 
 def start_learner(spec: LearnerSpec, *, num_cpus: float, num_gpus: float) -> ActorHandle[LearnerActor]:
     """A `LearnerActor` in its own process, for which Ray reserves these shares."""
-    remote = ray.remote(LearnerActor).options(
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        concurrency_groups={_BESIDE: 1},
-        runtime_env={"env_vars": process_environment(spec.threads)},
-    )
-    return cast("ActorHandle[LearnerActor]", remote.remote(spec))
+    options: dict[str, Any] = {
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "concurrency_groups": {_BESIDE: 1},
+        "runtime_env": {"env_vars": process_environment(spec.threads)},
+    }
+    remote: Any = ray.remote(**options)
+    return cast("ActorHandle[LearnerActor]", remote(LearnerActor).remote(spec))
 
 
 def ask_progress(learner: ActorHandle[LearnerActor]) -> ObjectRef[tuple[int, int]]:
     """`LearnerActor.progress`, answered while a step or a checkpoint goes on."""
-    ref: ObjectRef[tuple[int, int]] = learner.progress.options(concurrency_group=_BESIDE).remote()
+    method: Any = learner.progress
+    ref: ObjectRef[tuple[int, int]] = method.options(concurrency_group=_BESIDE).remote()
     return ref

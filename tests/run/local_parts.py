@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from inspect import isawaitable
+from inspect import iscoroutine
 from typing import Any
 
 from replay_helpers import make_ipc
@@ -78,7 +78,7 @@ class _Method:
         self.script.note(self.name)
         try:
             result = self.function(*(arg.get() if isinstance(arg, LocalRef) else arg for arg in args), **kwargs)
-            return LocalRef(asyncio.run(result) if isawaitable(result) else result)
+            return LocalRef(asyncio.run(result) if iscoroutine(result) else result)
         except Exception as error:  # noqa: BLE001  # as Ray does: whoever asks for the value gets it
             return LocalRef(error=error)
 
