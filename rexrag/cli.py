@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from rexrag.config import Config
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError
 
 app = typer.Typer(
@@ -97,6 +98,7 @@ def train(
     plan = plan_run(recipe, overrides=overrides or [], run_dir=run_dir, resume=resume)
     if dry_run:
         STDOUT.print(resolved_toml(plan.recipe, base=plan.root), end="")
+        _print_layout(plan.recipe.config)
         return
     if plan.finished:
         STDOUT.print(f"run {plan.root} is finished: {plan.start_step} steps; raise train.steps to go on.")
@@ -112,6 +114,24 @@ def train(
         progress.note(f"TensorBoard: tensorboard --logdir {request.run.tensorboard}")
         run_training(request, progress=progress)
     print_report(RunFolder(plan.root), console=Console(highlight=False))
+
+
+def _print_layout(config: Config) -> None:
+    """Which part gets which share of this machine, as comments of the recipe; what a cluster has only Ray knows."""
+    import os
+
+    import torch
+
+    from rexrag.run.part_settings import counted, describe_layout, plan_layout
+    from rexrag.run.plan import cluster_address
+
+    if cluster_address() is not None:
+        return
+    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    layout = plan_layout(config, num_cores=cores, node_cores=cores, num_gpus=gpus)
+    STDOUT.print(f"\n# On this machine, with {counted(cores, 'core')} and {counted(gpus, 'GPU')}:")
+    for line in describe_layout(layout):
+        STDOUT.print(f"# {line}")
 
 
 @app.command()

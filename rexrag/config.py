@@ -84,7 +84,7 @@ class RewardConfig(Section):
 
 class RolloutConfig(Section):
     num_actors: int | None = Field(
-        None, ge=1, description="Rollout actors; None: one per two cores, or one per GPU if they are on GPUs."
+        None, ge=1, description="Rollout actors; None: one per two cores, or as many as fit on the GPUs they share."
     )
     threads_per_actor: int | None = Field(
         None, ge=1, description="Torch threads of each actor; None: cores divided by actors."
@@ -196,8 +196,8 @@ class LearnerConfig(Section):
         None,
         ge=0,
         le=1,
-        description="Share of a GPU that Ray reserves for the learner's model, 0: on the CPU; None: up to a whole "
-        "one, of what the cluster has beyond the rollout actors'.",
+        description="Share of a GPU that Ray reserves for the learner's model, 0: on the CPU; None: a whole one, or "
+        "what a rollout actor leaves of the only one.",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."

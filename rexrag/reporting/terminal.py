@@ -5,7 +5,9 @@ Without a terminal there is no bar; a long stage then tells how far it is now an
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Final, Self
@@ -17,6 +19,8 @@ from rich.progress import Progress as RichProgress
 import rexrag.metrics as keys
 
 _PLAIN_EVERY_S: Final = 10.0
+_RECENT_STEPS: Final = 3
+"""Steps that the time left is told by: they grow longer once a policy has learnt to go on."""
 
 
 class Progress:
@@ -45,8 +49,8 @@ class Progress:
         self._stage_task: TaskID | None = None
         self._steps_task: TaskID | None = None
         self._total_steps = 0
-        self._first_step = 0
-        self._steps_started = 0.0
+        self._step_began = 0.0
+        self._last_steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._last_plain = 0.0
 
     def __enter__(self) -> Self:
@@ -100,8 +104,8 @@ class Progress:
     def training(self, *, done: int, total: int) -> None:
         """The steps begin: `done` of `total` are behind."""
         self.end_stage()
-        self._total_steps, self._first_step = total, done
-        self._steps_started = time.monotonic()
+        self._total_steps = total
+        self._step_began = time.monotonic()
         self._steps_task = self._bar.add_task("training", total=total, completed=done)
 
     def waiting(self, step: int, *, finished: int, needed: int) -> None:
@@ -114,8 +118,10 @@ class Progress:
         self.end_stage()
         if self._steps_task is not None:
             self._bar.update(self._steps_task, completed=step, description="training")
-        elapsed = time.monotonic() - self._steps_started
-        left = elapsed * (self._total_steps - step) / max(step - self._first_step, 1)
+        now = time.monotonic()
+        self._last_steps.append(now - self._step_began)
+        self._step_began = now
+        left = statistics.fmean(self._last_steps) * (self._total_steps - step)
         self.note(f"{step_line(step, total=self._total_steps, metrics=metrics)}  {duration(left)} left")
 
     def evaluation(self, line: Mapping[str, object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -36,6 +37,7 @@ class Layout:
     actor_threads: int
     learner_threads: int
     cpus_per_process: float
+    actor_gpus: float
     learner_gpus: float
 
 
@@ -45,26 +47,31 @@ def device_of(num_gpus: float) -> Device:
 
 
 def plan_layout(config: Config, *, num_cores: int, node_cores: int, num_gpus: float) -> Layout:
-    """Actors and threads for a cluster: half as many actors as cores, at least one; on GPUs one for each of them.
+    """Actors and threads for a cluster: half as many actors as cores, at least one; on GPUs as many as they hold.
 
     Learner and actors each get threads for all cores of a node. When both compute they share them, and whenever one
     waits, in evaluations, at the end of a batch or in a synchronous run, the other has the machine.
+
+    Of the GPUs the learner's share comes first: a whole one where there are more, else what one actor leaves.
 
     Args:
         num_cores, num_gpus: of the cluster, GPUs that torch can use. node_cores: of its largest node.
 
     Raises:
-        ConfigError: learner and actors reserve more GPUs than the cluster has; Ray would wait for them for ever.
+        ConfigError: learner and actors reserve more GPUs than the cluster has, for which Ray would wait for ever, or
+            actors on GPUs would leave none for the learner.
     """
     share = config.rollout.num_gpus
-    num_actors = config.rollout.num_actors or max(1, int(num_gpus) if share else num_cores // 2)
-    left = num_gpus - num_actors * share
-    learner_gpus = min(1.0, max(0.0, left)) if config.learner.num_gpus is None else config.learner.num_gpus
-    if learner_gpus > left:
+    learner_gpus = _learner_gpus(config, num_gpus)
+    if config.rollout.num_actors is not None:
+        num_actors = config.rollout.num_actors
+    else:
+        num_actors = max(1, _actors_on(num_gpus, learner_gpus, share) if share else num_cores // 2)
+    if num_actors * share + learner_gpus > num_gpus:
         raise ConfigError(
-            f"{num_actors} rollout actors with rollout.num_gpus = {share:g} and a learner with {learner_gpus:g} need "
-            f"{num_actors * share + learner_gpus:g} GPUs, the cluster has {num_gpus:g} that torch can use: "
-            f"lower these shares or rollout.num_actors, or set both shares to 0 to compute on CPUs"
+            f"{counted(num_actors, 'rollout actor')} with rollout.num_gpus = {share:g} and a learner with "
+            f"{learner_gpus:g} need {num_actors * share + learner_gpus:g} GPUs, the cluster has {num_gpus:g} that "
+            "torch can use: lower these shares or rollout.num_actors, or set both shares to 0 to compute on CPUs"
         )
     actor_threads = config.rollout.threads_per_actor or max(1, min(num_cores // num_actors, node_cores))
     return Layout(
@@ -73,8 +80,47 @@ def plan_layout(config: Config, *, num_cores: int, node_cores: int, num_gpus: fl
         actor_threads=actor_threads,
         learner_threads=config.learner.threads or node_cores,
         cpus_per_process=min(1.0, num_cores / (num_actors + 1)),
+        actor_gpus=share,
         learner_gpus=learner_gpus,
     )
+
+
+def _learner_gpus(config: Config, num_gpus: float) -> float:
+    if config.learner.num_gpus is not None:
+        return config.learner.num_gpus
+    taken = (config.rollout.num_actors or 1) * config.rollout.num_gpus
+    left = min(1.0, max(0.0, num_gpus - taken))
+    if taken and num_gpus and not left:
+        raise ConfigError(
+            f"rollout.num_gpus = {config.rollout.num_gpus:g}: with {counted(config.rollout.num_actors or 1, 'actor')} "
+            f"the {counted(num_gpus, 'GPU')} of the cluster would be used up, and the learner would be on the CPU; "
+            "lower it, such as to 0.5, or say learner.num_gpus = 0 if that is meant"
+        )
+    return left
+
+
+def _actors_on(num_gpus: float, learner_gpus: float, share: float) -> int:
+    """Actors that fit beside the learner; one does not lie over two GPUs."""
+    beside_learner = int((1.0 - learner_gpus) / share + 1e-9) if 0.0 < learner_gpus < 1.0 else 0
+    return beside_learner + int(num_gpus - math.ceil(learner_gpus)) * int(1.0 / share + 1e-9)
+
+
+def counted(number: float, noun: str) -> str:
+    """A number with its noun: 1 actor, 2 actors."""
+    return f"{number:g} {noun}{'' if number == 1 else 's'}"
+
+
+def describe_layout(layout: Layout) -> list[str]:
+    """Which part gets which share, a line each."""
+
+    def place(gpus: float) -> str:
+        return f"{gpus:g} of a GPU" if 0 < gpus < 1 else counted(gpus, "GPU") if gpus else "on the CPU"
+
+    return [
+        f"{counted(layout.num_actors, 'rollout actor')}: {counted(layout.actor_threads, 'thread')} each, "
+        f"{place(layout.actor_gpus)}, {counted(layout.num_groups, 'group')} at once",
+        f"learner: {counted(layout.learner_threads, 'thread')}, {place(layout.learner_gpus)}",
+    ]
 
 
 def copied(settings: type[SettingsT], section: Section, **rest: object) -> SettingsT:

@@ -24,7 +24,7 @@ from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
 from rexrag.recipe import flatten, make_config
 from rexrag.run.controller import LoopSettings
-from rexrag.run.part_settings import copied, device_of, learner_settings, plan_layout
+from rexrag.run.part_settings import copied, describe_layout, device_of, learner_settings, plan_layout
 
 EMPTY = inspect.Parameter.empty
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,12 @@ def config_with(**settings: object) -> Config:
         ({}, 1, 4, 1.0),
         ({"learner__num_gpus": 0.0}, 1, 4, 0.0),
         ({"rollout__num_gpus": 0.5}, 1, 1, 0.5),
-        ({"rollout__num_gpus": 0.75}, 4, 4, 1.0),
+        ({"rollout__num_gpus": 0.75}, 4, 3, 1.0),
+        ({"rollout__num_gpus": 1.0}, 2, 1, 1.0),
+        ({"rollout__num_gpus": 1.0}, 8, 7, 1.0),
+        ({"rollout__num_gpus": 0.5}, 8, 14, 1.0),
+        ({"rollout__num_gpus": 0.25, "learner__num_gpus": 0.5}, 2, 6, 0.5),
+        ({"rollout__num_gpus": 1.0, "learner__num_gpus": 0.0}, 1, 1, 0.0),
         ({"rollout__num_gpus": 1.0, "rollout__num_actors": 3}, 4, 3, 1.0),
         ({"rollout__num_gpus": 0.2, "rollout__num_actors": 4, "learner__num_gpus": 0.1}, 1, 4, 0.1),
     ],
@@ -57,10 +62,19 @@ def test_gpus_are_shared(settings: dict[str, object], num_gpus: float, num_actor
     assert device_of(layout.learner_gpus) == ("cuda" if learner_gpus else "cpu")
 
 
+def test_the_shares_are_told_in_words() -> None:
+    layout = plan_layout(config_with(rollout__num_gpus=0.5), num_cores=2, node_cores=2, num_gpus=1)
+    assert describe_layout(layout) == [
+        "1 rollout actor: 2 threads each, 0.5 of a GPU, 12 groups at once",
+        "learner: 2 threads, 0.5 of a GPU",
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "num_gpus", "message"),
     [
         ({"rollout__num_gpus": 0.5}, 0, "rollout.num_gpus = 0.5 and a learner with 0 need 0.5 GPUs, the cluster has 0"),
+        ({"rollout__num_gpus": 1.0}, 1, "rollout.num_gpus = 1: with 1 actor the 1 GPU of the cluster would be used up"),
         ({"learner__num_gpus": 1.0}, 0, "a learner with 1 need 1 GPUs, the cluster has 0"),
         ({"rollout__num_gpus": 0.5, "learner__num_gpus": 0.6}, 1, "need 1.1 GPUs, the cluster has 1"),
     ],
