@@ -153,7 +153,9 @@ def _text(
     x: int, y: int, text: str, *, size: int = 13, bold: bool = False, anchor: str = "start", colour: str = INK
 ) -> str:
     weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(text)}</text>'
+    return (
+        f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"{weight}>{escape(text)}</text>'
+    )
 
 
 if __name__ == "__main__":
