@@ -17,9 +17,9 @@ from system_runs import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
-TIMEOUT_S = 240.0
+TIMEOUT_S = 400.0
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
 
 def blocks(page: str, *, under: str) -> list[tuple[str, str, str]]:
@@ -36,8 +36,10 @@ def blocks(page: str, *, under: str) -> list[tuple[str, str, str]]:
 def folder(recipe: Path, tmp_path: Path) -> Path:
     """What a reader has in front of them: questions, corpus, demonstrations, model, a recipe that names them."""
     world = recipe.parent / "world"
-    for name in ("train", "dev", "test", "corpus", "demonstrations"):
+    for name in ("train", "dev", "test", "corpus"):
         shutil.copy(world / f"{name}.jsonl", tmp_path)
+    demonstrations = (world / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    (tmp_path / "demonstrations.jsonl").write_text("\n".join(demonstrations), encoding="utf-8")
     shutil.copytree(recipe.parent / "model", tmp_path / "model")
     text = recipe.read_text(encoding="utf-8").replace(f"{recipe.parent}/world/", "").replace(f"{recipe.parent}/", "")
     assert str(recipe.parent) not in text
@@ -117,7 +119,12 @@ def test_own_reward_server_hints_and_prompt_in_one_run(folder: Path, server: str
                 (folder / title).write_text(text)
     assert len(settings) == 6
     words = [word for setting in settings for word in ("--set", setting)]
-    run(folder, "rexrag", "train", "my-recipe.toml", *words, "--set", "reward.format_weight=0", "--run-dir", "own")
+    recipe = folder / "my-recipe.toml"
+    rest = re.sub(r"^\[(retriever|reward)\]\n(?:[^\[]+\n)*", "", recipe.read_text(), flags=re.MULTILINE)
+    assert "[retriever]" not in rest
+    assert "[rollout]" in rest
+    recipe.write_text(rest)
+    run(folder, "rexrag", "train", "my-recipe.toml", *words, "--run-dir", "own")
     (line,) = read_lines(folder / "own" / "metrics.jsonl")
     assert line["target/searches"] is not None
 
