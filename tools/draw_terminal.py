@@ -36,8 +36,8 @@ def main() -> None:
     console.print("$ make quickstart", style="bold")
     for line in shortened(words.log.read_text(encoding="utf-8").splitlines()):
         console.print(line, markup=False, style="dim" if line == "…" else None, no_wrap=True)
-    for line in report(RunFolder(words.run.resolve())):
-        console.print(line)
+    for text in report(RunFolder(words.run.resolve())):
+        console.print(text)
     OUT.write_text(console.export_svg(title="make quickstart", code_format=FORMAT, unique_id="quickstart"))
 
 
