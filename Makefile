@@ -1,5 +1,5 @@
 # Two commands: `make quickstart` trains the small example, `make test` checks everything.
-# They need Python 3.11 or newer and make; all else goes into .venv.
+# `make docs` builds the pages alone. All need Python 3.11 or newer and make; all else goes into .venv.
 #
 #   PYTHON=python3.12                 the interpreter that .venv is made from
 #   TORCH_INDEX=URL                   a further package index for torch, such as one of CPU-only builds
@@ -10,8 +10,10 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# A link that leads nowhere ends it.
+MAKE_DOCS := $(BIN)/zensical build --strict --clean
 
-.PHONY: quickstart test
+.PHONY: quickstart test docs
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed-quickstart
@@ -21,7 +23,12 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(MAKE_DOCS)
 	$(BIN)/python -m pytest
+
+docs: .venv/installed-dev
+	$(MAKE_DOCS)
+	@echo "The site is in site/: open site/index.html"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python {v[0]}.{v[1]} is too old: rexrag needs 3.11 or newer, name one with PYTHON=...")'
@@ -34,6 +41,6 @@ $(BIN)/python:
 	touch $@
 
 .venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing rexrag, its tests and tools into .venv (once; some minutes)"
-	$(INSTALL) --editable '.[dev,quickstart]'
+	@echo "Installing rexrag, its tests, tools and pages into .venv (once; some minutes)"
+	$(INSTALL) --editable '.[dev,docs,quickstart]'
 	touch .venv/installed-quickstart $@

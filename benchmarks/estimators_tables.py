@@ -1,4 +1,4 @@
-"""The tables of docs/estimators.md, and last that of the README, from the figures that `estimators.py` wrote.
+"""The tables of docs/estimators.md, and last that of docs/results.md, from the figures that `estimators.py` wrote.
 
 python benchmarks/estimators_tables.py [--figures FILE.json]
 """

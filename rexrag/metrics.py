@@ -155,8 +155,10 @@ TRAINED_LOSS_TOKENS: Final = _metric(
 )
 
 # Speed.
-TIME_STEP: Final = _metric("time/step_s", "Time of the learner's step, waiting and publishing not included.")
-TIME_UPDATE: Final = _metric("time/update_s", "Time of its forward and backward passes and of the update.")
+TIME_STEP: Final = _metric(
+    "time/step_s", "Time of the loop's step, waiting for its groups included; checkpoint and evaluation are not."
+)
+TIME_UPDATE: Final = _metric("time/update_s", "Time of the learner's forward and backward passes and of the update.")
 TIME_LEARNER_WAIT: Final = _metric("time/learner_wait_s", "Time that the learner waited for the step's groups.")
 LEARNER_MICRO_BATCHES: Final = _metric("learner/micro_batches", "Forward and backward passes of the step.")
 LEARNER_TOKENS_PER_S: Final = _metric("learner/tokens_per_s", "Tokens of trained rows per second of `time/update_s`.")

@@ -1,11 +1,13 @@
-"""The pages under docs/ against the code: settings, links, sections, examples of data."""
+"""The pages against the code: settings, links, sections, files, examples of data, and that they can be read."""
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -18,9 +20,14 @@ from rexrag.methods import METHOD_ADVICE, METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+IN_ROOT = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "cluster" / "README.md")
+PAGES = (*IN_ROOT, *sorted(DOCS.rglob("*.md")))
+MAX_LINE = 120
+MAX_PARAGRAPH = 5 * 100
+"""Characters: five lines in a browser at 1,200 pixels."""
 
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE = re.compile(r"`((?:rexrag|recipes|benchmarks|tests|tools|cluster)/[\w./-]+)`")
 CODE_BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -92,7 +99,7 @@ def set_value(method: str, key: str) -> str:
     return f"`{json.dumps(METHODS[method][key])}`"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(page: Path) -> None:
     text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))
     broken = []
@@ -101,9 +108,62 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
             continue
         name, _, anchor = target.partition("#")
         found = (page.parent / name).resolve() if name else page
-        if not found.exists() or (anchor and anchor not in anchors(found)):
+        outside = page.is_relative_to(DOCS) and not found.is_relative_to(DOCS)  # not a part of the site
+        if outside or not found.exists() or (anchor and anchor not in anchors(found)):
             broken.append(target)
     assert not broken
+
+
+def test_every_page_is_in_the_site() -> None:
+    def paths(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        values = entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else []
+        return [path for value in values for path in paths(value)]
+
+    listed = paths(tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]["nav"])
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def test_every_room_has_its_docstrings_in_the_site() -> None:
+    shown = {
+        name
+        for page in (DOCS / "api").glob("*.md")
+        for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)
+    }
+    rooms = {f"rexrag.{path.parent.name}" for path in (ROOT / "rexrag").glob("*/__init__.py")}
+    modules = {f"rexrag.{path.stem}" for path in (ROOT / "rexrag").glob("[!_]*.py")}
+    assert shown == (rooms | modules) - {"rexrag.cli"}
+
+
+def test_files_named_in_the_pages_exist() -> None:
+    missing = {
+        f"{page.name}: {name}"
+        for page in PAGES
+        for name in FILE.findall(page.read_text(encoding="utf-8"))
+        if not (ROOT / name).exists()
+    }
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paragraphs_are_short(page: Path) -> None:
+    text = CODE_BLOCK.sub("", page.read_text(encoding="utf-8"))
+    text = re.sub(r"\]\([^)\s]+\)", "", text)
+    parts = [item for part in re.split(r"\n\s*\n", text) for item in re.split(r"\n\s*(?=- |\d+\. )", part)]
+    long = [part[:60] for part in parts if not part.startswith(("|", "    ")) and len(part) > MAX_PARAGRAPH]
+    assert not long
+
+
+@pytest.mark.parametrize("page", IN_ROOT, ids=lambda page: page.name)
+def test_lines_outside_tables_are_short(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > MAX_LINE and not line.startswith("|")]
+
+
+def test_the_picture_of_the_system_is_that_of_its_source() -> None:
+    drawing = runpy.run_path(str(ROOT / "tools" / "draw_system.py"))["drawing"]
+    assert (DOCS / "images" / "system.svg").read_text(encoding="utf-8") == drawing()
 
 
 def test_settings_named_in_the_pages_exist() -> None:
@@ -137,7 +197,7 @@ def test_tables_of_the_study_are_those_of_its_figures() -> None:
     *tables, quick_start = made.strip().split("\n\n")
     assert len(tables) >= 4
     assert all(table in page for table in tables)
-    assert quick_start in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert quick_start in (DOCS / "results.md").read_text(encoding="utf-8")
 
 
 def test_examples_of_data_files_are_valid(tmp_path: Path) -> None:
