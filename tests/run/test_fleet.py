@@ -140,22 +140,20 @@ def test_a_replacement_without_a_place_holds_up_nobody(
     assert one.version_of(1) == second
 
 
-def broken_run(self: Any) -> None:  # noqa: ANN401
-    """Lets an actor's loop end as one whose engine fails again and again."""
-
-    async def run() -> None:
-        await asyncio.sleep(0.1)
-        raise EngineBrokenError("the engine failed 3 times in a row")
-
-    self._loop.run = run
-
-
 def test_a_broken_engine_is_rebuilt_with_the_current_weights(rig: Callable[[int], Rig]) -> None:
     one = rig(1)
     second = WeightVersion(incarnation=one.first.incarnation, step=1)
     one.fleet.publish(second, None)
     one.until(lambda: one.fleet.is_current)
-    ray.get(one.handle(0).__ray_call__.remote(broken_run))
+
+    def break_engine(self: Any) -> None:  # noqa: ANN401
+        async def run() -> None:
+            await asyncio.sleep(0.1)
+            raise EngineBrokenError("the engine failed 3 times in a row")
+
+        self._loop.run = run
+
+    ray.get(one.handle(0).__ray_call__.remote(break_engine))
     one.fleet.run()
     one.until(lambda: bool(one.dead))
     one.until(lambda: one.fleet.is_ready and one.fleet.is_current)
