@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from rexrag.config import KEYS, TABLES, Config
 from rexrag.errors import ConfigError
+from rexrag.files import read_user_text
 from rexrag.methods import METHODS
 
 _PATH_KEYS: Final = frozenset(
@@ -111,7 +112,7 @@ def _lookup(config: Config, key: str) -> object:
 
 def _read_toml(path: Path) -> dict[str, object]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_user_text(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"recipe {path}: cannot be read ({reason}); name an existing TOML file.") from None

@@ -172,6 +172,10 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
         load(tmp_path, "train = ")
 
 
+def test_a_byte_order_mark_before_a_recipe_is_allowed(tmp_path: Path) -> None:
+    assert load(tmp_path, "\ufeff[train]\nsteps = 5\n").config.train.steps == 5
+
+
 def test_paths_are_relative_to_the_recipe_and_a_list_or_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
