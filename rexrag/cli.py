@@ -12,12 +12,15 @@ import time
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError
+
+if TYPE_CHECKING:
+    from rexrag.data.check import CheckReport
 
 app = typer.Typer(
     name="rexrag",
@@ -30,6 +33,8 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data files.")
 index_app = typer.Typer(no_args_is_help=True, help="Build and verify retrieval indexes.")
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
+
+SHOWN_PROBLEMS = 20
 
 STDOUT = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -178,13 +183,26 @@ def check_data(
     if as_json:
         STDOUT.print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
-        STDOUT.print(f"{report.path}: {report.kind}, {report.rows} rows, {len(report.problems)} problems")
+        STDOUT.print(f"{report.path}: {report.kind}, {report.rows} rows, {report.num_problems} problems")
         for title, counts in (("source", report.by_source), ("hops", report.by_hops)):
             for name, count in counts.items():
                 STDOUT.print(f"{count:>7} {title} {'unknown' if name is None else name}")
+        for note in report.notes:
+            STDOUT.print(f"note: {note}")
     if report.problems:
-        shown = "" if as_json else "".join(f"\n{problem}" for problem in report.problems)
-        raise DataError(f"{file}: {len(report.problems)} problems; correct these rows.{shown}")
+        raise DataError(_problem_list(report, with_rows=not as_json))
+
+
+def _problem_list(report: CheckReport, *, with_rows: bool) -> str:
+    """The heading and, unless they are on stdout already, the first problems, with the number of the others."""
+    if len(report.problems) == 1 and report.problems[0].number is None:
+        return str(report.problems[0])
+    lines = [f"{report.path}: {report.num_problems} problems; correct these rows."]
+    if with_rows:
+        lines += map(str, report.problems[:SHOWN_PROBLEMS])
+        if report.num_problems > SHOWN_PROBLEMS:
+            lines.append(f"and {report.num_problems - SHOWN_PROBLEMS} more (--json lists {len(report.problems)})")
+    return "\n".join(lines)
 
 
 @index_app.command("build")

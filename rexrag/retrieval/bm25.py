@@ -20,7 +20,7 @@ import numpy.typing as npt
 import tantivy
 
 from rexrag.data.corpus import Corpus, iter_corpus, iter_corpus_rows
-from rexrag.data.rows import is_parquet
+from rexrag.data.formats import format_of
 from rexrag.errors import DataError, RetrievalIndexError
 from rexrag.retrieval.manifest import (
     Manifest,
@@ -64,7 +64,7 @@ def build_bm25(corpus: str | Path, out: str | Path) -> Manifest:
     source, target = Path(corpus), Path(out)
     if not source.is_file():
         raise DataError(f"{source}: no such file; give a corpus, jsonl or parquet")
-    stored = is_parquet(source)
+    stored = format_of(source) != "jsonl"
     with new_index_folder(target) as folder:
         described = describe_corpus(source, out=target, stored=stored)
         jsonl = _convert(source, folder / PASSAGES_NAME) if stored else source
@@ -187,9 +187,9 @@ def _analyser() -> tantivy.TextAnalyzer:
     )
 
 
-def _convert(parquet: Path, jsonl: Path) -> Path:
+def _convert(corpus: Path, jsonl: Path) -> Path:
     with jsonl.open("w", encoding="utf-8") as file:
-        for passage in iter_corpus(parquet):
+        for passage in iter_corpus(corpus):
             row = {"id": passage.id, "title": passage.title, "text": passage.text}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return jsonl
