@@ -164,7 +164,7 @@ def _check_corpus(path: Path, tally: _Tally) -> Iterator[Problem]:
         else:
             hashes.append(hash(item[1].id))
     if num_empty:
-        tally.notes.append(f"{num_empty} rows without text: an index leaves them out")
+        tally.notes.append(f"rows without text, which an index leaves out: {num_empty}")
     if num_empty == tally.rows > 0:
         yield Problem(path=path, unit="file", number=None, message="no passage in it; at least one is needed")
     yield from repeated_ids(path, hashes)

@@ -54,7 +54,7 @@ class QuestionSet:
         notes = []
         if self.num_skipped:
             rows = self.num_skipped + len(self.questions)
-            notes.append(f"skipped {self.num_skipped} bad rows of {rows}, the first: {self.skipped[0]}")
+            notes.append(f"bad rows skipped: {self.num_skipped} of {rows}, the first: {self.skipped[0]}")
         if self.num_repeated:
             notes.append(repeated_note(self.num_repeated))
         return tuple(notes)
@@ -137,8 +137,8 @@ class Identities:
 
 def repeated_note(count: int) -> str:
     return (
-        f"{count} questions have no id and the text of an earlier one: they are told apart by their order, so keep it, "
-        "or give the rows ids"
+        f"questions without an id that have the text of an earlier one: {count}; they are told apart by their order, "
+        "so keep it, or give the rows ids"
     )
 
 

@@ -167,7 +167,7 @@ def read_inputs(request: TrainRequest) -> Inputs:
     retriever = config.retriever
     if retriever.kind == "http":
         assert retriever.url is not None, "the recipe was checked: a server has a URL"
-        open_target(retriever.url)
+        open_target(retriever.url, timeout_s=retriever.timeout_s, max_retries=retriever.max_retries)
     else:
         assert retriever.path is not None, "the recipe was checked: an index has a path"
         check_index(retriever.path)

@@ -59,9 +59,9 @@ def test_problems_are_capped_and_counted(tmp_path: Path) -> None:
 
 def test_odd_rows_are_noted(tmp_path: Path) -> None:
     twice = {"question": "q", "golden_answers": ["a"]}
-    assert "1 questions have no id" in check_file(write(tmp_path / "q.jsonl", twice, twice)).notes[0]
+    assert "of an earlier one: 1;" in check_file(write(tmp_path / "q.jsonl", twice, twice)).notes[0]
     report = check_file(write(tmp_path / "c.jsonl", {"id": "a", "text": "x"}, {"id": "b", "text": ""}))
-    assert (report.num_problems, report.notes) == (0, ("1 rows without text: an index leaves them out",))
+    assert (report.num_problems, report.notes) == (0, ("rows without text, which an index leaves out: 1",))
 
 
 def test_a_good_file_has_no_problem(tmp_path: Path) -> None:

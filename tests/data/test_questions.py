@@ -144,7 +144,7 @@ def test_the_same_question_without_ids_is_told_apart_by_its_order_and_that_is_to
     first, second = (q.id for q in loaded.questions)
     assert second == f"{first}-2"
     assert loaded.num_repeated == 1
-    assert "1 questions have no id" in loaded.notes[0]
+    assert "of an earlier one: 1;" in loaded.notes[0]
     later = load_questions(write_jsonl(tmp_path / "a.jsonl", [other, rock, other, drama])).questions
     assert {q.id: q.golden_answers for q in later if q.question == genre["question"]} == {
         first: ("rock",), second: ("drama",)
@@ -157,7 +157,7 @@ def test_skipped_rows_are_counted_and_told(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [GOOD, *[{"id": str(i)} for i in range(150)]])
     loaded = load_questions(path, skip_bad_rows=True)
     assert (loaded.num_skipped, len(loaded.skipped)) == (150, 100)
-    assert loaded.notes[0].startswith(f"skipped 150 bad rows of 151, the first: {path}, line 2: expected")
+    assert loaded.notes[0].startswith(f"bad rows skipped: 150 of 151, the first: {path}, line 2: expected")
     with pytest.raises(DataError, match="or pass --skip"):
         load_questions(path, skip_by="pass --skip")
 
