@@ -216,7 +216,9 @@ def build_index(
 
     started = time.monotonic()
     manifest = build_bm25(corpus, out)
-    STDOUT.print(f"{out}: {kind.value}, {manifest.passages} passages, {time.monotonic() - started:.1f} s")
+    left_out = f", rows without text left out: {manifest.empty_rows}" if manifest.empty_rows else ""
+    seconds = time.monotonic() - started
+    STDOUT.print(f"{out}: {kind.value}, {manifest.passages} passages, {manifest.analyser}{left_out}, {seconds:.1f} s")
 
 
 @index_app.command("check")

@@ -9,6 +9,7 @@ from rexrag.errors import ConfigError
 from rexrag.retrieval.bm25 import BM25Retriever
 from rexrag.retrieval.http import HttpRetriever
 
+
 def open_retriever(
     kind: Literal["bm25", "http"], *, path: Path | None, url: str | None, timeout_s: float, max_retries: int
 ) -> BM25Retriever | HttpRetriever:

@@ -50,9 +50,7 @@ def write_world(kind: WorldKind, out: Path, *, seed: int, size: Mapping[str, flo
     if kind not in _KINDS:
         raise ConfigError(f"there is no world {kind!r}; choose one of {', '.join(_KINDS)}")
     dials = resolve_dials(_KINDS[kind].dials, size or {}, kind=kind)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} is not an empty folder; name another")
-    out.mkdir(parents=True, exist_ok=True)
+    _make_empty(out)
     world = _KINDS[kind].build(dials, seed=seed)
     rng = Random(f"files of {kind} {seed}")
     _write_rows(out / "corpus.jsonl", world.facts.passages(rng))
@@ -75,6 +73,15 @@ def write_world(kind: WorldKind, out: Path, *, seed: int, size: Mapping[str, flo
         dials=dials,
         counts=counts,
     )
+
+
+def _make_empty(out: Path) -> None:
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"--out {out} is not an empty folder; name another")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made ({error}); name a folder that can be written") from error
 
 
 def world_texts(folder: Path) -> Iterator[str]:

@@ -121,7 +121,9 @@ def test_a_refused_query_is_the_models_doing_and_not_tried_again(status: int) ->
 def test_no_access_and_no_such_path_are_a_wrong_set_up(status: int) -> None:
     body = b"" if status == 204 else b"<html>\n  <h1>not\nhere</h1>"
     with serve(lambda _: (status, body)) as server:
-        with pytest.raises(RetrieverSetupError, match=rf"{server.url}/retrieve: status {status} \((<html> <h1>not here)?"):
+        with pytest.raises(
+            RetrieverSetupError, match=rf"{server.url}/retrieve: status {status} \((<html> <h1>not here)?"
+        ):
             search(server.url)
         assert len(server.requests) == 1
 
@@ -153,7 +155,10 @@ def test_plain_texts_are_passages() -> None:
 
 
 def test_a_passage_without_text_is_left_out_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    entries = [{"document": {"id": "a", "contents": ""}, "score": 2}, {"document": {"id": "b", "text": "x"}, "score": 1}]
+    entries = [
+        {"document": {"id": "a", "contents": ""}, "score": 2},
+        {"document": {"id": "b", "text": "x"}, "score": 1},
+    ]
 
     async def run(url: str) -> list[Sequence[Passage]]:
         retriever = HttpRetriever(url, timeout_s=5, max_retries=0)
