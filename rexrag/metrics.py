@@ -50,6 +50,9 @@ TARGET_SEARCHES: Final = _metric("target/searches", "Mean answered searches of a
 TARGET_TURNS: Final = _metric("target/turns", "Mean model turns of a target.")
 TARGET_TOKENS: Final = _metric("target/tokens", "Mean tokens of a target after the prompt, observations included.")
 TARGET_POLICY_TOKENS: Final = _metric("target/policy_tokens", "Mean tokens that the policy wrote in a target.")
+SEARCH_REFUSED: Final = _metric(
+    "search/refused", "Searches of target rollouts whose query the retriever refused: too long, say."
+)
 PROBE_COUNT: Final = _metric("probe/count", "Probes of the step, before the filter.")
 PROBE_EM: Final = _metric("probe/em", "Mean exact match of probes.")
 PROBE_F1: Final = _metric("probe/f1", "Mean F1 of probes.")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
-from rexrag.reward import RewardFunction, exact_match, f1_score, is_correct, normalize_answer
+from rexrag.reward import RewardFunction, exact_match, f1_score, is_correct, is_user_reward, normalize_answer
 from rexrag.types import Passage, Question
 
 
@@ -25,18 +28,26 @@ NO_SCORES: Final = Scores(reward=0.0, em=0.0, f1=0.0, correct=False)
 
 
 class Scorer:
-    """The reward function of a run, and what counts as gold among shown passages."""
+    """The reward function of a run, and what counts as gold among shown passages.
+
+    A function of the user's own runs in a thread, so that it does not hold up the event loop: one call at a time,
+    since it may keep things between calls.
+    """
 
     def __init__(self, reward: RewardFunction, *, kind: str) -> None:
         self._reward = reward
         self._kind = kind
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward") if is_user_reward(kind) else None
 
-    def score(self, answer: str | None, *, question: Question, valid_share: float) -> Scores:
+    async def score(self, answer: str | None, *, question: Question, valid_share: float) -> Scores:
         """Scores of an answer, None where there is none; `valid_share` of the turns had a complete action."""
         golds = question.golden_answers
         em = exact_match(answer, golds) if answer is not None else 0.0
         f1 = f1_score(answer, golds) if answer is not None else 0.0
-        reward = self._reward(answer, golds=golds, row=question.row, valid_share=valid_share)
+        call = partial(self._reward, answer, golds=golds, row=question.row, valid_share=valid_share)
+        reward = (
+            call() if self._thread is None else await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        )
         return Scores(reward=reward, em=em, f1=f1, correct=is_correct(em, f1, self._kind))
 
     def shows_gold(self, question: Question, *, passages: Sequence[Passage], shown: str) -> bool:

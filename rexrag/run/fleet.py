@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from rexrag.actors.build import RolloutSettings
 from rexrag.actors.rollout_actor import RolloutActor, start_rollout_actor
 from rexrag.engine.protocol import EngineStats
-from rexrag.errors import RunFailure
+from rexrag.errors import RetrieverSetupError, RunFailure, UserError
 from rexrag.run.remote import Handle, Ref, call, value_of
 from rexrag.types import EpisodeScore, Question, WeightVersion
 
@@ -132,6 +132,7 @@ class Fleet:
 
         Raises:
             RunFailure: an actor ended with an error of its own, or actors die without a finished group between.
+            UserError: an actor ended with a mistake of the user's.
         """
         for index, member in enumerate(self._members):
             try:
@@ -139,6 +140,8 @@ class Fleet:
             except RayActorError as error:
                 self._members[index] = self._replace(member, error)
             except RayTaskError as error:
+                if isinstance(error.cause, RetrieverSetupError | UserError):
+                    raise error.cause from None
                 raise RunFailure(f"rollout actor {member.actor_id} failed: {error.cause!r}") from error
 
     def stop(self, *, timeout_s: float = 10.0) -> None:
