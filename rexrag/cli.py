@@ -5,8 +5,10 @@ Exit status: 0 done, 2 the user's mistake, 1 failure of the run, 130 interrupted
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import sys
 import time
 from enum import StrEnum
@@ -35,6 +37,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 
 SHOWN_PROBLEMS = 20
+SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PLACE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 STDOUT = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -69,10 +73,18 @@ def main() -> None:
         _leave(f"interrupted: {error}", status=130)
     except RexragError as error:
         _leave(f"failed: {error}", status=1)
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS and error.errno not in SPACE_ERRORS:
+            raise
+        remedy = "free space there" if error.errno in SPACE_ERRORS else "name a place that exists and can be written"
+        place = error.filename2 or error.filename or "a file"
+        _leave(f"failed: {place}: {error.strerror}; {remedy}", status=1)
 
 
 def _leave(message: str, *, status: int) -> NoReturn:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    # Words of the command line that are no UTF-8 come as lone surrogates, which no terminal prints.
+    printable = message.encode("utf-8", "backslashreplace").decode("utf-8")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(printable, markup=False)
     raise SystemExit(status)
 
 
@@ -237,6 +249,9 @@ def evaluate(
     index: IndexOption,
     out: Annotated[Path | None, typer.Option(metavar="F.json", help="Write the figures to a file too.")] = None,
     as_json: JsonOption = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Count and skip bad rows of the questions.")
+    ] = False,
 ) -> None:
     """Evaluate a model, greedily."""
     from rexrag.data.questions import load_questions
@@ -247,7 +262,12 @@ def evaluate(
     from rexrag.standalone import named_step, settings_for
     from rexrag.types import EpisodeScore
 
-    asked = load_questions(list(questions)).questions
+    if out is not None:
+        _require_writable(out)
+    loaded = load_questions(list(questions), skip_bad_rows=skip_bad_rows, skip_by="add --skip-bad-rows")
+    asked = loaded.questions
+    for note in loaded.notes:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {note}", markup=False)
     path, settings = settings_for(model, index=index)
     step = named_step(path)
     started = time.monotonic()
@@ -262,9 +282,16 @@ def evaluate(
         report = summarize(run_episodes(settings, questions=asked, step=step, on_score=show))
     line = report.to_line(split="test", step=step, version=step, seconds=time.monotonic() - started)
     text = json.dumps(line, ensure_ascii=False)
+    STDOUT.print(text if as_json else _eval_table(line))
     if out is not None:
         write_atomic(out, f"{text}\n")
-    STDOUT.print(text if as_json else _eval_table(line))
+
+
+def _require_writable(out: Path) -> None:
+    """Refuse a file that could not be written after the hours that its figures take."""
+    folder = out.parent
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {out}: cannot be written there; name a file in a folder that exists and is writable")
 
 
 def _eval_table(line: dict[str, object]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from rexrag.retrieval.scripts import is_spaceless
 from rexrag.reward import RewardFunction, exact_match, f1_score, is_correct, is_user_reward, normalize_answer
 from rexrag.types import Passage, Question
 
@@ -53,14 +54,21 @@ class Scorer:
     def shows_gold(self, question: Question, *, passages: Sequence[Passage], shown: str) -> bool:
         """Whether a gold passage was retrieved, or without ids a gold answer stands in the shown text.
 
-        Answers are compared as whole normalised words, so that "Oman" is not found in "Romania".
+        Answers are compared as whole normalised words, so that "Oman" is not found in "Romania"; scripts without
+        spaces have none.
         """
         if question.gold_passage_ids is not None:
             return any(passage.id in question.gold_passage_ids for passage in passages)
         text = f" {normalize_answer(shown)} "
-        return any(gold and f" {gold} " in text for gold in map(normalize_answer, question.golden_answers))
+        return any(gold and _as_words(gold) in text for gold in map(normalize_answer, question.golden_answers))
 
     @staticmethod
     def knows_gold(question: Question) -> bool:
         """Whether `shows_gold` can tell: with passage ids, or with an answer that has words."""
         return question.gold_passage_ids is not None or any(map(normalize_answer, question.golden_answers))
+
+
+def _as_words(gold: str) -> str:
+    """A text with the spaces that words have around them."""
+    before, after = (" " if not is_spaceless(letter) else "" for letter in (gold[0], gold[-1]))
+    return f"{before}{gold}{after}"

@@ -73,7 +73,7 @@ def open_data(path: Path) -> BinaryIO:
         DataError: there is none, or it is a folder: then the message names files in it.
     """
     if path.is_dir():
-        raise DataError(f"{path}: {_folder(path)}")
+        raise DataError(f"{path}: {folder_advice(path)}")
     try:
         return path.open("rb")
     except (OSError, ValueError) as error:
@@ -120,7 +120,8 @@ def _binary(head: bytes) -> str:
     return f"is binary and no parquet file; {_NEEDED}"
 
 
-def _folder(path: Path) -> str:
+def folder_advice(path: Path) -> str:
+    """What to do where a folder was named and a file is needed."""
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".parquet", ".jsonl", ".json"))
     files = [p for p in files if p.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
     if not files and any(path.rglob("*.arrow")):

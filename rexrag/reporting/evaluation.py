@@ -24,9 +24,9 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """What one evaluation found: `refused` searches in all of it, else figures per question. `em` is the mean over all questions; `macro_em` the mean over data sources.
+    """What one evaluation found. `em` is the mean over all questions; `macro_em` the mean over data sources.
 
-    `by_source` and `by_hops` give em and the number of questions behind it.
+    `refused` searches are those of all questions together. `by_source` and `by_hops` give em and the number of questions behind it.
     """
 
     n: int

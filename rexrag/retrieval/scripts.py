@@ -29,6 +29,11 @@ _NUM_BLOCKS: Final = 256
 _BLOCK_BYTES: Final = 1 << 16
 
 
+def is_spaceless(letter: str) -> bool:
+    """Whether a letter belongs to a script that puts no spaces between words."""
+    return any(pattern.match(letter) for pattern in _PATTERNS.values())
+
+
 def spaceless_scripts(jsonl: Path) -> dict[str, float]:
     """Share of a corpus's letters in each script that puts no spaces between words, largest first.
 

@@ -253,7 +253,7 @@ def test_scripts_without_spaces_are_searched(
 
 
 def test_a_few_names_in_another_script_change_nothing(tmp_path: Path) -> None:
-    rows = [*country_rows(300), {"id": "c", "text": "Its name is 加蓬."}]
+    rows: list[dict[str, object]] = [*country_rows(300), {"id": "c", "text": "Its name is 加蓬."}]
     assert build_bm25(write_corpus(tmp_path / "c.jsonl", rows), tmp_path / "index").analyser == "english-1"
 
 
