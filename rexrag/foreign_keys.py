@@ -11,7 +11,9 @@ from rexrag.config import KEYS
 
 _ACTOR: Final = "actor_rollout_ref.actor"
 _ROLLOUT: Final = "actor_rollout_ref.rollout"
-_NO_CUT: Final = "there is none: a prompt is never cut; `env.max_trajectory_tokens` bounds prompt and all turns together"
+_NO_CUT: Final = (
+    "there is none: a prompt is never cut; `env.max_trajectory_tokens` bounds prompt and all turns together"
+)
 _NO_SAMPLING: Final = "there is none: training samples at 1 from the whole distribution, evaluation is greedy"
 _MICRO: Final = "it is `learner.micro_batch_tokens`, in tokens"
 _CLOSE: Final = 0.8

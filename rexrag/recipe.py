@@ -129,7 +129,7 @@ def _parse_overrides(words: Sequence[str]) -> dict[str, object]:
     values: dict[str, object] = {}
     for word in words:
         if word.encode("utf-8", "replace").decode("utf-8") != word:  # undecodable bytes come as lone surrogates
-            raise ConfigError(f"--set {ascii(word)}: is not UTF-8; write it in UTF-8, or set a UTF-8 locale.")
+            raise ConfigError(f"--set {word!a}: is not UTF-8; write it in UTF-8, or set a UTF-8 locale.")
         key, equals, text = word.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {word}: must be KEY=VALUE, such as --set train.steps=20.")
@@ -194,7 +194,7 @@ def _resolve_paths(key: str, value: object, *, base: Path) -> object:
         raise ConfigError(f'{key} = "{value}": names no path; name one, or leave the key out.')
     path = (base / Path(value).expanduser()).resolve()
     if key.startswith("data.") and has_magic(value):
-        return [str(file) for file in matching_files(path)]
+        return [str(file.resolve()) for file in matching_files(value, base=base)]
     if key == "model.path" and not value.startswith((".", "/", "~")) and not path.exists():
         return value  # a hub id
     return str(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from glob import has_magic
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
@@ -77,7 +78,9 @@ def open_data(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        if has_magic(str(path)):
+            reason += ", and none that this pattern matches"
         raise DataError(f"{path}: cannot be read ({reason}); give the path of a jsonl or parquet file") from error
 
 

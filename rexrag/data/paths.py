@@ -5,21 +5,18 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from rexrag.errors import DataError
 
+def matching_files(path: str | Path, *, base: Path | None = None) -> list[Path]:
+    """The files that a pattern matches, in the order of their names; without any the one that it names literally.
 
-def matching_files(path: str | Path) -> list[Path]:
-    """The files that a pattern matches, in the order of their names; anything else is the one file that it names.
-
-    A file whose very name holds the characters of a pattern is itself.
-
-    Raises:
-        DataError: a pattern that matches nothing.
+    Args:
+        path: a name that exists is no pattern, whatever it holds.
+        base: folder that a relative path starts from; None: the working directory.
     """
-    file = Path(path)
-    if not glob.has_magic(str(path)) or file.exists():
+    pattern = Path(path).expanduser()
+    file = pattern if base is None else base / pattern
+    if not glob.has_magic(str(pattern)) or file.exists():
         return [file]
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-    if not found:
-        raise DataError(f"{path}: no file matches this pattern; give the path of a jsonl or parquet file")
-    return found
+    names = sorted(glob.glob(str(pattern), root_dir=base, recursive=True))
+    found = [Path(name) if base is None else base / name for name in names]
+    return [file for file in found if file.is_file()] or [file]

@@ -26,7 +26,8 @@ class Estimate:
 class EvalReport:
     """What one evaluation found. `em` is the mean over all questions; `macro_em` the mean over data sources.
 
-    `refused` searches are those of all questions together. `by_source` and `by_hops` give em and the number of questions behind it.
+    `refused` searches are those of all questions together. `by_source` and `by_hops` give em and the number of
+    questions behind it.
     """
 
     n: int
