@@ -6,6 +6,7 @@ Exit status: 0 done, 2 the user's mistake, 1 failure of the run, 130 interrupted
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -64,6 +65,8 @@ class IndexKind(StrEnum):
 
 def main() -> None:
     """Entry point of the console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, as on stderr
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         app()

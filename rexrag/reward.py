@@ -113,7 +113,8 @@ def _user_reward(kind: str) -> RewardFunction:
         except Exception as error:
             # Fault boundary: whatever a user's function raises is told as the user's, with the place in its file.
             raise ConfigError(
-                f"reward.kind = {kind!r} raised {error!r}{_place_of(error)} for the answer {prediction!r}; correct it"
+                f"reward.kind = {kind!r} raised {type(error).__name__}: {error}{_place_of(error)} "
+                f"for the answer {prediction!r}; correct it"
             ) from error
         if not isinstance(value, Real) or not math.isfinite(value):
             raise ConfigError(f"reward.kind = {kind!r} returned {value!r}; it must return a finite number")
@@ -137,7 +138,8 @@ def _import_function(kind: str) -> Callable[[str, Sequence[str], Mapping[str, ob
     except Exception as error:
         # Fault boundary: the module is the user's.
         raise ConfigError(
-            f"reward.kind = {kind!r}: module {module_name} breaks when it is imported: {error!r}{_place_of(error)}; "
+            f"reward.kind = {kind!r}: module {module_name} breaks when it is imported: "
+            f"{type(error).__name__}: {error}{_place_of(error)}; "
             "correct it"
         ) from error
     function: Callable[..., object] | None = getattr(module, function_name, None)
