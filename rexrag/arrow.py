@@ -37,6 +37,7 @@ GROUP_SCHEMA: Final = pa.schema(
         pa.field("end_reason", pa.string(), nullable=False),
         pa.field("num_searches", pa.int32(), nullable=False),
         pa.field("num_malformed", pa.int32(), nullable=False),
+        pa.field("num_refused", pa.int32(), nullable=False),
         pa.field("gold_retrieved", pa.bool_()),
         pa.field("prompt_length", pa.int32(), nullable=False),
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),

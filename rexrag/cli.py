@@ -5,20 +5,26 @@ Exit status: 0 done, 2 the user's mistake, 1 failure of the run, 130 interrupted
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
+import os
 import sys
 import time
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 from rexrag.config import Config
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError
+
+if TYPE_CHECKING:
+    from rexrag.data.check import CheckReport
 
 app = typer.Typer(
     name="rexrag",
@@ -31,6 +37,10 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data files.")
 index_app = typer.Typer(no_args_is_help=True, help="Build and verify retrieval indexes.")
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
+
+SHOWN_PROBLEMS = 20
+SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PLACE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 STDOUT = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -56,6 +66,8 @@ class IndexKind(StrEnum):
 
 def main() -> None:
     """Entry point of the console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8, as on stderr
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         app()
@@ -65,10 +77,18 @@ def main() -> None:
         _leave(f"interrupted: {error}", status=130)
     except RexragError as error:
         _leave(f"failed: {error}", status=1)
+    except OSError as error:
+        if error.errno not in PLACE_ERRORS and error.errno not in SPACE_ERRORS:
+            raise
+        remedy = "free space there" if error.errno in SPACE_ERRORS else "name a place that exists and can be written"
+        place = error.filename2 or error.filename or "a file"
+        _leave(f"failed: {place}: {error.strerror}; {remedy}", status=1)
 
 
 def _leave(message: str, *, status: int) -> NoReturn:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    # Words of the command line that are no UTF-8 come as lone surrogates, which no terminal prints.
+    printable = message.encode("utf-8", "backslashreplace").decode("utf-8")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(printable, markup=False)
     raise SystemExit(status)
 
 
@@ -198,13 +218,26 @@ def check_data(
     if as_json:
         STDOUT.print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
-        STDOUT.print(f"{report.path}: {report.kind}, {report.rows} rows, {len(report.problems)} problems")
+        STDOUT.print(f"{report.path}: {report.kind}, {report.rows} rows, {report.num_problems} problems")
         for title, counts in (("source", report.by_source), ("hops", report.by_hops)):
             for name, count in counts.items():
                 STDOUT.print(f"{count:>7} {title} {'unknown' if name is None else name}")
+        for note in report.notes:
+            STDOUT.print(f"note: {note}")
     if report.problems:
-        shown = "" if as_json else "".join(f"\n{problem}" for problem in report.problems)
-        raise DataError(f"{file}: {len(report.problems)} problems; correct these rows.{shown}")
+        raise DataError(_problem_list(report, with_rows=not as_json))
+
+
+def _problem_list(report: CheckReport, *, with_rows: bool) -> str:
+    """The heading and, unless they are on stdout already, the first problems, with the number of the others."""
+    if len(report.problems) == 1 and report.problems[0].number is None:
+        return str(report.problems[0])
+    lines = [f"{report.path}: {report.num_problems} problems; correct these rows."]
+    if with_rows:
+        lines += map(str, report.problems[:SHOWN_PROBLEMS])
+        if report.num_problems > SHOWN_PROBLEMS:
+            lines.append(f"and {report.num_problems - SHOWN_PROBLEMS} more (--json lists {len(report.problems)})")
+    return "\n".join(lines)
 
 
 @index_app.command("build")
@@ -218,7 +251,9 @@ def build_index(
 
     started = time.monotonic()
     manifest = build_bm25(corpus, out)
-    STDOUT.print(f"{out}: {kind.value}, {manifest.passages} passages, {time.monotonic() - started:.1f} s")
+    left_out = f", rows without text left out: {manifest.empty_rows}" if manifest.empty_rows else ""
+    seconds = time.monotonic() - started
+    STDOUT.print(f"{out}: {kind.value}, {manifest.passages} passages, {manifest.analyser}{left_out}, {seconds:.1f} s")
 
 
 @index_app.command("check")
@@ -237,6 +272,9 @@ def evaluate(
     index: IndexOption,
     out: Annotated[Path | None, typer.Option(metavar="F.json", help="Write the figures to a file too.")] = None,
     as_json: JsonOption = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Count and skip bad rows of the questions.")
+    ] = False,
 ) -> None:
     """Evaluate a model, greedily."""
     from rexrag.data.questions import load_questions
@@ -247,7 +285,12 @@ def evaluate(
     from rexrag.standalone import named_step, settings_for
     from rexrag.types import EpisodeScore
 
-    asked = load_questions(list(questions)).questions
+    if out is not None:
+        _require_writable(out)
+    loaded = load_questions(list(questions), skip_bad_rows=skip_bad_rows, skip_by="add --skip-bad-rows")
+    asked = loaded.questions
+    for note in loaded.notes:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {note}", markup=False)
     path, settings = settings_for(model, index=index)
     step = named_step(path)
     started = time.monotonic()
@@ -262,9 +305,16 @@ def evaluate(
         report = summarize(run_episodes(settings, questions=asked, step=step, on_score=show))
     line = report.to_line(split="test", step=step, version=step, seconds=time.monotonic() - started)
     text = json.dumps(line, ensure_ascii=False)
+    STDOUT.print(text if as_json else _eval_table(line))
     if out is not None:
         write_atomic(out, f"{text}\n")
-    STDOUT.print(text if as_json else _eval_table(line))
+
+
+def _require_writable(out: Path) -> None:
+    """Refuse a file that could not be written after the hours that its figures take."""
+    folder = out.parent
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {out}: cannot be written there; name a file in a folder that exists and is writable")
 
 
 def _eval_table(line: dict[str, object]) -> str:

@@ -43,12 +43,20 @@ class EngineBrokenError(RunFailure):
     """An engine that fails again and again: its actor is to be built anew."""
 
 
+class RetrieverSetupError(RunFailure):
+    """The search server is not what the settings say: no access, no such path, another API. Every search would fail."""
+
+
 class Interrupted(RexragError):
     """The run was asked to stop and has checkpointed. Exit status 130."""
 
 
 class RetrieverError(RexragError):
     """The retriever gave no result in the end: the episode is masked, never fed an empty result."""
+
+
+class QueryRefusedError(RexragError):
+    """The search server refuses this query (too long, say) and would answer another: the model's doing, no outage."""
 
 
 class UnknownLeaseError(RexragError):

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and their hashes."""
+"""Files that are either whole or not there, their hashes, and the lines of a text."""
 
 from __future__ import annotations
 
@@ -32,6 +32,25 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def read_user_text(path: Path) -> str:
+    """A text file that a user wrote: UTF-8, without the byte order mark that some editors put before it.
+
+    Raises:
+        OSError: the file cannot be read.
+        UnicodeDecodeError: it is no UTF-8.
+    """
+    return path.read_text(encoding="utf-8-sig")
+
+
+def lines_of(text: str) -> list[str]:
+    r"""The lines of a text file, parted at `\n` and `\r\n` alone.
+
+    `str.splitlines` also parts at U+2028, U+2029, U+0085 and more, which stand inside JSON strings and sentences.
+    """
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def sync_folder(folder: Path) -> None:

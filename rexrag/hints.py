@@ -15,6 +15,7 @@ import numpy as np
 
 from rexrag.env.codec import Codec
 from rexrag.errors import DataError
+from rexrag.files import lines_of, read_user_text
 from rexrag.types import FloatArray, IntArray
 
 DEFAULT_HINTS: Final = (
@@ -137,7 +138,7 @@ def load_hints(path: Path | None, *, codec: Codec, removable: bool = False) -> H
     if path is None:
         return _pool([(f"built-in hint {i}", hint) for i, hint in enumerate(DEFAULT_HINTS)], codec, removable)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = lines_of(read_user_text(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"probe.hints = {path} cannot be read: {error}") from error
     numbered = [(f"{path}:{number}", line.strip()) for number, line in enumerate(lines, start=1)]

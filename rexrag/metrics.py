@@ -52,6 +52,9 @@ TARGET_TOKENS: Final = _metric("target/tokens", "Mean tokens of a target after t
 TARGET_POLICY_TOKENS: Final = _metric("target/policy_tokens", "Mean tokens that the policy wrote in a target.")
 TARGET_GENERATE_S: Final = _metric("target/generate_s", "Mean seconds that a target waited for the engine.")
 TARGET_SEARCH_S: Final = _metric("target/search_s", "Mean seconds that a target waited for the retriever.")
+SEARCH_REFUSED: Final = _metric(
+    "search/refused", "Searches of target rollouts whose query the retriever refused: too long, say."
+)
 PROBE_COUNT: Final = _metric("probe/count", "Probes of the step, before the filter.")
 PROBE_EM: Final = _metric("probe/em", "Mean exact match of probes.")
 PROBE_F1: Final = _metric("probe/f1", "Mean F1 of probes.")

@@ -13,13 +13,18 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import Final
 
 from pydantic import ValidationError
 
 from rexrag.config import KEYS, TABLES, Config
+from rexrag.data.foreign_keys import counterpart
+from rexrag.data.formats import folder_advice
+from rexrag.data.paths import matching_files
 from rexrag.errors import ConfigError
+from rexrag.files import read_user_text
 from rexrag.methods import METHODS
 
 _PATH_KEYS: Final = frozenset(
@@ -111,7 +116,7 @@ def _lookup(config: Config, key: str) -> object:
 
 def _read_toml(path: Path) -> dict[str, object]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_user_text(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"recipe {path}: cannot be read ({reason}); name an existing TOML file.") from None
@@ -123,6 +128,8 @@ def _read_toml(path: Path) -> dict[str, object]:
 def _parse_overrides(words: Sequence[str]) -> dict[str, object]:
     values: dict[str, object] = {}
     for word in words:
+        if word.encode("utf-8", "replace").decode("utf-8") != word:  # undecodable bytes come as lone surrogates
+            raise ConfigError(f"--set {word!a}: is not UTF-8; write it in UTF-8, or set a UTF-8 locale.")
         key, equals, text = word.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {word}: must be KEY=VALUE, such as --set train.steps=20.")
@@ -154,8 +161,10 @@ def _known(tables: Mapping[str, object], *, source: str, prefix: str = "") -> It
             yield from _known(value, source=source, prefix=f"{key}.")
         elif key in TABLES:
             raise ConfigError(f"{source}: `{key}` is a table; set its keys, such as {_keys_of(key)[0]}.")
-        elif isinstance(value, dict) and value and not prefix:
+        elif isinstance(value, dict) and value:
             yield from _known(value, source=source, prefix=f"{key}.")
+        elif (told := counterpart(key)) is not None:
+            raise ConfigError(f"{source}: unknown key `{key}`, of Search-R1 or verl: {told}.")
         else:
             raise ConfigError(f"{source}: unknown key `{key}`; the nearest known one is `{nearest_key(key)}`.")
 
@@ -177,10 +186,15 @@ def _resolve_paths(key: str, value: object, *, base: Path) -> object:
     if key not in _PATH_KEYS:
         return value
     if isinstance(value, list):
-        return [_resolve_paths(key, item, base=base) for item in value]
-    if not isinstance(value, str) or not value:
+        resolved = [_resolve_paths(key, item, base=base) for item in value]
+        return [path for item in resolved for path in (item if isinstance(item, list) else [item])]
+    if not isinstance(value, str):
         return value
+    if not value.strip():
+        raise ConfigError(f'{key} = "{value}": names no path; name one, or leave the key out.')
     path = (base / Path(value).expanduser()).resolve()
+    if key.startswith("data.") and has_magic(value):
+        return [str(file.resolve()) for file in matching_files(value, base=base)]
     if key == "model.path" and not value.startswith((".", "/", "~")) and not path.exists():
         return value  # a hub id
     return str(path)
@@ -326,8 +340,11 @@ def _missing_files(recipe: Recipe, filled: Mapping[str, object]) -> list[str]:
         if key == "model.path" and not Path(str(value)).is_absolute():
             continue  # a hub id
         paths += [(key, Path(str(item))) for item in (value if isinstance(value, list) else [value]) if item]
-    return [
-        f'{key} = "{path}" [{recipe.sources[key]}]: does not exist; name an existing one.'
-        for key, path in paths
-        if not path.exists()
-    ]
+    found = [(key, path, _fault_of(key, path)) for key, path in paths]
+    return [f'{key} = "{path}" [{recipe.sources[key]}]: {fault}.' for key, path, fault in found if fault is not None]
+
+
+def _fault_of(key: str, path: Path) -> str | None:
+    if not path.exists():
+        return "does not exist; name an existing one"
+    return folder_advice(path) if key.startswith("data.") and path.is_dir() else None

@@ -7,6 +7,7 @@ import math
 import re
 import string
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -56,6 +57,11 @@ def is_correct(em: float, f1: float, kind: str) -> bool:
     return f1 > 0 if kind == "f1" else em == 1
 
 
+def is_user_reward(kind: str) -> bool:
+    """Whether `reward.kind` names a function of the user's own, `module:function`."""
+    return ":" in kind
+
+
 def load_reward(kind: str, *, format_weight: float = 0.0) -> RewardFunction:
     """The reward function that `reward.kind` names.
 
@@ -65,8 +71,8 @@ def load_reward(kind: str, *, format_weight: float = 0.0) -> RewardFunction:
             imported from the Python path or the current folder. It is given "" where there was no answer.
 
     Raises:
-        ConfigError: an unknown kind, or a module or function that is not there. A function of the user's whose
-            result is no finite number raises it when called.
+        ConfigError: an unknown kind, or a module or function that is not there or breaks. A function of the user's
+            that raises, or whose result is no finite number, raises it when called.
     """
     if kind == "em":
         return _em_with_format(0.0)
@@ -74,7 +80,7 @@ def load_reward(kind: str, *, format_weight: float = 0.0) -> RewardFunction:
         return _f1_reward
     if kind == "em + format":
         return _em_with_format(format_weight)
-    if ":" in kind:
+    if is_user_reward(kind):
         return _user_reward(kind)
     raise ConfigError(f"reward.kind = {kind!r} is unknown; it is em, f1, em + format, or module:function")
 
@@ -102,7 +108,14 @@ def _user_reward(kind: str) -> RewardFunction:
     function = _import_function(kind)
 
     def reward(prediction: str | None, *, golds: Sequence[str], row: Mapping[str, object], valid_share: float) -> float:
-        value = function(prediction or "", golds, row)
+        try:
+            value = function(prediction or "", golds, row)
+        except Exception as error:
+            # Fault boundary: whatever a user's function raises is told as the user's, with the place in its file.
+            raise ConfigError(
+                f"reward.kind = {kind!r} raised {type(error).__name__}: {error}{_place_of(error)} "
+                f"for the answer {prediction!r}; correct it"
+            ) from error
         if not isinstance(value, Real) or not math.isfinite(value):
             raise ConfigError(f"reward.kind = {kind!r} returned {value!r}; it must return a finite number")
         return float(value)
@@ -122,7 +135,22 @@ def _import_function(kind: str) -> Callable[[str, Sequence[str], Mapping[str, ob
             f"reward.kind = {kind!r}: module {module_name} cannot be imported ({error}); "
             f"put it on PYTHONPATH or into {folder}"
         ) from error
+    except Exception as error:
+        # Fault boundary: the module is the user's.
+        raise ConfigError(
+            f"reward.kind = {kind!r}: module {module_name} breaks when it is imported: "
+            f"{type(error).__name__}: {error}{_place_of(error)}; "
+            "correct it"
+        ) from error
     function: Callable[..., object] | None = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(f"reward.kind = {kind!r}: {module.__file__ or module_name} has no function {function_name}")
     return function
+
+
+def _place_of(error: Exception) -> str:
+    """Where in a file an error came up: of a syntax error where it is, else the innermost call."""
+    if isinstance(error, SyntaxError):
+        return f" ({error.filename}, line {error.lineno})"
+    calls = traceback.extract_tb(error.__traceback__)
+    return f" ({calls[-1].filename}, line {calls[-1].lineno})" if calls else ""

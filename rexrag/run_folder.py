@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 from rexrag.errors import Interrupted, ModelError, RunFolderError
-from rexrag.files import write_atomic
+from rexrag.files import lines_of, write_atomic
 
 FORMAT: Final = 1
 Status = Literal["running", "finished", "failed", "interrupted"]
@@ -183,7 +183,7 @@ class RunFolder:
                 continue
             kept: list[str] = []
             lost: list[str] = []
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in lines_of(path.read_text(encoding="utf-8", errors="replace")):
                 (kept if _step_of(line) <= step else lost).append(f"{line}\n")
             if lost:
                 with path.with_name(f"{path.stem}.lost.jsonl").open("a", encoding="utf-8") as lost_file:
@@ -301,7 +301,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in lines_of(path.read_text(encoding="utf-8", errors="replace")):
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

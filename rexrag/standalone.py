@@ -13,7 +13,7 @@ from rexrag.actors.build import RolloutSettings, build_runner
 from rexrag.config import Config
 from rexrag.errors import RetrieverError, RunFailure
 from rexrag.recipe import flatten, load_recipe, make_config
-from rexrag.retrieval.open import open_target
+from rexrag.retrieval.open import is_server, open_target
 from rexrag.run.part_settings import rollout_settings
 from rexrag.run_folder import resolve_model_or_run, run_of
 from rexrag.types import EpisodeScore, Question, WeightVersion
@@ -29,17 +29,17 @@ def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
         UserError: no such model, or no usable index.
     """
     path = resolve_model_or_run(model)
-    open_target(index)
     run = run_of(path)
     config = Config() if run is None else load_recipe(run.config).config
-    is_server = index.lower().startswith(("http://", "https://"))
+    open_target(index, timeout_s=config.retriever.timeout_s, max_retries=config.retriever.max_retries)
+    served = is_server(index)
     values = {
         **flatten(config),
         "model.path": str(path),
         "rollout.num_gpus": float(torch.cuda.is_available()),
-        "retriever.kind": "http" if is_server else "bm25",
-        "retriever.url": index if is_server else None,
-        "retriever.path": None if is_server else Path(index),
+        "retriever.kind": "http" if served else "bm25",
+        "retriever.url": index if served else None,
+        "retriever.path": None if served else Path(index),
     }
     settings = rollout_settings(make_config(values, sources={}), model_path=str(path), num_threads=os.cpu_count() or 1)
     return path, settings

@@ -114,7 +114,8 @@ class Trajectory:
         hint_id: index into the run's hint pool; None for targets.
         reward, em, f1: scores of the answer in the policy's own tokens.
         correct: §2, em = 1 (f1 > 0 where the reward is `f1`).
-        num_searches: searches that were answered; num_malformed: turns without a complete action.
+        num_searches: searches that were answered; num_refused: those whose query the retriever did not take;
+            num_malformed: turns without a complete action.
         gold_retrieved: a gold passage (or a gold answer in a shown passage) was retrieved; None if unknown.
         token_ids, origin, behavior_logprob, policy_version: [T], recorded at production time (§3).
             `behavior_logprob` is 0 and `policy_version` the version held on prompt and env tokens.
@@ -140,6 +141,7 @@ class Trajectory:
     end_reason: EndReason
     num_searches: int
     num_malformed: int
+    num_refused: int = 0
     gold_retrieved: bool | None
     prompt_length: int
     token_ids: IntArray
@@ -370,6 +372,7 @@ class EpisodeScore:
     num_turns: int
     num_malformed: int
     num_tokens: int
+    num_refused: int = 0
     gold_retrieved: bool | None
     end_reason: EndReason
     text: str | None = None

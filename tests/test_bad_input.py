@@ -119,6 +119,25 @@ def test_broken_parquet(folder: Path) -> None:
         start(folder, f"data.train={folder}/train.parquet")
 
 
+def test_skipped_and_repeated_questions_are_told(folder: Path) -> None:
+    nameless = {key: value for key, value in QUESTION.items() if key != "id"}
+    write_rows(folder / "train.jsonl", nameless, nameless, {**QUESTION, "golden_answers": []})
+    plan = plan_run(
+        folder / "recipe.toml", overrides=["data.skip_bad_rows=true"], run_dir=folder / "run", resume="auto"
+    )
+    with open_run(plan) as request:
+        notes = read_inputs(request).notes
+    assert "bad rows skipped: 1 of 3" in notes[0]
+    assert "text of an earlier one: 1" in notes[1]
+
+
+def test_a_reward_module_that_breaks_is_found_before_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(folder))
+    (folder / "my_broken_reward.py").write_text("def score(p, g, row)\n    return 1\n")
+    with pytest.raises(UserError, match=r"my_broken_reward breaks .*SyntaxError.*my_broken_reward\.py, line 1"):
+        start(folder, "reward.kind=my_broken_reward:score")
+
+
 def test_context_too_small(folder: Path) -> None:
     with pytest.raises(UserError, match=r"context is 1024.*2048.*env\.max_trajectory_tokens"):
         start(folder, "env.max_trajectory_tokens=2048")

@@ -174,6 +174,53 @@ def test_eval_refuses_what_is_not_there(
     assert call(monkeypatch, "eval", "./nope", "--questions", "none.jsonl", "--index", "i") == 2
 
 
+def test_eval_looks_at_its_output_first_and_advises_what_it_has(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", "./nope", "--questions", "t.jsonl", "--index", "i"]
+    assert call(monkeypatch, *words, "--out", "nodir/x.json") == 2
+    assert "--out nodir/x.json: cannot be written there" in capsys.readouterr().err
+    write_lines(tmp_path / "t.jsonl", {"id": "1", "question": "q?", "golden_answers": ["a"]}, {"id": "2"})
+    assert call(monkeypatch, *words) == 2
+    told = capsys.readouterr().err
+    assert "line 2: expected" in told
+    assert "add --skip-bad-rows" in told
+    assert "--set" not in told
+    assert call(monkeypatch, *words, "--skip-bad-rows") == 2
+    told = capsys.readouterr().err
+    assert "note: bad rows skipped: 1 of 2, the first: t.jsonl, line 2" in told
+    assert "./nope: does not exist" in told
+
+
+@pytest.mark.parametrize("words", [["index", "build", "--corpus", "c.jsonl"], ["world", "geo"]])
+def test_an_output_below_a_file_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    write_lines(tmp_path / "c.jsonl", {"id": "1", "text": "x"})
+    (tmp_path / "file").touch()
+    assert call(monkeypatch, *words, "--out", "file/x") == 2
+    assert "--out file/x: " in capsys.readouterr().err
+
+
+def test_many_problems_are_capped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, object]] = [{"id": str(i), "question": "q?"} for i in range(89)]
+    write_lines(tmp_path / "q.jsonl", *rows)
+    assert call(monkeypatch, "data", "check", "q.jsonl") == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 22
+    assert told[0].endswith("q.jsonl: 89 problems; correct these rows.")
+    assert told[-1].startswith("and 69 more")
+
+
+def test_words_that_are_no_utf_8_can_be_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "data", "check", "q\udcff.jsonl") == 2
+    assert "q\\udcff.jsonl: cannot be read" in capsys.readouterr().err
+
+
 def test_json_is_one_object_and_nothing_else_on_stdout(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from rexrag.config import KEYS, Config
 from rexrag.data.check import check_file
+from rexrag.data.foreign_keys import FOREIGN_KEYS
 from rexrag.methods import METHOD_ADVICE, METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +80,21 @@ def test_every_setting_is_documented_as_the_code_says() -> None:
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| `") and line.count(" | ") == 3]
     assert rows == config_rows()
+
+
+def test_keys_of_other_trainers_are_answered_as_the_table_says() -> None:
+    text = (DOCS / "from-search-r1.md").read_text(encoding="utf-8").replace("\\_", "_")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ") and "." in line]
+    told = {key: answer for key, answer in FOREIGN_KEYS.items() if "`" in answer}
+    for theirs, ours in rows:
+        names = [name for name in re.findall(r"`([a-z_]+\.[a-z_]+)`", ours) if name != "metrics.jsonl"]
+        assert set(names) <= set(KEYS), names
+        for key in re.findall(r"(?:data|actor_rollout_ref|algorithm|trainer|retriever)\.[\w.]+\w", theirs):
+            assert key in FOREIGN_KEYS or key in KEYS, key
+            if key in told and names:
+                assert any(f"`{name}`" in told[key] for name in names), key
+    for answer in told.values():
+        assert set(re.findall(r"`([a-z_]+\.[a-z_]+)`", answer)) <= set(KEYS), answer
 
 
 def test_method_sets_are_documented_as_the_code_says() -> None:

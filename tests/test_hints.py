@@ -221,6 +221,12 @@ def test_hints_that_act_are_refused(codec: Codec, tmp_path: Path, bad: str) -> N
         load_hints(file, codec=codec)
 
 
+def test_a_hint_is_a_line_of_the_file_whatever_stands_in_it(codec: Codec, tmp_path: Path) -> None:
+    file = tmp_path / "hints.txt"
+    file.write_text("\ufeff<think> Wait,\u2028 # so\x85 I need\n", encoding="utf-8")
+    assert len(load_hints(file, codec=codec)) == 1
+
+
 def test_unusable_hint_files_are_refused(codec: Codec, tmp_path: Path) -> None:
     file = tmp_path / "hints.txt"
     with pytest.raises(DataError, match="cannot be read"):

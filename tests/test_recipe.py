@@ -90,6 +90,60 @@ def test_unknown_key_in_a_recipe_and_in_an_unknown_table(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("data.train_files=['q.parquet']", "`data.train`"),
+        ("data.train_file=q.parquet", r"`data\.train_files` is probably meant: it is `data\.train`"),
+        ("+retriever.topk=3", "`env.top_k`"),
+        ("actor_rollout_ref.rollout.n=5", "`rollout.group_size`"),
+        ("actor_rollout_ref.actor.optim.lr=1e-6", "`optimizer.learning_rate`"),
+        ("trainer.save_freqs=5", r"`trainer\.save_freq` is probably meant: it is `train\.checkpoint_every`"),
+        ("max_turns=5", "`env.max_turns`"),
+    ],
+)
+def test_keys_of_other_trainers_are_answered_with_ours(tmp_path: Path, word: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key .* of Search-R1 or verl: .*{expected}"):
+        load(tmp_path, "", word)
+
+
+def test_what_ours_is_misspelt_for_is_never_taken_for_theirs(tmp_path: Path) -> None:
+    for key in KEYS:
+        with pytest.raises(ConfigError, match="nearest known one is"):
+            load(tmp_path, "", f"{key}x=1")
+
+
+def test_set_words_that_are_no_utf_8(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--set 'model\.path=\\udcff': is not UTF-8"):
+        load(tmp_path, "", "model.path=\udcff")
+
+
+@pytest.mark.parametrize("word", ["data.train=", "model.path=  ", "data.dev=['']"])
+def test_an_empty_path_is_refused(tmp_path: Path, word: str) -> None:
+    with pytest.raises(ConfigError, match="names no path"):
+        load(tmp_path, "", word)
+
+
+def test_patterns_become_the_files_they_match(tmp_path: Path) -> None:
+    base = tmp_path / "odd[1]"
+    (base / "shards").mkdir(parents=True)
+    files = [base / "shards" / f"{name}.jsonl" for name in ("a", "b", "c[1]")]
+    for file in files:
+        file.touch()
+    text = '[data]\ntrain = ["shards/[ba].jsonl", "shards/c[1].jsonl"]\ndev = "none*"'
+    config = load(base, text).config
+    assert config.data.train == files
+    assert config.data.dev == [base / "none*"]
+
+
+def test_a_folder_of_data_is_found_out_before_a_run(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a.jsonl").touch()
+    text = '[model]\npath = "owner/name"\n[data]\ntrain = "shards"\n[retriever]\nkind = "http"\nurl = "http://x"'
+    with pytest.raises(ConfigError, match=r"data\.train = .* is a folder; name the files .*a\.jsonl"):
+        check_runnable(load(tmp_path, text))
+
+
+@pytest.mark.parametrize(
     ("word", "parts"),
     [
         ("train.steps=-1", ["train.steps = -1", "--set", "greater than or equal to 0", "Learner steps"]),
@@ -170,6 +224,10 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
         load_recipe(tmp_path / "nope.toml")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load(tmp_path, "train = ")
+
+
+def test_a_byte_order_mark_before_a_recipe_is_allowed(tmp_path: Path) -> None:
+    assert load(tmp_path, "\ufeff[train]\nsteps = 5\n").config.train.steps == 5
 
 
 def test_paths_are_relative_to_the_recipe_and_a_list_or_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

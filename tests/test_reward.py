@@ -111,3 +111,15 @@ def test_a_function_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_reward("users_reward_module:CONSTANT")
     with pytest.raises(ConfigError, match="no_such_module_here cannot be imported"):
         load_reward("no_such_module_here:f")
+
+
+def test_a_reward_of_the_users_that_raises_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "raising_reward.py").write_text("def score(p, g, row):\n    return row['gone']\n")
+    reward = load_reward("raising_reward:score")
+    with pytest.raises(
+        ConfigError, match=r"raised KeyError: 'gone' \(.*raising_reward\.py, line 2\) for the answer 'x'"
+    ):
+        reward("x", golds=["a"], row={}, valid_share=1.0)

@@ -131,6 +131,16 @@ def test_later_lines_are_cut_and_kept_as_lost(tmp_path: Path) -> None:
     assert len((run.root / "metrics.lost.jsonl").read_text().splitlines()) == 4
 
 
+def test_separators_inside_a_line_part_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    text = "shown \u2028 to \u2029 the \x85 model"
+    lines = [json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n" for step in (1, 2, 3)]
+    run.samples.write_text("".join(lines), encoding="utf-8")
+    run.cut_after(2)
+    assert read_jsonl(run.samples) == [{"step": 1, "text": text}, {"step": 2, "text": text}]
+    assert read_jsonl(run.root / "samples.lost.jsonl") == [{"step": 3, "text": text}]
+
+
 def test_what_is_evaluated_is_known_but_for_a_torn_line(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert run.evaluated(0) == frozenset()

@@ -42,7 +42,7 @@ class Draft:
     """Tokens with their origin, behaviour log-prob and version, in the order in which they were produced.
 
     `turn_start` is the first token of the turn that is being written; `gold_hits` says per answered search
-    whether it showed something gold, None where that cannot be known.
+    whether it showed something gold, None where that cannot be known; `failure` why the retriever gave no result.
     """
 
     kind: Kind
@@ -55,6 +55,8 @@ class Draft:
     turns: list[Turn] = field(default_factory=list)
     num_searches: int = 0
     num_malformed: int = 0
+    num_refused: int = 0
+    failure: str | None = None
     answer: str | None = None
     gold_hits: list[bool] | None = None
     parent: int | None = None
@@ -92,7 +94,8 @@ class Draft:
         turns = [turn for turn in self.turns if turn.end <= at]
         forked = self.turns[len(turns)]
         assert forked.start <= at < forked.end, "a branch point lies inside a turn"
-        num_malformed = sum(turn.action == "malformed" for turn in turns)
+        num_malformed, num_refused = (sum(turn.action == kind for turn in turns) for kind in ("malformed", "refused"))
+        num_searches = len(turns) - num_malformed - num_refused
         return Draft(
             kind=Kind.PROBE,
             token_ids=self.token_ids[:at],
@@ -102,9 +105,10 @@ class Draft:
             prompt_length=self.prompt_length,
             turn_start=forked.start,
             turns=turns,
-            num_searches=len(turns) - num_malformed,
+            num_searches=num_searches,
             num_malformed=num_malformed,
-            gold_hits=None if self.gold_hits is None else self.gold_hits[: len(turns) - num_malformed],
+            num_refused=num_refused,
+            gold_hits=None if self.gold_hits is None else self.gold_hits[:num_searches],
             parent=parent,
             branch_point=at - self.prompt_length,
             hint_id=hint_id,
@@ -145,6 +149,7 @@ class Draft:
             end_reason=end_reason,
             num_searches=self.num_searches,
             num_malformed=self.num_malformed,
+            num_refused=self.num_refused,
             gold_retrieved=None if self.gold_hits is None else any(self.gold_hits),
             prompt_length=self.prompt_length,
             token_ids=np.asarray(self.token_ids, np.int32),

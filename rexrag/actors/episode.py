@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rexrag.actors.alternative import score_probe, score_target
@@ -22,9 +22,9 @@ from rexrag.engine.protocol import Engine, GenerateRequest, Generation
 from rexrag.env.actions import STOP_STRINGS, Answer, Malformed, Search, locate_action
 from rexrag.env.branch import branch_point
 from rexrag.env.codec import Codec
-from rexrag.env.observation import render_feedback, render_observation
+from rexrag.env.observation import render_feedback, render_observation, render_refusal
 from rexrag.env.prompt import render_prompt
-from rexrag.errors import RetrieverError
+from rexrag.errors import QueryRefusedError, RetrieverError
 from rexrag.hints import HintPool
 from rexrag.retrieval.protocol import Retriever
 from rexrag.types import EndReason, Question, Trajectory, Turn
@@ -109,7 +109,12 @@ class Episode:
         return draft
 
     async def run(self, draft: Draft) -> Trajectory:
-        """Write turns until the episode ends; a draft with a hint id begins with that hint."""
+        """Write turns until the episode ends; a draft with a hint id begins with that hint.
+
+        Raises:
+            RetrieverSetupError: no search can be answered under these settings.
+            ConfigError: a reward function of the user's own broke.
+        """
         while (end_reason := await self._turn(draft)) is None:
             pass
         if draft.parent is None:
@@ -117,7 +122,7 @@ class Episode:
         masked = end_reason is EndReason.ENV_ERROR
         if not masked and not self._greedy:
             draft.alternative = await self._alternative(draft)
-        scores = NO_SCORES if masked else self._score(draft)
+        scores = NO_SCORES if masked else await self._score(draft)
         text = self._parts.codec.decode(draft.token_ids[draft.prompt_length :])
         return draft.finish(end_reason, scores=scores, text=text)
 
@@ -142,10 +147,10 @@ class Episode:
     def _version(self) -> int:
         return self._parts.engine.version.step
 
-    def _score(self, draft: Draft) -> Scores:
+    async def _score(self, draft: Draft) -> Scores:
         num_turns = len(draft.turns)
         valid_share = (num_turns - draft.num_malformed) / num_turns if num_turns else 0.0
-        return self._parts.scorer.score(draft.answer, question=self.question, valid_share=valid_share)
+        return await self._parts.scorer.score(draft.answer, question=self.question, valid_share=valid_share)
 
     async def _turn(self, draft: Draft) -> EndReason | None:
         """One model turn and what the environment answers; the reason if the episode ends with it."""
@@ -211,7 +216,12 @@ class Episode:
         began = time.monotonic()
         try:
             passages = await self._parts.retriever.search(action.query, top_k=settings.top_k)
-        except RetrieverError:
+        except QueryRefusedError:
+            draft.num_refused += 1
+            draft.turns[-1] = replace(draft.turns[-1], action="refused")
+            return self._append_env(draft, render_refusal(codec=self._parts.codec))
+        except RetrieverError as error:
+            draft.failure = str(error)
             return EndReason.ENV_ERROR
         finally:
             draft.search_s += time.monotonic() - began

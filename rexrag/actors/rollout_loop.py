@@ -20,7 +20,7 @@ import numpy.typing as npt
 from rexrag.actors.runner import EpisodeRunner, GroupFailedError
 from rexrag.arrow import group_to_ipc
 from rexrag.engine.protocol import Engine, EngineStats
-from rexrag.errors import RunFailure, UnknownLeaseError
+from rexrag.errors import RetrieverSetupError, RunFailure, UnknownLeaseError, UserError
 from rexrag.types import EpisodeScore, GroupLease, Question, WeightVersion
 
 LOG = logging.getLogger(__name__)
@@ -69,7 +69,9 @@ class RolloutLoop:
         """Produce groups until `stop`.
 
         Raises:
-            RunFailure: groups break one after the other, or the buffer cannot store what is finished.
+            RunFailure: groups break one after the other, no search can be answered under the settings, or the buffer
+                cannot store what is finished.
+            UserError: something of the user's, such as a reward function, breaks.
         """
         renewals = asyncio.create_task(self._renew_forever())
         try:
@@ -137,6 +139,8 @@ class RolloutLoop:
         except GroupFailedError as error:
             LOG.warning("group %s failed: %s", lease.group_id, error)
             await self._buffer.fail(self._actor_id, group_id=lease.group_id, reason="env_error")
+        except (RetrieverSetupError, UserError):
+            raise  # settings that no group can be produced under: they end the run
         except Exception as error:
             # Fault boundary: a broken rollout is data, and the buffer counts it and asks the question again.
             LOG.exception("group %s broke", lease.group_id)

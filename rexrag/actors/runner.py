@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from rexrag.actors.episode import Episode, EpisodeParts
 from rexrag.actors.seeds import draw_seed
-from rexrag.errors import RetrieverError
+from rexrag.errors import RetrieverError, RunFailure, UserError
 from rexrag.types import EpisodeScore, GroupLease, Question, Trajectory, TrajectoryGroup, WeightVersion
 
 
@@ -38,6 +38,7 @@ class EpisodeRunner:
 
         Raises:
             GroupFailedError: fewer than two targets (one where a group has one) ended without an outage.
+            RetrieverSetupError: no search can be answered under these settings.
         """
         salt = self._salt(lease)
         episodes = [
@@ -51,6 +52,8 @@ class EpisodeRunner:
                     tasks.create_task(self._target_and_probe(episode, row, lease, verdict))
                     for row, episode in enumerate(episodes)
                 ]
+        except ExceptionGroup as group:
+            raise _told(group) from None
         finally:
             self._parts.engine.release(salt)
         pairs = [task.result() for task in running]
@@ -58,7 +61,7 @@ class EpisodeRunner:
         usable = sum(not target.is_masked for target in targets)
         if usable < min(2, self._parts.settings.group_size):
             raise GroupFailedError(
-                f"{usable} of {len(targets)} targets of {lease.question.key} ended without an outage"
+                f"{usable} of {len(targets)} targets of {lease.question.key} ended without an outage: {verdict.failure}"
             )
         return TrajectoryGroup(
             group_id=lease.group_id,
@@ -94,16 +97,17 @@ class EpisodeRunner:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(one(question)) for question in questions]
         except ExceptionGroup as group:
-            raise group.exceptions[0] from None  # the others have the same cause
+            raise _told(group) from None
         finally:
             self._parts.engine.release(salt)
         return [task.result() for task in running]
 
     async def _evaluate_one(self, question: Question, *, salt: str, version: WeightVersion) -> EpisodeScore:
         episode = Episode(self._parts, question, salt=salt, names=("eval", question.key), greedy=True)
-        trajectory = await episode.run(episode.new_draft())
+        draft = episode.new_draft()
+        trajectory = await episode.run(draft)
         if trajectory.is_masked:
-            raise RetrieverError(f"the retriever failed while {question.key} was evaluated")
+            raise RetrieverError(f"a search for {question.key} failed: {draft.failure}")
         if self._parts.engine.version != version:
             raise RuntimeError(f"weights changed from {version} to {self._parts.engine.version} during an evaluation")
         return EpisodeScore(
@@ -116,6 +120,7 @@ class EpisodeRunner:
             num_searches=trajectory.num_searches,
             num_turns=trajectory.num_turns,
             num_malformed=trajectory.num_malformed,
+            num_refused=trajectory.num_refused,
             num_tokens=len(trajectory.token_ids) - trajectory.prompt_length,
             gold_retrieved=trajectory.gold_retrieved,
             end_reason=trajectory.end_reason,
@@ -131,7 +136,7 @@ class EpisodeRunner:
         settings = self._parts.settings
         draft = episode.new_draft()
         target = await episode.run(draft)
-        verdict.add(target)
+        verdict.add(target, failure=draft.failure)
         if target.is_masked or target.correct or draft.branch_point is None:
             return target, None
         if settings.dead_end == "group" and not await verdict.all_failed():
@@ -147,14 +152,16 @@ class EpisodeRunner:
 
 
 class _Verdict:
-    """Whether all targets of a question failed, known once the last of them has ended."""
+    """Whether all targets of a question failed, known once the last of them has ended; why the last outage came."""
 
     def __init__(self, *, num_targets: int) -> None:
         self._left = num_targets
         self._any_correct = False
         self._known = asyncio.Event()
+        self.failure: str | None = None
 
-    def add(self, target: Trajectory) -> None:
+    def add(self, target: Trajectory, *, failure: str | None) -> None:
+        self.failure = failure or self.failure
         self._left -= 1
         self._any_correct |= target.correct
         if self._left == 0 or self._any_correct:
@@ -163,6 +170,12 @@ class _Verdict:
     async def all_failed(self) -> bool:
         await self._known.wait()
         return not self._any_correct
+
+
+def _told(group: ExceptionGroup[Exception]) -> Exception:
+    """Of errors that came up together the one to tell: what ends a run before what befell one rollout."""
+    errors = sorted(group.exceptions, key=lambda error: not isinstance(error, RunFailure | UserError))
+    return _told(errors[0]) if isinstance(errors[0], ExceptionGroup) else errors[0]
 
 
 def _names(lease: GroupLease, rollout: int) -> tuple[str | int, ...]:

@@ -11,8 +11,8 @@ from typing import Final, Literal
 
 from rexrag.data.corpus import parse_passage, repeated_ids
 from rexrag.data.demonstrations import parse_demonstration
-from rexrag.data.questions import parse_question, repeated_question
-from rexrag.data.rows import Problem, Row, parse_rows, read_rows
+from rexrag.data.questions import Identities, parse_question, repeated_note
+from rexrag.data.rows import MAX_PROBLEMS, Problem, Row, parse_rows, read_rows
 from rexrag.errors import DataError
 
 Kind = Literal["questions", "corpus", "demonstrations", "unknown"]
@@ -23,6 +23,9 @@ _KIND_BY_COLUMN: Final[tuple[tuple[str, Kind], ...]] = (
     ("prompt", "questions"),
     ("golden_answers", "questions"),
     ("reward_model", "questions"),
+    ("reward_spec", "questions"),
+    ("answers", "questions"),
+    ("answer", "questions"),
     ("contents", "corpus"),
     ("text", "corpus"),
 )
@@ -30,11 +33,13 @@ _KIND_BY_COLUMN: Final[tuple[tuple[str, Kind], ...]] = (
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
-    """Counts over the good rows of a file, and all problems.
+    """Counts over the good rows of a file, and its problems.
 
     Attributes:
         rows: all rows, bad ones included; blank lines are none.
         by_source, by_hops, num_with_gold_passages: of questions; a row without hops counts under `None`.
+        problems: the first of them, `num_problems` counts all.
+        notes: what is done with rows that are odd, but no problem.
     """
 
     path: Path
@@ -44,6 +49,8 @@ class CheckReport:
     by_hops: dict[int | None, int]
     num_with_gold_passages: int
     problems: tuple[Problem, ...]
+    num_problems: int
+    notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, object]:
         """The report as one JSON object."""
@@ -54,6 +61,8 @@ class CheckReport:
             "by_source": self.by_source,
             "by_hops": {"unknown" if hops is None else str(hops): n for hops, n in self.by_hops.items()},
             "with_gold_passages": self.num_with_gold_passages,
+            "notes": list(self.notes),
+            "num_problems": self.num_problems,
             "problems": [{"file": str(p.path), "line": p.number, "message": p.message} for p in self.problems],
         }
 
@@ -66,6 +75,7 @@ class _Tally:
         self.by_source: Counter[str] = Counter()
         self.by_hops: Counter[int | None] = Counter()
         self.num_with_gold_passages = 0
+        self.notes: list[str] = []
 
 
 def check_file(path: str | Path) -> CheckReport:
@@ -74,16 +84,19 @@ def check_file(path: str | Path) -> CheckReport:
     kind: Kind = "unknown"
     tally = _Tally()
     problems: list[Problem] = []
+    num_problems = 0
     try:
         kind = recognise(file)
         # One by one, so that what came before a broken block is kept.
         for problem in _problems(file, kind, tally):
-            problems.append(problem)
+            num_problems += 1
+            problems += [problem][: MAX_PROBLEMS - len(problems)]
+        fault = None if tally.rows else "no rows; at least one is needed"
     except DataError as error:
-        problems.append(Problem(path=file, unit="file", number=None, message=str(error).removeprefix(f"{file}: ")))
-    else:
-        if tally.rows == 0:
-            problems.append(Problem(path=file, unit="file", number=None, message="no rows; at least one is needed"))
+        fault = str(error).removeprefix(f"{file}: ")
+    if fault is not None:
+        num_problems += 1
+        problems.append(Problem(path=file, unit="file", number=None, message=fault))
     return CheckReport(
         path=file,
         kind=kind,
@@ -92,6 +105,8 @@ def check_file(path: str | Path) -> CheckReport:
         by_hops=dict(sorted(tally.by_hops.items(), key=lambda item: (item[0] is None, item[0] or 0))),
         num_with_gold_passages=tally.num_with_gold_passages,
         problems=tuple(problems),
+        num_problems=num_problems,
+        notes=tuple(tally.notes),
     )
 
 
@@ -120,29 +135,38 @@ def _problems(path: Path, kind: Kind, tally: _Tally) -> Iterator[Problem]:
 
 
 def _check_questions(path: Path, tally: _Tally) -> Iterator[Problem]:
-    seen: dict[str, Row] = {}
+    identities = Identities()
     for item in parse_rows(path, parse=parse_question):
         tally.rows += 1
         if isinstance(item, Problem):
             yield item
             continue
-        row, question = item
-        if (problem := repeated_question(row, question, seen=seen)) is not None:
-            yield problem
+        question = identities.place(*item)
+        if isinstance(question, Problem):
+            yield question
             continue
         tally.by_source[question.data_source] += 1
         tally.by_hops[question.hops] += 1
         tally.num_with_gold_passages += question.gold_passage_ids is not None
+    if identities.num_repeated:
+        tally.notes.append(repeated_note(identities.num_repeated))
 
 
 def _check_corpus(path: Path, tally: _Tally) -> Iterator[Problem]:
     hashes = array("q")
+    num_empty = 0
     for item in parse_rows(path, parse=parse_passage):
         tally.rows += 1
         if isinstance(item, Problem):
             yield item
+        elif item[1] is None:
+            num_empty += 1
         else:
             hashes.append(hash(item[1].id))
+    if num_empty:
+        tally.notes.append(f"rows without text, which an index leaves out: {num_empty}")
+    if num_empty == tally.rows > 0:
+        yield Problem(path=path, unit="file", number=None, message="no passage in it; at least one is needed")
     yield from repeated_ids(path, hashes)
 
 

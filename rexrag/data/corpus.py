@@ -6,16 +6,18 @@ The user's jsonl is never copied: an offset file beside the index says where eac
 from __future__ import annotations
 
 import json
+import math
 import mmap
+import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
-from rexrag.data.rows import Problem, Row, RowError, id_of, parse_rows, shown, text_of
+from rexrag.data.rows import Problem, Row, RowError, id_of, parse_rows, shown, text_of, valid_text
 from rexrag.errors import DataError, RetrievalIndexError
 from rexrag.types import Passage
 
@@ -29,16 +31,27 @@ def iter_corpus(path: str | Path) -> Iterator[Passage]:
     return (passage for _, passage in iter_corpus_rows(Path(path)))
 
 
-def iter_corpus_rows(path: Path) -> Iterator[tuple[Row, Passage]]:
-    """`iter_corpus` with each passage's place in the file. An empty corpus is an error too."""
+def iter_corpus_rows(path: Path, *, on_empty: Callable[[Row], None] | None = None) -> Iterator[tuple[Row, Passage]]:
+    """`iter_corpus` with each passage's place in the file. An empty corpus is an error too.
+
+    Args:
+        on_empty: called with each row that has an id and no text; such rows are left out.
+    """
     hashes = array("q")
+    num_empty = 0
     for item in parse_rows(path, parse=parse_passage):
         if isinstance(item, Problem):
             raise DataError(str(item))
-        hashes.append(hash(item[1].id))
-        yield item
+        row, passage = item
+        if passage is None:
+            num_empty += 1
+            if on_empty is not None:
+                on_empty(row)
+            continue
+        hashes.append(hash(passage.id))
+        yield row, passage
     if not hashes:
-        raise DataError(f"{path}: no passage in it; at least one is needed")
+        raise DataError(f"{path}: no passage in it ({num_empty} rows without text); at least one is needed")
     for problem in repeated_ids(path, hashes):
         raise DataError(str(problem))
 
@@ -56,51 +69,87 @@ def repeated_ids(path: Path, hashes: array[int]) -> Iterator[Problem]:
         return
     first: dict[str, Row] = {}
     for item in parse_rows(path, parse=parse_passage):
-        if isinstance(item, Problem) or hash(item[1].id) not in suspects:
+        if isinstance(item, Problem) or item[1] is None or hash(item[1].id) not in suspects:
             continue
-        row, passage = item
+        row, passage = item[0], item[1]
         if (earlier := first.setdefault(passage.id, row)) is not row:
             yield row.problem(f"id {passage.id!r} is also in {earlier.unit} {earlier.number}; ids must be unique")
 
 
-def parse_passage(row: Row) -> Passage:
-    """One row as a passage.
+def parse_passage(row: Row) -> Passage | None:
+    """One row as a passage; None where there is an id and no text, as dumps have it for a few pages.
 
     Raises:
-        RowError: no id, no text, or a column of the wrong type.
+        RowError: no id, no column for a text, or a column of the wrong type.
     """
     identity = id_of(row.values)
     if identity is None:
-        raise RowError('expected an "id", a string or an integer, got nothing')
+        columns = ", ".join(sorted(map(str, row.values))) or "none"
+        raise RowError(f'expected an "id" (or "_id"), a string or an integer, got nothing; the columns are {columns}')
     return passage_of(row.values, identity=identity)
 
 
-def passage_of(values: Mapping[str, object], *, identity: str, score: float | None = None) -> Passage:
-    """A passage from `contents` (`"Title"\\ntext`), or from `title` and `text` where there is no `contents`.
+def passage_of(values: Mapping[str, object], *, identity: str, score: float | None = None) -> Passage | None:
+    """A passage from `contents` (`"Title"\\ntext`), or from `text` where that has none; None where both are blank.
+
+    A `title` beside them is the title: of `contents` its first line is taken off then if it says the same.
 
     Raises:
-        RowError: no text, or a column of the wrong type.
+        RowError: no column for a text, or one of the wrong type.
     """
-    if values.get("contents") is not None:
-        contents = text_of(values, "contents")
-        assert contents is not None, "a required text is never None"
+    if not {"contents", "text"} & values.keys():
+        columns = ", ".join(sorted(map(str, values))) or "none"
+        raise RowError(f'expected "contents" or "text", got the columns {columns}')
+    given = text_of(_without_gaps(values), "title", required=False) or ""
+    contents, text = _raw_text(values, "contents"), _raw_text(values, "text")
+    if contents.strip():
         title, text = split_contents(contents)
-    elif values.get("text") is not None:
-        title, text = text_of(values, "title", required=False) or "", text_of(values, "text") or ""
+        if given and title != given:
+            title, text = given, contents.strip()
     else:
-        raise RowError(f'expected "contents" or "text", got the columns {shown(sorted(values))}')
-    return Passage(id=identity, title=title, text=text, score=score)
+        title, text = given, text.strip()
+    return Passage(id=identity, title=title, text=text, score=score) if text else None
+
+
+def _raw_text(values: Mapping[str, object], name: str) -> str:
+    """A text as it stands, since line breaks at its head mean something; "" for a gap."""
+    value = _without_gaps(values).get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowError(f'expected a non-empty string "{name}", got {shown(value)}')
+    return valid_text(value, name)
+
+
+def _without_gaps(values: Mapping[str, object]) -> Mapping[str, object]:
+    """Only the columns of a passage, without NaN, which pandas writes for a missing text."""
+    return {
+        name: value
+        for name in ("title", "contents", "text")
+        if not (isinstance(value := values.get(name), float) and math.isnan(value))
+    }
 
 
 def split_contents(contents: str) -> tuple[str, str]:
-    """Title and text of `"Title"\\ntext`; one pair of quotes is taken off. A single line is text without a title."""
-    head, newline, text = contents.strip().partition("\n")
-    if not newline:
-        return "", head
+    """Title and text of `"Title"\\ntext`; one pair of quotes is taken off.
+
+    A single line is text without a title, and so is what begins with a line break.
+    """
+    head, newline, text = contents.partition("\n")
+    if not newline or not head.strip():
+        return "", contents.strip()
     title = head.strip()
-    if len(title) >= 2 and title[0] == title[-1] == '"':
-        title = title[1:-1].strip()
-    return title, text.strip()
+    if _is_quoted(title):
+        return title[1:-1].strip(), text.strip()
+    return (title, text.strip()) if text.strip() else ("", title)
+
+
+def _is_quoted(title: str) -> bool:
+    """Whether one pair of quotes is around the whole: `"Heroes" and "Villains"` begins and ends with two others."""
+    if len(title) < 2 or not title[0] == title[-1] == '"':
+        return False
+    inner = re.search(r'(?<!\\)"', title[1:-1])
+    return inner is None or inner.start() == 0 or title[inner.start()] in " ([-\u2013"
 
 
 class Corpus:
@@ -148,11 +197,17 @@ class Corpus:
         line = self._data[start : end if end >= 0 else len(self._data)]
         try:
             values = json.loads(line)
-            return passage_of(values, identity=id_of(values) or "")
+            passage = passage_of(values, identity=id_of(values) or "")
         except (ValueError, AttributeError) as error:
-            raise RetrievalIndexError(
-                f"{self._path}: no passage at byte {start}, where row {row} was; the file changed, index it again"
-            ) from error
+            raise self._changed(row, start) from error
+        if passage is None:
+            raise self._changed(row, start)
+        return passage
+
+    def _changed(self, row: int, start: int) -> RetrievalIndexError:
+        return RetrievalIndexError(
+            f"{self._path}: no passage at byte {start}, where row {row} was; the file changed, index it again"
+        )
 
     def close(self) -> None:
         self._data.close()

@@ -1,4 +1,4 @@
-"""Rows of jsonl and parquet files, one by one, each with the place it stands at.
+"""Rows of jsonl, JSON and parquet files, one by one, each with the place it stands at.
 
     file -> read_rows -> Row | Problem -> parse_rows (one kind of row) -> (Row, value) | Problem
 
@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, TypeVar
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rexrag.data.formats import format_of, open_data
+from rexrag.data.json_values import json_values
 from rexrag.errors import DataError
 
-_PARQUET_MAGIC: Final = b"PAR1"
+MAX_PROBLEMS: Final = 100
+"""Problems of one kind of call that are kept; the others are counted."""
 _PARQUET_BATCH_ROWS: Final = 1024
 _T = TypeVar("_T")
 
@@ -29,7 +34,7 @@ class Problem:
     """One thing wrong with a file: where, and what was expected there.
 
     Attributes:
-        unit: `line` (jsonl) or `row` (parquet).
+        unit: `line` (jsonl) or `row` (parquet, JSON array).
         number: counted from 1; None where the file as a whole is meant.
     """
 
@@ -45,7 +50,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row and its place: line or row number from 1, and the byte a jsonl line starts at (None in parquet)."""
+    """One row and its place: line or row number from 1, and the byte a jsonl line starts at (None in other files)."""
 
     path: Path
     unit: str
@@ -61,21 +66,19 @@ class RowError(ValueError):
     """A row that does not have the form asked for; the message says what was expected."""
 
 
-def is_parquet(path: Path) -> bool:
-    """By name, or by the first bytes where the name says nothing."""
-    if path.suffix.lower() in (".parquet", ".jsonl", ".json"):
-        return path.suffix.lower() == ".parquet"
-    with _open(path) as file:
-        return file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
-
-
 def read_rows(path: Path) -> Iterator[Row | Problem]:
     """All rows of a file in order; blank lines are none.
 
     Raises:
-        DataError: the file cannot be read, or is no parquet file though its name says so.
+        DataError: the file cannot be read, or is of a kind that holds no rows.
     """
-    return _read_parquet(path) if is_parquet(path) else _read_jsonl(path)
+    match format_of(path):
+        case "parquet":
+            return _read_parquet(path)
+        case "jsonl":
+            return _read_jsonl(path)
+        case kind:
+            return _read_json(path, is_array=kind == "array")
 
 
 def parse_rows(path: Path, *, parse: Callable[[Row], _T]) -> Iterator[tuple[Row, _T] | Problem]:
@@ -106,16 +109,24 @@ def text_of(values: Mapping[str, object], name: str, *, required: bool = True) -
     return valid_text(value.strip(), name)
 
 
-def id_of(values: Mapping[str, object], name: str = "id") -> str | None:
-    """An id, a string or an integer, as a string; None where it is absent or null.
+def id_of(values: Mapping[str, object], *, names: Sequence[str] = ("id", "_id")) -> str | None:
+    """The id in the first of these columns that has one, a string or a whole number, as a string; None without one.
+
+    A column with gaps comes as floats with NaN.
 
     Raises:
         RowError: of another type, or blank.
     """
-    value = values.get(name)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return text_of(values, name) if value is not None else None
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if value % 1 == 0:
+                return str(int(value))
+            if math.isnan(value):
+                continue
+        if value is not None:
+            return text_of(values, name)
+    return None
 
 
 def valid_text(text: str, name: str) -> str:
@@ -137,7 +148,7 @@ def shown(value: object) -> str:
 
 def _read_jsonl(path: Path) -> Iterator[Row | Problem]:
     offset = 0
-    with _open(path) as file:
+    with open_data(path) as file:
         for number, line in enumerate(file, start=1):
             start, offset = offset, offset + len(line)
             if number == 1 and line.startswith(codecs.BOM_UTF8):
@@ -162,9 +173,28 @@ def _parse_line(line: bytes) -> Mapping[str, object]:
     return values
 
 
+def _read_json(path: Path, *, is_array: bool) -> Iterator[Row | Problem]:
+    number = 0
+    with open_data(path) as file:
+        try:
+            for values in json_values(file, is_array=is_array):
+                number += 1
+                if isinstance(values, dict):
+                    yield Row(path=path, unit="row", number=number, offset=None, values=values)
+                else:
+                    message = f"expected a JSON object, got {shown(values)}"
+                    yield Problem(path=path, unit="row", number=number, message=message)
+        except ValueError as error:
+            what = "array" if is_array else "sequence of objects"
+            raise DataError(
+                f"{path}: no readable JSON {what} after row {number} ({error}); write one object a line: jq -c "
+                f"{chr(39)}{'.[]' if is_array else '.'}{chr(39)} {path}"
+            ) from error
+
+
 def _read_parquet(path: Path) -> Iterator[Row | Problem]:
     number = 0
-    with _open(path) as file:
+    with open_data(path) as file:
         for batch in _parquet_batches(path, file):
             for values in batch:
                 number += 1
@@ -174,17 +204,37 @@ def _read_parquet(path: Path) -> Iterator[Row | Problem]:
 def _parquet_batches(path: Path, file: BinaryIO) -> Iterator[list[dict[str, object]]]:
     try:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-            yield batch.to_pylist()
+            columns = [_python_values(column) for column in batch.columns]
+            names = batch.schema.names
+            yield [dict(zip(names, (column[i] for column in columns), strict=True)) for i in range(batch.num_rows)]
     # Damaged bytes surface as Arrow, OS, Unicode, overflow or memory errors, depending on where they lie.
     except Exception as error:
         message = f"not a readable parquet file ({type(error).__name__}: {error}); write it again, or give jsonl"
         raise DataError(str(Problem(path=path, unit="row", number=None, message=message))) from error
 
 
-def _open(path: Path) -> BinaryIO:
+def _python_values(column: pa.Array) -> list[object]:
+    """A column as Python values; times that Python has no value for (nanoseconds, odd zones) as text, else None.
+
+    Times are in no column that is read here, so that they are no reason to refuse a file.
+    """
     try:
-        return path.open("rb")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a jsonl or parquet file"
-        ) from error
+        values: list[object] = column.to_pylist()
+        return values
+    except (ValueError, OverflowError, LookupError, pa.ArrowException):
+        if not _holds_times(column.type):
+            raise
+    if pa.types.is_struct(column.type):
+        names = [field.name for field in column.type]
+        parts = [_python_values(part) for part in column.flatten()]
+        rows = zip(column.is_valid().to_pylist(), *parts, strict=True)
+        return [dict(zip(names, row, strict=True)) if is_there else None for is_there, *row in rows]
+    try:
+        texts: list[object] = column.cast(pa.string()).to_pylist()
+        return texts
+    except (ValueError, pa.ArrowException):
+        return [None] * len(column)
+
+
+def _holds_times(kind: pa.DataType) -> bool:
+    return pa.types.is_temporal(kind) or any(_holds_times(kind.field(i).type) for i in range(kind.num_fields))

@@ -43,6 +43,13 @@ def break_special_tokens(text: str, *, special_tokens: Sequence[str]) -> str:
     return pattern.sub(" ", text)
 
 
+REFUSAL: Final = (
+    "\n\nThe search was refused: the query is too long or not a plain one. "
+    "Write another <search>query</search> or <answer>text</answer>.\n\n"
+)
+"""The text that answers a search whose query the retriever does not take."""
+
+
 def format_observation(passages: Sequence[Passage], *, special_tokens: Sequence[str] = ()) -> str:
     """The text of an observation that shows the passages whole: what `render_observation` tokenises."""
     return _wrap([header + text for header, text in _passage_pieces(passages, special_tokens=special_tokens)])
@@ -58,6 +65,11 @@ def format_feedback(malformed: Malformed) -> str:
 def render_feedback(malformed: Malformed, *, codec: Codec) -> list[int]:
     """Token ids of the feedback on a malformed turn: what was wrong, and what is allowed."""
     return codec.encode(format_feedback(malformed))
+
+
+def render_refusal(*, codec: Codec) -> list[int]:
+    """Token ids of the feedback on a search whose query the retriever does not take."""
+    return codec.encode(REFUSAL)
 
 
 def render_observation(passages: Sequence[Passage], *, codec: Codec, max_tokens: int) -> list[int]:

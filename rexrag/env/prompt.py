@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from rexrag.env.codec import Codec
 from rexrag.env.observation import break_special_tokens
 from rexrag.errors import ConfigError
+from rexrag.files import read_user_text
 
 PLACEHOLDER: Final = "{question}"
 
@@ -26,7 +27,7 @@ def read_template(path: Path) -> str:
         ConfigError: no readable UTF-8 file, or one without {question}.
     """
     try:
-        template = path.read_text(encoding="utf-8")
+        template = read_user_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"env.prompt_file = {path} cannot be read: {error}") from error
     _check(template, name=f"env.prompt_file = {path}")

@@ -38,7 +38,7 @@ def mean(values: Iterable[float]) -> float | None:
 
 
 def rollout_metrics(groups: Sequence[TrajectoryGroup], *, hints: HintPool, version: int) -> Metrics:
-    """Metrics of the areas target, probe, env_error, group, dead, rescued and staleness.
+    """Metrics of the areas target, search, probe, env_error, group, dead, rescued and staleness.
 
     Args:
         version: learner version at which the groups are consumed; ages count from it.
@@ -96,6 +96,7 @@ def _target_metrics(rows: Sequence[Trajectory], hints: HintPool) -> Metrics:
         keys.TARGET_REFLECT_RATE: mean(reflects(row, hints=hints) for row in rows),
         keys.TARGET_RETRIEVAL_RECALL: mean(row.gold_retrieved for row in rows if row.gold_retrieved is not None),
         keys.TARGET_SEARCHES: mean(row.num_searches for row in rows),
+        keys.SEARCH_REFUSED: float(sum(row.num_refused for row in rows)),
         keys.TARGET_TURNS: mean(row.num_turns for row in rows),
         keys.TARGET_TOKENS: mean(len(row.token_ids) - row.prompt_length for row in rows),
         keys.TARGET_POLICY_TOKENS: mean(int((row.origin == Origin.POLICY).sum()) for row in rows),

@@ -26,7 +26,8 @@ class Estimate:
 class EvalReport:
     """What one evaluation found. `em` is the mean over all questions; `macro_em` the mean over data sources.
 
-    `by_source` and `by_hops` give em and the number of questions behind it.
+    `refused` searches are those of all questions together. `by_source` and `by_hops` give em and the number of
+    questions behind it.
     """
 
     n: int
@@ -38,6 +39,7 @@ class EvalReport:
     tokens: Estimate
     valid_action_share: Estimate
     retrieval_recall: Estimate | None
+    refused: int
     by_source: Mapping[str, Mapping[str, float]]
     by_hops: Mapping[str, Mapping[str, float]]
 
@@ -61,7 +63,7 @@ class EvalReport:
         for name in ("searches", "turns", "tokens", "valid_action_share", "retrieval_recall"):
             estimate: Estimate | None = getattr(self, name)
             line[name] = None if estimate is None else asdict(estimate)
-        return {**line, "seconds": round(seconds, 2)}
+        return {**line, "refused": self.refused, "seconds": round(seconds, 2)}
 
 
 def summarize(scores: Sequence[EpisodeScore], *, seed: int = 0) -> EvalReport:
@@ -89,6 +91,7 @@ def summarize(scores: Sequence[EpisodeScore], *, seed: int = 0) -> EvalReport:
         tokens=estimate(score.num_tokens for score in scores),
         valid_action_share=estimate(1 - score.num_malformed / max(score.num_turns, 1) for score in scores),
         retrieval_recall=estimate(float(bool(score.gold_retrieved)) for score in known) if known else None,
+        refused=sum(score.num_refused for score in scores),
         by_source=by_source,
         by_hops=_group_em(scores, lambda score: None if score.hops is None else str(score.hops)),
     )

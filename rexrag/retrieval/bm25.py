@@ -6,10 +6,13 @@ index/  index.json · offsets.u64 (where each row starts) · tantivy/ (postings)
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import tantivy
 
-from rexrag.data.corpus import Corpus, iter_corpus, iter_corpus_rows
-from rexrag.data.rows import is_parquet
+from rexrag.data.corpus import Corpus, iter_corpus_rows
+from rexrag.data.formats import format_of
 from rexrag.errors import DataError, RetrievalIndexError
+from rexrag.retrieval.analysers import ANALYSERS, choose_analyser
 from rexrag.retrieval.manifest import (
     Manifest,
     check_sizes,
@@ -34,17 +38,14 @@ from rexrag.retrieval.manifest import (
 )
 from rexrag.types import Passage
 
-ANALYSER: Final = "english-1"
-"""Words split at anything but letters and digits, lower case, without accents, English stems; no stop words."""
-
 OFFSETS_NAME: Final = "offsets.u64"
 PASSAGES_NAME: Final = "passages.jsonl"
 POSTINGS_NAME: Final = "tantivy"
 
-_MAX_WORD_BYTES: Final = 64
 _MAX_QUERY_TERMS: Final = 256
 _HEAP_BYTES: Final = 128_000_000
 _CACHED_QUERIES: Final = 4096
+_MAX_THREADS: Final = 4
 _FIRST_TIES: Final = 61
 _MAX_TIES: Final = 4096
 
@@ -62,24 +63,32 @@ def build_bm25(corpus: str | Path, out: str | Path) -> Manifest:
         RetrievalIndexError: `out` exists and is no index.
     """
     source, target = Path(corpus), Path(out)
-    if not source.is_file():
+    if not source.exists():
         raise DataError(f"{source}: no such file; give a corpus, jsonl or parquet")
-    stored = is_parquet(source)
+    stored = format_of(source) != "jsonl"
     with new_index_folder(target) as folder:
         described = describe_corpus(source, out=target, stored=stored)
-        jsonl = _convert(source, folder / PASSAGES_NAME) if stored else source
-        starts = _write_postings(jsonl, folder / POSTINGS_NAME)
+        jsonl, num_empty = _convert(source, folder / PASSAGES_NAME) if stored else (source, 0)
+        analyser = choose_analyser(jsonl)
+        starts, num_empty_lines = _write_postings(jsonl, folder / POSTINGS_NAME, analyser=analyser)
         starts.tofile(folder / OFFSETS_NAME)
         if source.stat().st_size != described.bytes:
             raise DataError(f"{source}: changed while it was indexed; build again once it is complete")
         files = describe_files(folder)
-        manifest = Manifest(kind="bm25", analyser=ANALYSER, passages=len(starts), corpus=described, files=files)
+        manifest = Manifest(
+            kind="bm25",
+            analyser=analyser,
+            passages=len(starts),
+            empty_rows=num_empty + num_empty_lines,
+            corpus=described,
+            files=files,
+        )
         write_manifest(folder, manifest)
     return manifest
 
 
 class BM25Retriever:
-    """Searches an index folder in this process: answers without suspending, in a fraction of a millisecond.
+    """Searches an index folder in this process, in threads of its own: the event loop goes on meanwhile.
 
         retriever = BM25Retriever(folder)
         passages = await retriever.search("currency of Gabon", top_k=3)
@@ -99,12 +108,13 @@ class BM25Retriever:
         root = Path(folder)
         manifest = read_manifest(root)
         check_sizes(root, manifest)
-        if manifest.analyser != ANALYSER:
-            message = f"{root}: analyser {manifest.analyser!r} is unknown, this build has {ANALYSER!r}; build it again"
+        if manifest.analyser not in ANALYSERS:
+            known = ", ".join(ANALYSERS)
+            message = f"{root}: analyser {manifest.analyser!r} is unknown, this build has {known}; build it again"
             raise RetrievalIndexError(message)
         path = root / PASSAGES_NAME if manifest.corpus.stored else open_corpus_path(root, manifest)
         self._corpus = Corpus.open(path, offsets=root / OFFSETS_NAME)
-        self._analyser = _analyser()
+        self._analyser = ANALYSERS[manifest.analyser]()
         self._searcher, self._schema = _open_postings(root / POSTINGS_NAME)
         if not self._searcher.num_docs == len(self._corpus) == manifest.passages:
             raise RetrievalIndexError(
@@ -112,6 +122,8 @@ class BM25Retriever:
                 f"{manifest.passages} of its manifest; build it again"
             )
         self._lookup = lru_cache(maxsize=_CACHED_QUERIES)(self._find)
+        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="bm25")
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
         """The best passages, best first, at most `top_k`; empty where no term of the query is known.
@@ -120,9 +132,10 @@ class BM25Retriever:
             RetrievalIndexError: the corpus changed under the index.
         """
         assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
-        return self._lookup(query, top_k)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._lookup, query, top_k)
 
     async def close(self) -> None:
+        self._threads.shutdown()
         self._lookup.cache_clear()
         self._corpus.close()
 
@@ -176,48 +189,44 @@ def _hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _analyser() -> tantivy.TextAnalyzer:
-    return (
-        tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
-        .filter(tantivy.Filter.remove_long(_MAX_WORD_BYTES))
-        .filter(tantivy.Filter.lowercase())
-        .filter(tantivy.Filter.ascii_fold())
-        .filter(tantivy.Filter.stemmer("english"))
-        .build()
-    )
-
-
-def _convert(parquet: Path, jsonl: Path) -> Path:
+def _convert(corpus: Path, jsonl: Path) -> tuple[Path, int]:
+    """The corpus as jsonl, and its number of rows without text."""
+    empty: list[int] = []
     with jsonl.open("w", encoding="utf-8") as file:
-        for passage in iter_corpus(parquet):
+        for _, passage in iter_corpus_rows(corpus, on_empty=lambda row: empty.append(row.number)):
             row = {"id": passage.id, "title": passage.title, "text": passage.text}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return jsonl
+    return jsonl, len(empty)
 
 
-def _write_postings(jsonl: Path, folder: Path) -> npt.NDArray[np.uint64]:
-    """Index a jsonl corpus into `folder`; the byte at which each row starts, as little-endian u64."""
+def _write_postings(jsonl: Path, folder: Path, *, analyser: str) -> tuple[npt.NDArray[np.uint64], int]:
+    """Index a jsonl corpus into `folder`.
+
+    Returns:
+        the byte at which each row starts, as little-endian u64, and the number of rows without text.
+    """
     folder.mkdir()
     builder = tantivy.SchemaBuilder()
-    builder.add_text_field(_CONTENTS, stored=False, tokenizer_name=ANALYSER, index_option="freq")
+    builder.add_text_field(_CONTENTS, stored=False, tokenizer_name=analyser, index_option="freq")
     # Unsigned by name: a type inferred from the first value stops the writer at the first that does not fit.
     builder.add_unsigned_field(_ROW, stored=False, indexed=False, fast=True)
     builder.add_unsigned_field(_TIE, stored=False, indexed=False, fast=True)
     index = tantivy.Index(builder.build(), path=str(folder))
-    index.register_tokenizer(ANALYSER, _analyser())
+    index.register_tokenizer(analyser, ANALYSERS[analyser]())
     writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
     try:
-        starts = _add_passages(writer, jsonl)
+        starts, num_empty = _add_passages(writer, jsonl)
         writer.commit()
     finally:
         # Its threads write into the folder until they are joined.
         writer.wait_merging_threads()
-    return np.array(starts, dtype="<u8")
+    return np.array(starts, dtype="<u8"), num_empty
 
 
-def _add_passages(writer: tantivy.IndexWriter, jsonl: Path) -> array[int]:
+def _add_passages(writer: tantivy.IndexWriter, jsonl: Path) -> tuple[array[int], int]:
     starts = array("Q")
-    for number, (row, passage) in enumerate(iter_corpus_rows(jsonl)):
+    empty: list[int] = []
+    for number, (row, passage) in enumerate(iter_corpus_rows(jsonl, on_empty=lambda row: empty.append(row.number))):
         assert row.offset is not None, "rows of jsonl have an offset"
         document = tantivy.Document()
         document.add_text(_CONTENTS, f"{passage.title}\n{passage.text}")
@@ -225,7 +234,7 @@ def _add_passages(writer: tantivy.IndexWriter, jsonl: Path) -> array[int]:
         document.add_unsigned(_TIE, _hash64(passage.id))
         writer.add_document(document)
         starts.append(row.offset)
-    return starts
+    return starts, len(empty)
 
 
 def _open_postings(folder: Path) -> tuple[tantivy.Searcher, tantivy.Schema]:

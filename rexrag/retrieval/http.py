@@ -7,30 +7,27 @@ POST /retrieve {"queries": [str], "topk": int, "return_scores": true}
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import math
+import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import httpx
 
-from rexrag.data.corpus import passage_of
-from rexrag.data.rows import RowError, id_of, shown
-from rexrag.errors import ConfigError, RetrieverError
+from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError
+from rexrag.retrieval.answers import Body, RetryableError, passages_of, read_bounded
 from rexrag.types import Passage
+
+LOG = logging.getLogger(__name__)
 
 _BACKOFF_FIRST_S: Final = 0.25
 _BACKOFF_MOST_S: Final = 10.0
-_TOO_MANY_REQUESTS: Final = 429
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_MAX_REDIRECTS: Final = 3
 _PROBE_QUERY: Final = "test"
-_FILLER_SCORE: Final = -1e38
-"""Servers over FAISS fill up a result with the last passage at the least float where `topk` exceeds the corpus."""
-
-
-class _Retryable(Exception):
-    """A failure that may pass: connection, time-out, 5xx, 429."""
+_INLINE_BYTES: Final = 1 << 16
+"""Answers up to this length are parsed where they arrive; longer ones would hold up the event loop."""
 
 
 class HttpRetriever:
@@ -57,10 +54,16 @@ class HttpRetriever:
             ConfigError: no http or https URL.
         """
         self._url = _base_url(url)
+        self._endpoint = f"{self._url}/retrieve"
+        self._has_told_empty = False
         self._timeout_s = timeout_s
         self._max_retries = max_retries
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        self._client = httpx.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False)
+        self._client = httpx.AsyncClient(
+            timeout=timeout_s,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            headers={"Accept-Encoding": "gzip"},
+            trust_env=False,
+        )
         self._jitter = random.Random()
 
     @property
@@ -73,7 +76,9 @@ class HttpRetriever:
         """The server's passages for a query, best first, at most `top_k`.
 
         Raises:
-            RetrieverError: it refused the query, answered in another form, or failed at every attempt.
+            QueryRefusedError: it does not take this query.
+            RetrieverSetupError: it is no server of this API, or does not let us in: every query would fail.
+            RetrieverError: it failed at every attempt.
         """
         assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
         for attempt in range(self._max_retries + 1):
@@ -81,14 +86,14 @@ class HttpRetriever:
                 await asyncio.sleep(self._jitter.uniform(0.0, _backoff_bound_s(attempt - 1)))
             try:
                 return await self._attempt(query, top_k)
-            except _Retryable as error:
+            except RetryableError as error:
                 failure = str(error)
-        raise RetrieverError(f"{self._url}/retrieve failed {self._max_retries + 1} times, at last with: {failure}")
+        raise RetrieverError(f"{self._endpoint} failed {self._max_retries + 1} times, at last with: {failure}")
 
     def check(self) -> None:
-        """Make sure that a usable server is there, with one attempt; blocks, for use before anything runs.
+        """Make sure that a usable server is there; blocks, for use before anything runs.
 
-        Servers without /health are asked a question instead.
+        Its /health must not fail where it has one, and it must answer a query.
 
         Raises:
             ConfigError: unreachable, unwell, or no server of this API.
@@ -97,89 +102,82 @@ class HttpRetriever:
             # In a thread of its own, so that it can be called with or without a running event loop.
             with ThreadPoolExecutor(max_workers=1) as thread:
                 thread.submit(asyncio.run, self._check()).result()
-        except (TimeoutError, httpx.HTTPError, _Retryable, RetrieverError) as error:
+        except (RetryableError, RetrieverError, RetrieverSetupError, QueryRefusedError) as error:
             raise ConfigError(
-                f"retriever.url = {self._url}: no usable search server there ({_described(error)}); "
+                f"retriever.url = {self._url}: no usable search server there ({error}); "
                 "start it, or correct the address"
             ) from error
 
     async def _check(self) -> None:
-        async with (
-            asyncio.timeout(self._timeout_s),
-            httpx.AsyncClient(timeout=self._timeout_s, trust_env=False) as client,
-        ):
-            health = await client.get(f"{self._url}/health")
-            if health.is_success:
-                return
-            if health.is_server_error:
-                raise _Retryable(f"/health: {_status(health)}")
-            _passages(await client.post(f"{self._url}/retrieve", json=_request(_PROBE_QUERY, 1)), top_k=1)
+        # Another instance, since a client belongs to one event loop.
+        asked = HttpRetriever(self._url, timeout_s=self._timeout_s, max_retries=self._max_retries)
+        try:
+            health = await asked._send("GET", f"{self._url}/health")
+            if health.status >= 500:
+                raise RetryableError(f"/health: {health.described}")
+            await asked.search(_PROBE_QUERY, top_k=1)
+        finally:
+            await asked.close()
 
     async def close(self) -> None:
         await self._client.aclose()
 
     async def _attempt(self, query: str, top_k: int) -> tuple[Passage, ...]:
+        body = await self._send("POST", self._endpoint, json=_request(query, top_k))
+        if len(body.content) <= _INLINE_BYTES:
+            passages, num_empty = passages_of(body, top_k=top_k)
+        else:
+            passages, num_empty = await asyncio.to_thread(passages_of, body, top_k=top_k)
+        if num_empty and not self._has_told_empty:
+            self._has_told_empty = True
+            LOG.warning("%s: passages without text are left out, %d in this answer", self._endpoint, num_empty)
+        return passages
+
+    async def _send(self, method: str, url: str, *, json: object = None) -> Body:
+        """One answer, redirects on the same server followed.
+
+        Raises:
+            RetryableError: none came, or none within `timeout_s`.
+            RetrieverSetupError: a redirect that leads elsewhere, or an answer that is not HTTP as it was asked for.
+        """
         try:
             # The client's own time-outs bound single reads; a server that trickles would evade them.
             async with asyncio.timeout(self._timeout_s):
-                response = await self._client.post(f"{self._url}/retrieve", json=_request(query, top_k))
+                for _ in range(_MAX_REDIRECTS):
+                    body, location = await self._exchange(method, url, json=json)
+                    if location is None:
+                        return body
+                    url = self._redirected(url, location)
+                raise RetrieverSetupError(f"{url}: more than {_MAX_REDIRECTS} redirects; correct retriever.url")
         except (TimeoutError, httpx.TimeoutException) as error:
-            raise _Retryable(f"no answer within {self._timeout_s:g} s") from error
+            raise RetryableError(f"no answer within {self._timeout_s:g} s") from error
         except httpx.TransportError as error:
-            raise _Retryable(_described(error)) from error
-        except httpx.RequestError as error:
-            raise RetrieverError(f"{self._url}/retrieve: {_described(error)}") from error
-        return _passages(response, top_k=top_k)
+            raise RetryableError(_described(error)) from error
+        except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
+            raise RetrieverSetupError(f"{url}: {_described(error)}") from error
+
+    async def _exchange(self, method: str, url: str, *, json: object) -> tuple[Body, str | None]:
+        """One request and its answer; where it is redirected to."""
+        async with self._client.stream(method, url, json=json) as response:
+            encoding = response.headers.get("Content-Encoding", "").strip().lower()
+            content, is_whole = await read_bounded(response.aiter_raw(), encoding=encoding)
+        body = Body(url=url, status=response.status_code, content=content, is_whole=is_whole)
+        return body, response.headers.get("Location") if response.status_code in _REDIRECTS else None
+
+    def _redirected(self, url: str, location: str) -> str:
+        """Where a redirect leads; a later query goes there at once. Queries are not sent to other servers."""
+        target = httpx.URL(url).join(location)
+        if target.host != httpx.URL(self._url).host:
+            raise RetrieverSetupError(f"{url}: redirects to {target}, another server; set retriever.url if it is meant")
+        if url == self._endpoint:
+            self._endpoint = str(target)
+        return str(target)
 
 
 def _request(query: str, top_k: int) -> dict[str, object]:
     # Half a surrogate pair cannot be sent.
     text = query.encode("utf-8", "replace").decode("utf-8")
     return {"queries": [text], "topk": top_k, "return_scores": True}
-
-
-def _passages(response: httpx.Response, *, top_k: int) -> tuple[Passage, ...]:
-    """The passages of an answer to one query.
-
-    Raises:
-        _Retryable: 5xx or 429.
-        RetrieverError: another status, or another form than either of the two.
-    """
-    if response.is_server_error or response.status_code == _TOO_MANY_REQUESTS:
-        raise _Retryable(_status(response))
-    if response.status_code != httpx.codes.OK:
-        raise RetrieverError(f"{response.url}: {_status(response)}")
-    try:
-        return _parse(response.json(), top_k=top_k)
-    except (ValueError, RecursionError) as error:
-        raise RetrieverError(f"{response.url}: malformed answer: {error}") from error
-
-
-def _parse(body: object, *, top_k: int) -> tuple[Passage, ...]:
-    result = body.get("result") if isinstance(body, dict) else None
-    if not isinstance(result, list) or len(result) != 1 or not isinstance(result[0], list):
-        raise RowError(f'expected {{"result": [[…]]}} with one list, got {shown(body)}')
-    passages = [_passage(entry) for entry in result[0]]
-    return tuple(p for p in passages if p.score is None or p.score > _FILLER_SCORE)[:top_k]
-
-
-def _passage(entry: object) -> Passage:
-    if not isinstance(entry, dict):
-        raise RowError(f"expected an object for each passage, got {shown(entry)}")
-    document: object = entry.get("document", entry)
-    score = entry.get("score") if "document" in entry else None
-    if not isinstance(document, Mapping):
-        raise RowError(f'expected an object as "document", got {shown(document)}')
-    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or math.isnan(score)):
-        raise RowError(f'expected a number as "score", got {shown(score)}')
-    passage = passage_of(document, identity=id_of(document) or "", score=None if score is None else float(score))
-    # Servers in front of web search give no ids; what a passage says identifies it there.
-    return passage if passage.id else _with_content_id(passage)
-
-
-def _with_content_id(passage: Passage) -> Passage:
-    digest = hashlib.sha256(f"{passage.title}\n{passage.text}".encode()).hexdigest()[:16]
-    return Passage(id=digest, title=passage.title, text=passage.text, score=passage.score)
 
 
 def _base_url(url: str) -> str:
@@ -198,10 +196,6 @@ def _base_url(url: str) -> str:
 def _backoff_bound_s(attempt: int) -> float:
     """Exponential back-off with full jitter: the pause after the i-th attempt is uniform below this."""
     return min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2.0 ** min(attempt, 30))
-
-
-def _status(response: httpx.Response) -> str:
-    return f"status {response.status_code} ({response.text[:200].strip()})"
 
 
 def _described(error: Exception) -> str:

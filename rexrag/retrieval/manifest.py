@@ -49,13 +49,17 @@ class CorpusEntry(_Table):
 
 
 class Manifest(_Table):
-    """The content of `index.json`. `files` are named relative to the index folder."""
+    """The content of `index.json`. `files` are named relative to the index folder.
+
+    `empty_rows` of the corpus have no text: they are no passages.
+    """
 
     format: Literal["rexrag-index"] = FORMAT
     version: int = FORMAT_VERSION
     kind: Literal["bm25"]
     analyser: str
     passages: int
+    empty_rows: int = 0
     corpus: CorpusEntry
     files: dict[str, FileEntry]
 
@@ -166,17 +170,21 @@ def new_index_folder(out: Path) -> Iterator[Path]:
     """A folder to build in; it takes the place of `out` when the block ends well, and is removed when it does not.
 
     Raises:
-        RetrievalIndexError: `out` exists and is neither an index nor an empty folder.
+        RetrievalIndexError: `out` exists and is neither an index nor an empty folder, or cannot be written.
     """
     target = out.resolve()
-    _refuse_other_content(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
     building = target.parent / f".{target.name}.building-{os.getpid()}"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
     try:
+        _refuse_other_content(out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
         yield building
         _replace_folder(building, target)
+    except OSError as error:
+        raise RetrievalIndexError(
+            f"--out {out}: the index cannot be written there ({error}); free space, or name a folder that can be made"
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

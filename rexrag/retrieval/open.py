@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from rexrag.errors import ConfigError
 from rexrag.retrieval.bm25 import BM25Retriever
 from rexrag.retrieval.http import HttpRetriever
-
-_TIMEOUT_S: Final = 10.0
-_MAX_RETRIES: Final = 5
 
 
 def open_retriever(
@@ -31,15 +28,20 @@ def open_retriever(
     return HttpRetriever(url, timeout_s=timeout_s, max_retries=max_retries)
 
 
-def open_target(target: str) -> BM25Retriever | HttpRetriever:
+def open_target(target: str, *, timeout_s: float, max_retries: int) -> BM25Retriever | HttpRetriever:
     """The retriever behind `--index DIR|URL`, known to be usable: a server has been asked.
 
     Raises:
         ConfigError: no usable server at the URL.
         RetrievalIndexError: no usable index at the path.
     """
-    if not target.lower().startswith(("http://", "https://")):
+    if not is_server(target):
         return BM25Retriever(Path(target))
-    retriever = HttpRetriever(target, timeout_s=_TIMEOUT_S, max_retries=_MAX_RETRIES)
+    retriever = HttpRetriever(target, timeout_s=timeout_s, max_retries=max_retries)
     retriever.check()
     return retriever
+
+
+def is_server(target: str) -> bool:
+    """Whether `--index DIR|URL` names a server."""
+    return target.lower().startswith(("http://", "https://"))

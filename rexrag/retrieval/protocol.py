@@ -9,12 +9,14 @@ from rexrag.types import Passage
 
 
 class Retriever(Protocol):
-    """A search back end. In-process ones answer without suspending; remote ones bound every wait."""
+    """A search back end. No search holds up the event loop, and every wait for another process has a bound."""
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
         """The best passages for a query, best first, at most `top_k`.
 
         Raises:
+            QueryRefusedError: it does not take this query; another one may do.
+            RetrieverSetupError: no query can be answered: the settings name something else than a retriever.
             RetrieverError: no result could be had in the end. Never an empty result in place of a failure.
         """
 

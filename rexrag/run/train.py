@@ -32,6 +32,7 @@ from rexrag.reporting.reporter import Reporter
 from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.manifest import check_index
 from rexrag.retrieval.open import open_target
+from rexrag.reward import load_reward
 from rexrag.run.controller import Controller
 from rexrag.run.fleet import Fleet
 from rexrag.run.part_settings import (
@@ -55,13 +56,14 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run reads, checked before anything is started."""
+    """What a run reads, checked before anything is started; `notes` tell what was done with odd rows."""
 
     train: tuple[Question, ...]
     dev: tuple[Question, ...]
     test: tuple[Question, ...]
     hints: HintPool
     model_path: str
+    notes: tuple[str, ...]
 
 
 def train(request: TrainRequest, *, progress: Progress) -> None:
@@ -81,6 +83,8 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
         num_threads = config.learner.threads or num_cores
         prepare(config, folder=run.prepared, num_threads=num_threads, progress=progress)
         inputs = read_inputs(request)
+        for note in inputs.notes:
+            progress.note(note)
         progress.stage("starting Ray")
         with _ray(), Board(run, purge_step=request.start_step + 1 if request.resumed else None) as board:
             stop.be_graceful()
@@ -166,8 +170,14 @@ def read_inputs(request: TrainRequest) -> Inputs:
     config = request.config
     skip, limit = config.data.skip_bad_rows, config.eval.max_questions
 
+    notes: list[str] = []
+
     def load(paths: Sequence[Path]) -> tuple[Question, ...]:
-        return load_questions(paths, skip_bad_rows=skip).questions if paths else ()
+        if not paths:
+            return ()
+        loaded = load_questions(paths, skip_bad_rows=skip)
+        notes.extend(loaded.notes)
+        return loaded.questions
 
     model_path = str(request.checkpoint) if request.checkpoint is not None else config.model.path
     assert model_path is not None, "the recipe was checked: a run has a model"
@@ -179,19 +189,17 @@ def read_inputs(request: TrainRequest) -> Inputs:
             f'probe.hints = {config.probe.hints}: has a "|" alone, a fork without a hint, which correction.mixture = '
             f'"{config.correction.mixture}" has no density for; take it out, or set correction.mixture = "none".'
         )
+    load_reward(config.reward.kind, format_weight=config.reward.format_weight)
     retriever = config.retriever
     if retriever.kind == "http":
         assert retriever.url is not None, "the recipe was checked: a server has a URL"
-        open_target(retriever.url)
+        open_target(retriever.url, timeout_s=retriever.timeout_s, max_retries=retriever.max_retries)
     else:
         assert retriever.path is not None, "the recipe was checked: an index has a path"
         check_index(retriever.path)
+    train, dev, test = load(config.data.train), load(config.data.dev), load(config.data.eval)
     return Inputs(
-        train=load(config.data.train),
-        dev=load(config.data.dev)[:limit],
-        test=load(config.data.eval)[:limit],
-        hints=hints,
-        model_path=model_path,
+        train=train, dev=dev[:limit], test=test[:limit], hints=hints, model_path=model_path, notes=tuple(notes)
     )
 
 

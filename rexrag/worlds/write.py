@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from rexrag.data.demonstrations import Demonstration, load_demonstrations, write_demonstrations
 from rexrag.errors import ConfigError
-from rexrag.files import write_atomic
+from rexrag.files import lines_of, write_atomic
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
 from rexrag.types import Passage
 from rexrag.worlds import geo, synthetic
@@ -50,9 +50,7 @@ def write_world(kind: WorldKind, out: Path, *, seed: int, size: Mapping[str, flo
     if kind not in _KINDS:
         raise ConfigError(f"there is no world {kind!r}; choose one of {', '.join(_KINDS)}")
     dials = resolve_dials(_KINDS[kind].dials, size or {}, kind=kind)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} is not an empty folder; name another")
-    out.mkdir(parents=True, exist_ok=True)
+    _make_empty(out)
     world = _KINDS[kind].build(dials, seed=seed)
     rng = Random(f"files of {kind} {seed}")
     _write_rows(out / "corpus.jsonl", world.facts.passages(rng))
@@ -77,10 +75,19 @@ def write_world(kind: WorldKind, out: Path, *, seed: int, size: Mapping[str, flo
     )
 
 
+def _make_empty(out: Path) -> None:
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"--out {out} is not an empty folder; name another")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made ({error}); name a folder that can be written") from error
+
+
 def world_texts(folder: Path) -> Iterator[str]:
     """All texts of a world that was written to `folder`: what a word-level tokenizer for it has to know."""
     for path in (folder / f"{part}.jsonl" for part in ("corpus", "train", "dev", "test")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in lines_of(path.read_text(encoding="utf-8")):
             row = json.loads(line)
             yield row["contents"] if "contents" in row else row["question"]
     for demonstration in load_demonstrations(folder / "demonstrations.jsonl"):

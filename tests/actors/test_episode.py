@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from rexrag.actors.seeds import draw_seed
 from rexrag.arrow import group_from_ipc, group_to_ipc
 from rexrag.engine.protocol import EngineStats, GenerateRequest, Generation
 from rexrag.env.codec import Codec
+from rexrag.env.observation import REFUSAL, render_refusal
 from rexrag.env.prompt import render_prompt
-from rexrag.errors import RetrieverError
+from rexrag.errors import QueryRefusedError, RetrieverError, RetrieverSetupError
 from rexrag.hints import HintPool
 from rexrag.preparation.tiny_model import make_word_tokenizer
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
@@ -88,8 +90,16 @@ class ScriptedEngine:
 
 
 class FailingRetriever:
+    """Fails every search, or those with a word in their query."""
+
+    def __init__(self, error: Exception | None = None, *, word: str = "") -> None:
+        self._error = error or RetrieverError("http://x/retrieve failed 6 times: status 500 (index lost)")
+        self._word = word
+
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
-        raise RetrieverError("no answer")
+        if self._word in query:
+            raise self._error
+        return [Passage(id="1", title="Syria", text="The currency of Syria is the Pound .")]
 
     async def close(self) -> None:
         return None
@@ -150,7 +160,13 @@ def run(
     **changes: object,
 ) -> tuple[TrajectoryGroup, ScriptedEngine]:
     engine = ScriptedEngine(codec, script)
-    runner = EpisodeRunner(
+    return asyncio.run(make_runner(codec, retriever, engine, **changes).run_group(lease())), engine
+
+
+def make_runner(
+    codec: Codec, retriever: BM25Retriever | FailingRetriever, engine: ScriptedEngine, **changes: object
+) -> EpisodeRunner:
+    return EpisodeRunner(
         EpisodeParts(
             engine=engine,
             retriever=retriever,
@@ -160,7 +176,6 @@ def run(
             settings=settings(**changes),
         )
     )
-    return asyncio.run(runner.run_group(lease())), engine
 
 
 DEAD_END = {"": FIRST, "in Syria . </information>": WRONG, "I need": GO_ON, "Pound . </information>": RIGHT}
@@ -238,6 +253,70 @@ def test_token_limit_ends_an_episode(codec: Codec, retriever: BM25Retriever) -> 
 def test_outage_masks_and_in_the_end_fails_the_group(codec: Codec) -> None:
     with pytest.raises(GroupFailedError, match="0 of 2 targets"):
         run(codec, FailingRetriever(), DEAD_END)
+
+
+def test_the_cause_of_an_outage_is_told_where_it_ends_something(codec: Codec) -> None:
+    with pytest.raises(GroupFailedError, match=r"without an outage: http://x/retrieve failed .*index lost"):
+        run(codec, FailingRetriever(), DEAD_END)
+    runner = make_runner(codec, FailingRetriever(), ScriptedEngine(codec, DEAD_END))
+    with pytest.raises(RetrieverError, match=r"a search for test/7 failed: http://x/retrieve failed .*index lost"):
+        asyncio.run(runner.evaluate([lease().question]))
+
+
+def test_a_refused_query_gets_feedback_and_is_counted(codec: Codec) -> None:
+    refusing = FailingRetriever(QueryRefusedError("status 422"), word="country")
+    script = {"": FIRST, "Pound . </information>": RIGHT}
+    script[codec.decode(render_refusal(codec=codec))] = GO_ON
+    group, engine = run(codec, refusing, script, probe_rate=0.0)
+    for row in group.trajectories:
+        assert (row.num_refused, row.num_searches, row.num_malformed, row.em) == (1, 1, 0, 1.0)
+        feedback = codec.encode(REFUSAL)
+        assert codec.decode(feedback) in policy_text(codec, row, Origin.ENV)
+    [score] = asyncio.run(make_runner(codec, refusing, engine).evaluate([lease().question]))
+    assert (score.num_refused, score.num_searches, score.em) == (1, 1, 1.0)
+    assert group_from_ipc(group_to_ipc(group)).trajectories[0].num_refused == 1
+
+
+def test_a_probe_keeps_what_was_refused_before_its_branch(codec: Codec) -> None:
+    refusing = FailingRetriever(QueryRefusedError("status 422"), word="country")
+    script = {"": FIRST, codec.decode(render_refusal(codec=codec)): WRONG, "I need": GO_ON, "</information>": RIGHT}
+    group, _ = run(codec, refusing, script)
+    probe = next(row for row in group.trajectories if row.kind is Kind.PROBE)
+    assert (probe.num_refused, probe.num_searches) == (1, 1)
+
+
+def test_a_wrong_set_up_ends_groups_and_evaluations_as_it_is(codec: Codec) -> None:
+    wrong = FailingRetriever(RetrieverSetupError("http://x/retrieve: status 404 (Not Found)"))
+    with pytest.raises(RetrieverSetupError, match="status 404"):
+        run(codec, wrong, DEAD_END)
+    with pytest.raises(RetrieverSetupError, match="status 404"):
+        asyncio.run(make_runner(codec, wrong, ScriptedEngine(codec, DEAD_END)).evaluate([lease().question]))
+
+
+def test_a_users_reward_does_not_hold_up_the_event_loop_and_is_called_alone(codec: Codec) -> None:
+    at_once: list[int] = []
+    running = 0
+
+    def slow(*args: object, **columns: object) -> float:
+        nonlocal running
+        running += 1
+        time.sleep(0.05)
+        at_once.append(running)
+        running -= 1
+        return 0.5
+
+    async def score() -> tuple[int, list[float]]:
+        scorer = Scorer(slow, kind="mine:score")
+        scoring = [asyncio.create_task(scorer.score("x", question=lease().question, valid_share=1.0)) for _ in range(3)]
+        ticks = 0
+        while not all(task.done() for task in scoring):
+            ticks += 1
+            await asyncio.sleep(0.005)
+        return ticks, [task.result().reward for task in scoring]
+
+    ticks, rewards = asyncio.run(score())
+    assert ticks > 5
+    assert (rewards, at_once) == ([0.5] * 3, [1] * 3)
 
 
 def test_policy_answer_alone_is_scored(codec: Codec, retriever: BM25Retriever) -> None:

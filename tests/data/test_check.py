@@ -51,6 +51,19 @@ def test_demonstrations(tmp_path: Path) -> None:
     assert (report.kind, report.rows, [p.number for p in report.problems]) == ("demonstrations", 2, [2])
 
 
+def test_problems_are_capped_and_counted(tmp_path: Path) -> None:
+    report = check_file(write(tmp_path / "q.jsonl", {"question": "q"}, *[b'{"question": "\xff"}'] * 300))
+    assert (report.num_problems, len(report.problems)) == (301, 100)
+    assert report.to_json()["num_problems"] == 301
+
+
+def test_odd_rows_are_noted(tmp_path: Path) -> None:
+    twice = {"question": "q", "golden_answers": ["a"]}
+    assert "of an earlier one: 1;" in check_file(write(tmp_path / "q.jsonl", twice, twice)).notes[0]
+    report = check_file(write(tmp_path / "c.jsonl", {"id": "a", "text": "x"}, {"id": "b", "text": ""}))
+    assert (report.num_problems, report.notes) == (0, ("rows without text, which an index leaves out: 1",))
+
+
 def test_a_good_file_has_no_problem(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"question": "q", "golden_answers": ["a"]}]), tmp_path / "q.parquet")
     report = check_file(tmp_path / "q.parquet")

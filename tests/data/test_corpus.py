@@ -20,12 +20,12 @@ from rexrag.types import Passage
 ROWS: list[dict[str, object]] = [
     {"id": "a", "contents": '"Gabon"\nThe capital of Gabon is Libreville.'},
     {"id": 7, "title": "Homs", "text": "Homs is a city.\nIn Syria."},
-    {"id": "c", "contents": "Just a line", "title": "ignored"},
+    {"id": "c", "contents": "Just a line", "title": "Lines"},
 ]
 PASSAGES = [
     Passage(id="a", title="Gabon", text="The capital of Gabon is Libreville."),
     Passage(id="7", title="Homs", text="Homs is a city.\nIn Syria."),
-    Passage(id="c", title="", text="Just a line"),
+    Passage(id="c", title="Lines", text="Just a line"),
 ]
 
 
@@ -60,6 +60,12 @@ def test_parquet_rows(tmp_path: Path) -> None:
         ('""\ntext', ("", "text")),
         ("text only", ("", "text only")),
         ('"T"\r\ntext', ("T", "text")),
+        ("\nOne.\nTwo.", ("", "One.\nTwo.")),
+        (" \r\nOne.", ("", "One.")),
+        ('"Heroes" and "Villains"\ntext', ('"Heroes" and "Villains"', "text")),
+        ('""Heroes" and "Villains""\ntext', ('"Heroes" and "Villains"', "text")),
+        ('"Song "X" live"\ntext', ('Song "X" live', "text")),
+        ('"Weird" Al\ntext', ('"Weird" Al', "text")),
     ],
 )
 def test_title_and_text(contents: str, expected: tuple[str, str]) -> None:
@@ -71,7 +77,6 @@ def test_title_and_text(contents: str, expected: tuple[str, str]) -> None:
     [
         ({"contents": "x"}, 'line 4: expected an "id"'),
         ({"id": "d"}, 'line 4: expected "contents" or "text"'),
-        ({"id": "d", "contents": " \n"}, 'line 4: expected a non-empty string "contents"'),
         ({"id": "d", "text": 5}, 'line 4: expected a non-empty string "text", got 5'),
         ({"id": "d", "title": 5, "text": "x"}, 'line 4: expected a non-empty string "title", got 5'),
         ({"id": "7", "contents": "x"}, "line 4: id '7' is also in line 2"),
@@ -81,6 +86,35 @@ def test_bad_rows(tmp_path: Path, row: dict[str, object], expected: str) -> None
     path = write(tmp_path / "c.jsonl", [*ROWS, row])
     with pytest.raises(DataError, match=expected):
         list(iter_corpus(path))
+
+
+@pytest.mark.parametrize(
+    ("row", "title", "text"),
+    [
+        ({"contents": '"Gabon"\nA land.', "title": "Gabon"}, "Gabon", "A land."),
+        ({"contents": "A land.\nOn the coast.", "title": "Gabon"}, "Gabon", "A land.\nOn the coast."),
+        ({"contents": "\nA land.\nOn the coast."}, "", "A land.\nOn the coast."),
+        ({"contents": "", "title": "Gabon", "text": "A land."}, "Gabon", "A land."),
+        ({"contents": float("nan"), "title": float("nan"), "text": "A land."}, "", "A land."),
+    ],
+)
+def test_titles_beside_contents(tmp_path: Path, row: dict[str, object], title: str, text: str) -> None:
+    path = write(tmp_path / "c.jsonl", [{"_id": 3.0, **row}])
+    assert list(iter_corpus(path)) == [Passage(id="3", title=title, text=text)]
+    with open_mapped(path) as corpus:
+        assert corpus.get(0) == Passage(id="3", title=title, text=text)
+
+
+@pytest.mark.parametrize("empty", [{"text": ""}, {"contents": " \n"}, {"contents": '"T"\n'}, {"text": None}])
+def test_a_row_without_text_is_left_out_and_told(tmp_path: Path, empty: dict[str, object]) -> None:
+    left_out: list[int] = []
+    rows = [ROWS[0], {"id": "e", **empty}, ROWS[1]]
+    path = write(tmp_path / "c.jsonl", rows)
+    found = iter_corpus_rows(path, on_empty=lambda row: left_out.append(row.number))
+    assert [passage for _, passage in found] == PASSAGES[:2]
+    assert left_out == [2]
+    with pytest.raises(DataError, match=r"no passage in it \(1 rows without text\)"):
+        list(iter_corpus(write(tmp_path / "d.jsonl", rows[1:2])))
 
 
 def test_an_empty_corpus_is_an_error(tmp_path: Path) -> None:

@@ -69,13 +69,24 @@ def test_question_column_counts_before_the_prompt() -> None:
     assert parse(search_r1_row("a", question="Who?")).question == "Who?"
 
 
-def test_the_last_question_of_the_last_user_message_counts() -> None:
+def test_the_last_line_with_a_question_of_the_last_user_message_counts() -> None:
     messages = [
         {"role": "user", "content": "Question: first?"},
-        {"role": "user", "content": "Question: an example? Question: the real one?"},
+        {"role": "user", "content": "Question: an example?\nAnswer: yes\nNow you. Question: the real one?\n"},
         {"role": "assistant", "content": "Question: not mine?"},
     ]
     assert parse(search_r1_row("a", prompt=messages)).question == "the real one?"
+
+
+def test_a_question_may_hold_the_words_that_stand_before_it() -> None:
+    prompt = [{"role": "user", "content": 'Answer it. Question: who wrote "Question: Why"?\n'}]
+    assert parse(search_r1_row("a", prompt=prompt)).question == 'who wrote "Question: Why"?'
+    assert parse(search_r1_row("a", extra_info={"question": " the one itself? "})).question == "the one itself?"
+
+
+@pytest.mark.parametrize("prompt", ["Do. Question: who?", [{"role": "user", "content": [{"text": "Question: who?"}]}]])
+def test_prompts_as_text_and_in_parts(prompt: object) -> None:
+    assert parse(search_r1_row("a", prompt=prompt)).question == "who?"
 
 
 def test_targets_may_be_arrays() -> None:
@@ -98,6 +109,24 @@ def test_source_is_the_file_or_the_folder_of_a_split(tmp_path: Path) -> None:
     assert by_file.questions[0].data_source == "bamboogle"
 
 
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("hotpotqa/train-00000-of-00002.jsonl", "hotpotqa"),
+        ("hotpotqa/data/test-00001-of-00002-0123456789abcdef.jsonl", "hotpotqa"),
+        ("hotpotqa/default/validation/0000.jsonl", "hotpotqa"),
+        ("nq/part-00000-1f2e3d4c-aaaa.snappy.jsonl", "nq"),
+        ("nq-00001-of-00002.jsonl", "nq"),
+        ("trivia_2017.jsonl", "trivia_2017"),
+        ("mine/data/train.jsonl", "data"),
+    ],
+)
+def test_a_shard_is_no_source(tmp_path: Path, name: str, source: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert load_questions(write_jsonl(path, [GOOD])).questions[0].data_source == source
+
+
 def test_repeated_question_with_another_id_is_kept_and_the_same_id_is_an_error(tmp_path: Path) -> None:
     kept = load_questions(write_jsonl(tmp_path / "a.jsonl", [GOOD, {**GOOD, "id": "2"}]))
     assert len(kept.questions) == 2
@@ -105,6 +134,42 @@ def test_repeated_question_with_another_id_is_kept_and_the_same_id_is_an_error(t
     for skip in (False, True):
         with pytest.raises(DataError, match=r"b\.jsonl, line 2: .*id '1' is also at .*b\.jsonl, line 1"):
             load_questions(twice, skip_bad_rows=skip)
+
+
+def test_the_same_question_without_ids_is_told_apart_by_its_order_and_that_is_told(tmp_path: Path) -> None:
+    genre = {"question": "What genre is Mother?", "data_source": "popqa"}
+    rock, drama = {**genre, "golden_answers": ["rock"]}, {**genre, "golden_answers": ["drama"]}
+    other = {**genre, "question": "Another?", "golden_answers": ["a"]}
+    loaded = load_questions(write_jsonl(tmp_path / "a.jsonl", [rock, drama]))
+    first, second = (q.id for q in loaded.questions)
+    assert second == f"{first}-2"
+    assert loaded.num_repeated == 1
+    assert "of an earlier one: 1;" in loaded.notes[0]
+    later = load_questions(write_jsonl(tmp_path / "a.jsonl", [other, rock, other, drama])).questions
+    assert {q.id: q.golden_answers for q in later if q.question == genre["question"]} == {
+        first: ("rock",), second: ("drama",)
+    }  # fmt: skip
+    apart = [write_jsonl(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate((rock, drama))]
+    assert [q.id for q in load_questions(apart).questions] == [first, second]
+
+
+def test_skipped_rows_are_counted_and_told(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [GOOD, *[{"id": str(i)} for i in range(150)]])
+    loaded = load_questions(path, skip_bad_rows=True)
+    assert (loaded.num_skipped, len(loaded.skipped)) == (150, 100)
+    assert loaded.notes[0].startswith(f"bad rows skipped: 150 of 151, the first: {path}, line 2: expected")
+    with pytest.raises(DataError, match="or pass --skip"):
+        load_questions(path, skip_by="pass --skip")
+
+
+def test_patterns_of_files(tmp_path: Path) -> None:
+    for number in (1, 0):
+        write_jsonl(tmp_path / f"f{number}.jsonl", [GOOD])
+    write_jsonl(tmp_path / "odd[1].jsonl", [GOOD])
+    assert [q.key for q in load_questions(f"{tmp_path}/f*.jsonl").questions] == ["f0/1", "f1/1"]
+    assert [q.key for q in load_questions(tmp_path / "odd[1].jsonl").questions] == ["odd[1]/1"]
+    with pytest.raises(DataError, match=r"none\*: cannot be read .*none that this pattern matches"):
+        load_questions(f"{tmp_path}/none*")
 
 
 def test_order_over_several_files_is_kept(tmp_path: Path) -> None:
@@ -118,13 +183,42 @@ def test_search_r1_rows_with_gaps_in_optional_columns(tmp_path: Path) -> None:
     assert [q.hops for q in questions] == [2, None]
 
 
+@pytest.mark.parametrize(("number", "expected"), [(7.0, "7"), (2**60, str(2**60)), (float("nan"), None), ("x7", "x7")])
+def test_ids_as_pandas_writes_them(number: object, expected: str | None) -> None:
+    hashed = parse({**GOOD, "id": None}).id
+    assert parse({**GOOD, "id": number}).id == (expected or hashed)
+    assert parse({**GOOD, "id": None, "_id": "b"}).id == "b"
+    assert parse({**GOOD, "gold_passage_ids": [number]}).gold_passage_ids == ((expected,) if expected else None)
+
+
+def test_times_in_other_columns_break_nothing(tmp_path: Path) -> None:
+    nanoseconds = pa.array([1_700_000_000_123_456_789, None], pa.timestamp("ns"))
+    table = pa.table(
+        {
+            "question": ["A?", "B?"],
+            "golden_answers": [["a"], ["b"]],
+            "created": nanoseconds,
+            "zone": nanoseconds.cast(pa.timestamp("us"), safe=False).cast(pa.timestamp("us", tz="Mars/Olympus")),
+            "far": pa.array([2**60, 1], pa.timestamp("ms")),
+            "took": nanoseconds.cast("int64").cast(pa.duration("ns")),
+            "extra_info": pa.StructArray.from_arrays([nanoseconds, pa.array(["C?", None])], ["at", "question"]),
+            "history": pa.array([[1_700_000_000_123_456_789], None], pa.list_(pa.timestamp("ns"))),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [q.question for q in load_questions(tmp_path / "a.parquet").questions] == ["A?", "B?"]
+    pq.write_table(table.drop(["question"]).slice(0, 1), tmp_path / "b.parquet")
+    assert load_questions(tmp_path / "b.parquet").questions[0].question == "C?"
+
+
 BAD_ROWS: list[tuple[object, str]] = [
     ({"id": "1", "golden_answers": ["a"]}, 'expected a string "question", or chat messages in "prompt"'),
     ({**GOOD, "question": "  "}, "expected a non-empty string \"question\", got '  '"),
     ({**GOOD, "question": 7}, 'expected a non-empty string "question", got 7'),
-    ({"id": "1", "question": "q"}, 'expected a string or a list of strings in "golden_answers", got nothing'),
+    ({"id": "1", "question": "q"}, 'expected a string or a list of strings in "golden_answers" (or'),
+    ({"id": "1", "question": "q", "solution": "a"}, "got nothing; the columns are id, question, solution"),
     ({**GOOD, "golden_answers": []}, 'expected at least one non-empty answer in "golden_answers"'),
-    ({**GOOD, "golden_answers": [1912]}, 'expected a string or a list of strings in "golden_answers"'),
+    ({**GOOD, "golden_answers": [True]}, 'expected a string or a list of strings in "golden_answers"'),
     ({**GOOD, "hops": 0}, 'expected a whole number from 1 to 1000 in "hops", got 0'),
     ({**GOOD, "hops": True}, 'in "hops", got True'),
     ({**GOOD, "gold_passage_ids": "p1"}, 'expected a list of passage ids in "gold_passage_ids"'),
@@ -186,7 +280,7 @@ def test_no_usable_question_is_an_error(tmp_path: Path, rows: list[object]) -> N
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read \(No such file"):
         load_questions(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is a folder"):
         load_questions(tmp_path)
     path = tmp_path / "not.parquet"
     path.write_text(json.dumps(GOOD))

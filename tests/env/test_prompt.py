@@ -55,6 +55,11 @@ def test_a_template_without_the_placeholder_is_refused(codec: Codec, tmp_path: P
     assert read_template(file) == "Q: {question}"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\ufeffAnswer.\u2028 {question}", encoding="utf-8")
+    assert read_template(tmp_path / "p.txt") == "Answer.\u2028 {question}"
+
+
 def test_a_chat_template_that_refuses_a_system_message_is_the_users_matter(tokenizer: PreTrainedTokenizerFast) -> None:
     strict = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>"

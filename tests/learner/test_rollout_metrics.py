@@ -40,6 +40,12 @@ def test_shares_of_rollouts_and_groups() -> None:
     assert {key: got[key] for key in expected} == pytest.approx(expected)
 
 
+def test_refused_searches_of_targets_are_counted() -> None:
+    rows = [target(num_refused=2), target(num_refused=1), target(num_refused=5, end_reason=EndReason.ENV_ERROR)]
+    got = rollout_metrics([group(*rows, name="a")], hints=POOL, version=0)
+    assert got[keys.SEARCH_REFUSED] == 3
+
+
 def test_causes_of_dead_groups_and_who_rescued_them() -> None:
     groups = [
         group(target(gold_retrieved=False), target(gold_retrieved=False), probe(1.0), name="never, rescued"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -28,8 +28,8 @@ class SearchServer:
     requests: list[Request] = field(default_factory=list)
 
 
-Answer = tuple[int, bytes] | None
-"""Status and body; None closes the connection without an answer."""
+Answer = tuple[int, bytes] | tuple[int, bytes, Mapping[str, str]] | None
+"""Status, body, maybe headers; None closes the connection without an answer."""
 
 
 def passages(*ids: str) -> bytes:
@@ -64,6 +64,8 @@ def serve(answer: Callable[[Request], Answer]) -> Iterator[SearchServer]:
                 return
             with contextlib.suppress(ConnectionError):
                 self.send_response(answered[0])
+                for name, value in (answered[2] if len(answered) == 3 else {}).items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(answered[1])))
                 self.end_headers()
                 self.wfile.write(answered[1])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Sequence
 
 import pytest
@@ -14,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_servers import Answer, Request, passages, serve
 
-from rexrag.errors import ConfigError, RetrieverError
-from rexrag.retrieval import http
+from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError
+from rexrag.retrieval import answers, http
 from rexrag.retrieval.http import HttpRetriever
 from rexrag.types import Passage
 
@@ -106,10 +109,21 @@ def test_a_lasting_failure_is_an_error_in_the_end() -> None:
         search(unused_url(), retries=1)
 
 
-@pytest.mark.parametrize("status", [400, 404, 422, 301, 204])
-def test_a_refusal_is_not_tried_again(status: int) -> None:
-    with serve(lambda _: (status, b"" if status == 204 else b"queries: at most 8")) as server:
-        with pytest.raises(RetrieverError, match=f"status {status}"):
+@pytest.mark.parametrize("status", [400, 413, 414, 422, 431])
+def test_a_refused_query_is_the_models_doing_and_not_tried_again(status: int) -> None:
+    with serve(lambda _: (status, b"queries: at most 8 words")) as server:
+        with pytest.raises(QueryRefusedError, match=rf"{server.url}/retrieve: status {status} \(queries: at most"):
+            search(server.url)
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [301, 204, 401, 403, 404, 405, 410])
+def test_no_access_and_no_such_path_are_a_wrong_set_up(status: int) -> None:
+    body = b"" if status == 204 else b"<html>\n  <h1>not\nhere</h1>"
+    with serve(lambda _: (status, body)) as server:
+        with pytest.raises(
+            RetrieverSetupError, match=rf"{server.url}/retrieve: status {status} \((<html> <h1>not here)?"
+        ):
             search(server.url)
         assert len(server.requests) == 1
 
@@ -119,8 +133,7 @@ def test_a_refusal_is_not_tried_again(status: int) -> None:
     [
         b"", b"<html>", b"\xff", b"[" * 50_000, b"[]", b"{}", b'{"result": []}', b'{"result": [[], []]}',
         b'{"result": [null]}',
-        b'{"result": [["a"]]}', b'{"result": [[{"id": "a"}]]}', b'{"result": [[{"document": "a", "score": 1}]]}',
-        b'{"result": [[{"document": {"id": "a", "contents": ""}}]]}',
+        b'{"result": [[1]]}', b'{"result": [[{"id": "a"}]]}', b'{"result": [[{"document": 1, "score": 1}]]}',
         b'{"result": [[{"document": {"id": [], "contents": "x"}}]]}',
         b'{"result": [[{"document": {"id": "a", "contents": "x"}, "score": "1"}]]}',
         b'{"result": [[{"document": {"id": "a", "contents": "x"}, "score": NaN}]]}',
@@ -128,8 +141,126 @@ def test_a_refusal_is_not_tried_again(status: int) -> None:
     ],
 )  # fmt: skip
 def test_another_form_is_an_error_never_an_empty_result(body: bytes) -> None:
-    with serve(lambda _: (200, body)) as server, pytest.raises(RetrieverError, match="malformed answer"):
+    with serve(lambda _: (200, body)) as server, pytest.raises(RetrieverSetupError, match="malformed answer") as error:
         search(server.url)
+    assert "status 200" in str(error.value)
+
+
+def test_plain_texts_are_passages() -> None:
+    entries = ['"T"\nx', {"document": '"U"\ny', "score": 2}]
+    with serve(lambda _: (200, json.dumps({"result": [entries]}).encode())) as server:
+        found = search(server.url)
+    assert [(p.title, p.text, p.score) for p in found] == [("T", "x", None), ("U", "y", 2.0)]
+    assert all(p.id for p in found)
+
+
+def test_a_passage_without_text_is_left_out_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    entries = [
+        {"document": {"id": "a", "contents": ""}, "score": 2},
+        {"document": {"id": "b", "text": "x"}, "score": 1},
+    ]
+
+    async def run(url: str) -> list[Sequence[Passage]]:
+        retriever = HttpRetriever(url, timeout_s=5, max_retries=0)
+        found = [await retriever.search("q", top_k=3) for _ in range(2)]
+        await retriever.close()
+        return found
+
+    with serve(lambda _: (200, json.dumps({"result": [entries]}).encode())) as server:
+        assert [[p.id for p in found] for found in asyncio.run(run(server.url))] == [["b"], ["b"]]
+    assert [record.getMessage() for record in caplog.records if "without text" in record.getMessage()] == [
+        f"{server.url}/retrieve: passages without text are left out, 1 in this answer"
+    ]
+
+
+def test_filler_and_repeats_are_no_passages() -> None:
+    documents = [("a", 0.3), ("b", 0.9), ("b", 3.4028234663852886e38), ("b", -3.4028234663852886e38), ("b", 0.8)]
+    entries = [{"document": {"id": i, "contents": f"text {i}"}, "score": score} for i, score in documents]
+    with serve(lambda _: (200, json.dumps({"result": [entries]}).encode())) as server:
+        assert [p.id for p in search(server.url, top_k=5)] == ["a", "b"]
+    plain = json.dumps({"result": [[{"id": i, "contents": f"text {i}"} for i, _ in documents]]}).encode()
+    with serve(lambda _: (200, plain)) as server:
+        assert [p.id for p in search(server.url, top_k=5)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("status", [307, 308, 302])
+def test_a_redirect_on_the_same_server_is_followed_and_remembered(status: int) -> None:
+    def answer(request: Request) -> Answer:
+        if request.path == "/retrieve":
+            return status, b"", {"Location": "/retrieve/"}
+        return 200, passages(str(request.body["queries"]))
+
+    async def run(url: str) -> list[Sequence[Passage]]:
+        retriever = HttpRetriever(url, timeout_s=5, max_retries=0)
+        found = [await retriever.search(query, top_k=1) for query in "ab"]
+        await retriever.close()
+        return found
+
+    with serve(answer) as server:
+        first, second = asyncio.run(run(server.url))
+        assert (first[0].id, second[0].id) == ("['a']", "['b']")
+        assert [(r.method, r.path) for r in server.requests] == [
+            ("POST", "/retrieve"), ("POST", "/retrieve/"), ("POST", "/retrieve/")
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("location", "told"), [("http://example.org/x", "another server"), ("/retrieve", "redirects")])
+def test_other_redirects_are_told(location: str, told: str) -> None:
+    with (
+        serve(lambda _: (307, b"", {"Location": location})) as server,
+        pytest.raises(RetrieverSetupError, match=rf"{server.url}/retrieve: .*{told}"),
+    ):
+        search(server.url)
+
+
+def test_compressed_answers_are_read() -> None:
+    with serve(lambda _: (200, gzip.compress(passages("a")), {"Content-Encoding": "gzip"})) as server:
+        assert search(server.url)[0].id == "a"
+    with serve(lambda _: (200, zlib.compress(passages("a")), {"Content-Encoding": "deflate"})) as server:
+        assert search(server.url)[0].id == "a"
+
+
+@pytest.mark.parametrize(("body", "encoding"), [(b"x", "br"), (b"not gzip", "gzip")])
+def test_compressed_answers_that_cannot_be_read(body: bytes, encoding: str) -> None:
+    with (
+        serve(lambda _: (200, body, {"Content-Encoding": encoding})) as server,
+        pytest.raises(RetrieverSetupError, match=encoding),
+    ):
+        search(server.url)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", ""])
+def test_an_answer_without_end_is_never_held_whole(encoding: str) -> None:
+    huge = b'{"result": [[' + b" " * (80 << 20)
+    headers = {"Content-Encoding": encoding} if encoding else {}
+    body = gzip.compress(huge, 1) if encoding else huge
+    with serve(lambda _: (200, body, headers)) as server:
+        tracemalloc.start()
+        try:
+            with pytest.raises(RetrieverSetupError, match=f"has more than {answers.MAX_BODY_BYTES} bytes"):
+                search(server.url)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 4 * answers.MAX_BODY_BYTES
+
+
+def test_a_long_answer_is_parsed_beside_the_event_loop() -> None:
+    entries = [{"document": {"id": str(i), "contents": f"{i} " + "x" * 1000}} for i in range(100)]
+    threads: list[str] = []
+    parse = answers.parse
+
+    def parse_and_note(value: object, *, top_k: int) -> tuple[tuple[Passage, ...], int]:
+        threads.append(threading.current_thread().name)
+        return parse(value, top_k=top_k)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        serve(lambda _: (200, json.dumps({"result": [entries]}).encode())) as server,
+    ):
+        patch.setattr(answers, "parse", parse_and_note)
+        assert len(search(server.url, top_k=100)) == 100
+    assert "MainThread" not in threads
 
 
 JSON_VALUES = st.recursive(
@@ -146,7 +277,7 @@ JSON_VALUES = st.recursive(
 @given(entries=st.lists(JSON_VALUES, max_size=3))
 def test_parsing_gives_usable_passages_or_one_kind_of_error(entries: list[object]) -> None:
     try:
-        parsed = http._parse({"result": [entries]}, top_k=3)
+        parsed, _ = answers.parse({"result": [entries]}, top_k=3)
     except ValueError:
         return
     assert len(parsed) <= len(entries)
@@ -217,13 +348,35 @@ def test_searches_run_at_once() -> None:
         assert [r[0].id for r in results] == [f"['{i}']" for i in range(16)]
 
 
-def test_check_asks_health_or_else_a_question() -> None:
-    with serve(lambda r: (200, b"ok") if r.path == "/health" else (500, b"")) as server:
-        HttpRetriever(server.url, timeout_s=5, max_retries=0).check()
-        assert [r.path for r in server.requests] == ["/health"]
-    with serve(lambda r: (404, b"") if r.path == "/health" else (200, passages("a"))) as server:
+@pytest.mark.parametrize("health", [200, 404])
+def test_check_asks_health_and_a_query(health: int) -> None:
+    with serve(lambda r: (health, b"") if r.path == "/health" else (200, passages("a"))) as server:
         HttpRetriever(server.url, timeout_s=5, max_retries=0).check()
         assert [r.path for r in server.requests] == ["/health", "/retrieve"]
+
+
+@pytest.mark.parametrize("status", [404, 422])
+def test_check_finds_a_server_of_another_api_behind_good_health(status: int) -> None:
+    with (
+        serve(lambda r: (200, b"ok") if r.path == "/health" else (status, b"no such")) as server,
+        pytest.raises(ConfigError, match=rf"/retrieve: status {status} \(no such\)"),
+    ):
+        HttpRetriever(server.url, timeout_s=5, max_retries=0).check()
+
+
+def test_check_has_the_time_out_and_the_retries_of_the_retriever() -> None:
+    def answer(request: Request) -> Answer:
+        if request.path == "/health":
+            return 404, b""
+        return (502, b"<html>\n Bad gateway") if len(server.requests) < 4 else (200, passages("a"))
+
+    with serve(answer) as server:
+        HttpRetriever(server.url, timeout_s=5, max_retries=2).check()
+    with (
+        serve(lambda r: (404, b"") if r.path == "/health" else (502, b"<html>\n Bad gateway")) as server,
+        pytest.raises(ConfigError, match=r"failed 3 times, at last with: status 502 \(<html> Bad gateway\)"),
+    ):
+        HttpRetriever(server.url, timeout_s=5, max_retries=2).check()
 
 
 def test_check_works_inside_an_event_loop() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -145,9 +146,7 @@ def test_an_index_is_replaced_whole_even_under_an_open_one(index: Path, tmp_path
     build_bm25(corpus, index)
     assert check_index(index).passages == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["index", "other.jsonl", "world"]
-    with pytest.raises(StopIteration) as stop:
-        old.search("word7", top_k=1).send(None)
-    assert stop.value.value[0].id == "7"
+    assert asyncio.run(old.search("word7", top_k=1))[0].id == "7"
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "index.json"])
@@ -161,6 +160,12 @@ def test_other_folders_are_not_overwritten(index: Path, tmp_path: Path, content:
     assert (other / content).read_text() == '{"mine": true}'
     with pytest.raises(RetrievalIndexError, match="not overwritten"):
         build_bm25(corpus, corpus)
+
+
+def test_a_place_that_cannot_be_written_is_named(index: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RetrievalIndexError, match=r"--out .*file/x: the index cannot be written there"):
+        build_bm25(Path(read_manifest(index).corpus.path), tmp_path / "file" / "x")
 
 
 def test_an_empty_folder_and_missing_parents_are_fine(index: Path, tmp_path: Path) -> None:

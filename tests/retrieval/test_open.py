@@ -36,10 +36,10 @@ def test_settings_that_lack_their_part() -> None:
 
 
 def test_by_what_was_typed(index: Path, tmp_path: Path) -> None:
-    assert isinstance(open_target(str(index)), BM25Retriever)
+    assert isinstance(open_target(str(index), timeout_s=5, max_retries=0), BM25Retriever)
     with serve(lambda _: (200, passages("a"))) as server:
-        assert isinstance(open_target(server.url), HttpRetriever)
+        assert isinstance(open_target(server.url, timeout_s=5, max_retries=0), HttpRetriever)
     with pytest.raises(UserError, match="no usable search server"):
-        open_target(server.url)
+        open_target(server.url, timeout_s=5, max_retries=0)
     with pytest.raises(RetrievalIndexError, match="no index there"):
-        open_target(str(tmp_path / "none"))
+        open_target(str(tmp_path / "none"), timeout_s=5, max_retries=0)

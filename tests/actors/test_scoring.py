@@ -1,0 +1,24 @@
+"""`rexrag.actors.scoring`: what counts as gold in what was shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from rexrag.actors.scoring import Scorer
+from rexrag.reward import load_reward
+from rexrag.types import Question
+
+
+@pytest.mark.parametrize(
+    ("gold", "shown", "found"),
+    [
+        ("Oman", "Romania is a country.", False),
+        ("Oman", "Oman, a country", True),
+        ("利伯维尔", "利伯维尔是加蓬共和国的首都", True),
+        ("東京 Tower", "高い東京 Tower です", True),
+        ("東京 Tower", "高い東京 Towers です", False),
+    ],
+)
+def test_a_gold_answer_is_found_as_whole_words_where_a_script_has_them(gold: str, shown: str, found: bool) -> None:
+    question = Question(id="1", data_source="test", question="q", golden_answers=(gold,))
+    assert Scorer(load_reward("em"), kind="em").shows_gold(question, passages=[], shown=shown) is found
