@@ -157,6 +157,7 @@ def learner_settings(config: Config, *, device: Device) -> LearnerSettings:
             filter=config.probe.filter,
         ),
         max_staleness=config.replay.max_staleness,
+        max_length=config.env.max_trajectory_tokens,
         micro_batch_tokens=learner.micro_batch_tokens,
         autocast=fastest_dtype(device) if learner.autocast == "auto" else learner.autocast,
         gradient_checkpointing=learner.gradient_checkpointing,

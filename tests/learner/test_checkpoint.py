@@ -18,7 +18,7 @@ from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.probe_filter import INITIAL_SUCCESS
 from rexrag.learner.step import LearnerCore, LearnerSettings
-from rexrag.model.loading import save_model
+from rexrag.model.saving import save_model
 
 SETTINGS = LearnerSettings(optimizer=OptimizerSettings(learning_rate=1e-3, warmup_steps=3, weight_decay=0.01))
 
