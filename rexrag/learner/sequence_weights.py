@@ -35,7 +35,12 @@ def sequence_log_weights(
     Args:
         probe_rate: p, at which dead ends are probed.
         rates: φ.
+
+    Raises:
+        ValueError: p is outside [0, 1], or a row was not recorded for the transfer.
     """
+    if not 0.0 <= probe_rate <= 1.0:
+        raise ValueError(f"probe_rate is {probe_rate}, it must be in [0, 1]")
     if not rows:
         return torch.zeros(0, dtype=torch.float64)
     alpha = probe_rate / (1.0 + probe_rate)

@@ -61,8 +61,7 @@ def prepare_model(model: PreTrainedModel, *, length: int) -> None:
 
 def _probed_length(config: PretrainedConfig, length: int) -> int:
     heads = int(getattr(config, "num_attention_heads", None) or 1)
-    context = int(getattr(config, "max_position_embeddings", None) or length)
-    return max(_SHORT_ROW, min(length, context, _MAX_TOKENS, math.isqrt(_MAX_SCORES // heads)))
+    return max(_SHORT_ROW, min(length, _MAX_TOKENS, math.isqrt(_MAX_SCORES // heads)))
 
 
 def _row(num_tokens: int, group: int, model: PreTrainedModel) -> PackRow:

@@ -39,9 +39,8 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert cache_folder() == Path.home() / ".cache" / "rexrag"
 
 
-def test_folders_and_hub_ids_resolve_to_themselves(folder: Path) -> None:
+def test_folders_resolve_to_themselves(folder: Path) -> None:
     assert resolve_model(str(folder)) == folder
-    assert resolve_model("org/some-model.v2") == "org/some-model.v2"
 
 
 @pytest.mark.parametrize("path", ["/no/such/model", "./here", "../up", "a/b/c", "model.gguf/x/y", ""])
