@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tokenizers import __version__ as tokenizers_version
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -79,7 +80,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # fault boundary: tokenizers raises bare exceptions
-        raise ModelError(_refusal(folder, "tokenizer", error)) from error
+        raise ModelError(
+            f"{_refusal(folder, 'tokenizer', error)}. A tokenizer.json of a newer version needs a newer package "
+            f"tokenizers than {tokenizers_version}"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(
             f"the tokenizer of {folder} is {type(tokenizer).__name__}, a fast one (tokenizer.json) is needed"
