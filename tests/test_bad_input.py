@@ -136,33 +136,33 @@ def test_context_too_small(folder: Path) -> None:
 
 def test_context_too_small_for_a_scored_hint(folder: Path) -> None:
     """An exact hint-free weight scores a target with a hint in it, which makes it longer than any trajectory."""
-    words = ("env.max_trajectory_tokens=1024", "probe.transfer=hint_free", "probe.filter=none", "method=exact")
-    start(folder, *words[:3])
-    with pytest.raises(
-        UserError, match=r"context is 1024 tokens, the run .*1024 and \d+ for a scored hint.* needs 10\d\d"
-    ):
+    words = ("env.max_trajectory_tokens=1024", "method=exact", "probe.transfer=hint_free", "probe.filter=none")
+    with pytest.raises(UserError, match=r"context is 1024 tokens, the run .*1024 and \d+ for a scored hint\) needs 10"):
         start(folder, *words)
+    start(folder, "env.max_trajectory_tokens=1000", *words[1:])
 
 
 def test_no_room_for_a_turn_behind_the_prompt(folder: Path) -> None:
     (folder / "prompt.txt").write_text("Where is Homs ? " * 200 + "{question}")
-    with pytest.raises(
-        UserError, match=r"max_trajectory_tokens = 512: the prompt of the shortest .* \d+ tokens already"
-    ):
+    with pytest.raises(UserError, match=r"max_trajectory_tokens = 512: the prompt of the shortest .* tokens already"):
         start(folder, f"env.prompt_file={folder}/prompt.txt")
 
 
-def test_no_room_for_a_hint(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("turn", "trajectory", "message"),
+    [
+        (64, 512, r"max_turn_tokens = 64: the longest hint has 61 tokens and 8 more"),
+        (100, 200, r"max_trajectory_tokens = 200: .*longest hint \(61\) and a turn \(100\) need \d+"),
+    ],
+)
+def test_no_room_for_a_hint(folder: Path, turn: int, trajectory: int, message: str) -> None:
     (folder / "hints.txt").write_text("<think> " + "Where is Homs " * 20 + "\n")
-    with pytest.raises(UserError, match=r"max_turn_tokens = 64: the longest hint has 61 tokens and 8 more"):
-        start(folder, f"probe.hints={folder}/hints.txt")
-    start(folder, f"probe.hints={folder}/hints.txt", "probe.rate=0")
-    with pytest.raises(
-        UserError, match=r"max_trajectory_tokens = 200: .*longest hint \(61\) and a turn \(100\) need \d+"
-    ):
-        start(
-            folder, f"probe.hints={folder}/hints.txt", "env.max_turn_tokens=100", "env.max_trajectory_tokens=200",
-        )  # fmt: skip
+    words = (
+        f"probe.hints={folder}/hints.txt", f"env.max_turn_tokens={turn}", f"env.max_trajectory_tokens={trajectory}",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        start(folder, *words)
+    start(folder, *words, "probe.rate=0")
 
 
 def test_hint_with_an_action_tag(folder: Path) -> None:

@@ -29,6 +29,8 @@ def prepare(config: Config, *, folder: Path, num_threads: int, progress: Progres
     wanted = config.prepare
     seed = config.train.seed if wanted.seed is None else wanted.seed
     world, index, model, start = (folder / name for name in ("world", "index", "model", "warmstart"))
+    if not wanted.model and config.model.path is not None and (wanted.world or wanted.index):
+        check_model(config.model.path)  # what the run will refuse is refused before the rest takes its time
     folder.mkdir(parents=True, exist_ok=True)
     if wanted.world and not world.exists():
         progress.stage(f"writing the {wanted.world} world")
@@ -59,11 +61,7 @@ def _base_model(config: Config, *, world: Path, out: Path, seed: int, progress: 
             progress.stage("making a tiny model")
             make_tiny_model(world_texts(world), out, seed=seed)
         return out
-    if config.model.path is None:
-        return None
-    if config.prepare.warmstart:
-        check_model(config.model.path)  # a warm start takes minutes: what the run will refuse is refused before it
-    return Path(config.model.path)
+    return None if config.model.path is None else Path(config.model.path)
 
 
 def _put_smollm2(out: Path, *, progress: Progress) -> None:

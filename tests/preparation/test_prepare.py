@@ -51,11 +51,11 @@ def test_a_link_that_leads_nowhere_is_replaced_by_the_model(cache: Path, tmp_pat
     assert sorted(path.name for path in (tmp_path / "prepared").iterdir()) == ["model"], "no scratch folder stays"
 
 
-def test_a_model_that_the_run_will_refuse_is_refused_before_its_warm_start(tmp_path: Path) -> None:
+def test_a_model_that_the_run_will_refuse_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     folder = make_tiny_model(["words"], tmp_path / "m", seed=0, width=16, num_layers=1)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(settings | {"hidden_act": "gelu"}), encoding="utf-8")
-    values = {"model.path": str(folder), "prepare.warmstart": True, "prepare.world": "geo"}
-    (tmp_path / "prepared" / "world").mkdir(parents=True)
+    values = {"model.path": str(folder), "prepare.world": "geo"}
     with pytest.raises(ModelError, match="activation 'gelu' is not supported"):
         prepared(make_config(values, sources={}), tmp_path / "prepared")
+    assert not (tmp_path / "prepared").exists()
