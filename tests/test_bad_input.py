@@ -152,7 +152,7 @@ def test_no_room_for_a_turn_behind_the_prompt(folder: Path) -> None:
     ("turn", "trajectory", "message"),
     [
         (64, 512, r"max_turn_tokens = 64: the longest hint has 61 tokens and 8 more"),
-        (100, 200, r"max_trajectory_tokens = 200: .*longest hint \(61\) and a turn \(100\) need \d+"),
+        (100, 160, r"max_trajectory_tokens = 160: .*longest hint \(61\) and a turn \(100\) need \d+"),
     ],
 )
 def test_no_room_for_a_hint(folder: Path, turn: int, trajectory: int, message: str) -> None:

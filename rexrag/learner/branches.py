@@ -132,8 +132,8 @@ class BranchRates:
     def _set(self, keys: Indices, seen: Counts, forked: Counts) -> None:
         """The table of these entries, of which those with one key are added up, and rare ones dropped."""
         self._keys, place = np.unique(keys, return_inverse=True)
-        self._seen = np.bincount(place, weights=seen, minlength=len(self._keys))
-        self._forked = np.bincount(place, weights=forked, minlength=len(self._keys))
+        self._seen = np.bincount(place, weights=seen, minlength=len(self._keys)).astype(np.float64)
+        self._forked = np.bincount(place, weights=forked, minlength=len(self._keys)).astype(np.float64)
         kept = np.flatnonzero(self._seen >= MIN_SEEN)
         if len(kept) > MAX_PLACES:  # of equally rare ones those of early turns stay
             kept = np.sort(kept[np.argsort(-self._seen[kept], kind="stable")[:MAX_PLACES]])

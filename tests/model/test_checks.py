@@ -207,8 +207,8 @@ def unknown_tokenizer(folder: Path) -> None:
     change_json(folder / "tokenizer.json", model={"type": "OfTomorrow", "vocab": {}})
 
 
-def template(text: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / "chat_template.jinja").write_text(text) and None
+def template(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "chat_template.jinja").write_text(text)
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {

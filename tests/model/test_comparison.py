@@ -47,8 +47,8 @@ def test_beyond_the_compared_length_the_settings_tell(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("factor", [4, 4.0])
 def test_fixed_frequencies_are_as_good_as_none(factor: float) -> None:
-    settings = {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": factor}, "max_position_embeddings": 64}
-    prepare_model(small_model(LlamaConfig, **settings), length=64)
+    rope = {**ROPE, "rope_type": "yarn", "factor": factor}
+    prepare_model(small_model(LlamaConfig, rope_parameters=rope, max_position_embeddings=64), length=64)
 
 
 def test_a_window_shorter_than_the_rows_is_refused_at_once() -> None:
