@@ -47,7 +47,7 @@ def load_codec(path: str | Path, *, config: PretrainedConfig | None = None) -> C
     folder = resolve_model(str(path))
     config = config or load_config(folder)
     tokenizer = load_tokenizer(folder)
-    _check_vocabulary(tokenizer, num_rows=int(config.vocab_size), folder=folder)
+    _check_vocabulary(tokenizer, num_rows=int(config.get_text_config().vocab_size), folder=folder)
     return Codec(tokenizer, end_ids=end_ids(folder, config))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -47,10 +48,7 @@ def prepare_model(model: PreTrainedModel, *, length: int) -> None:
     expected = torch.cat([_own_logprobs(model, row) for row in rows])
     if bool(expected.isnan().any()):
         raise ModelError(f"the log-probs of {name} are not finite: its weights are damaged, take another model")
-    use_packed_attention(model)
-    (batch,) = pack(rows, budget=sum(len(row.token_ids) for row in rows), device=model.device)
-    assert list(batch.rows) == [0, 1], "rows keep their order"
-    difference = float((token_logprobs(model, batch) - expected)[expected.isfinite()].abs().max())
+    difference = float((_packed_logprobs(model, rows) - expected)[expected.isfinite()].abs().max())
     if not difference <= _TOLERANCE:
         raise ModelError(
             f"log-probs of {name} in packed rows of up to {len(rows[0].token_ids)} tokens differ from its own by "
@@ -60,13 +58,13 @@ def prepare_model(model: PreTrainedModel, *, length: int) -> None:
 
 
 def _probed_length(config: PretrainedConfig, length: int) -> int:
-    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    heads = int(getattr(config.get_text_config(), "num_attention_heads", None) or 1)
     return max(_SHORT_ROW, min(length, _MAX_TOKENS, math.isqrt(_MAX_SCORES // heads)))
 
 
 def _row(num_tokens: int, group: int, model: PreTrainedModel) -> PackRow:
     """Tokens from all over the vocabulary; 7919 is a prime."""
-    ids = 1 + np.arange(num_tokens, dtype=np.int64) * 7919 % max(1, int(model.config.vocab_size) - 1)
+    ids = 1 + np.arange(num_tokens, dtype=np.int64) * 7919 % max(1, int(model.config.get_text_config().vocab_size) - 1)
     trained = np.union1d(np.arange(1, _SHORT_ROW), np.arange(max(1, num_tokens - _NUM_COMPARED), num_tokens))
     return PackRow(token_ids=ids.astype(np.int32), trained=trained, group=group)
 
@@ -82,6 +80,21 @@ def _own_logprobs(model: PreTrainedModel, row: PackRow) -> Tensor:
         logits = model(ids[None], use_cache=False).logits[0].index_select(0, before)
     logprobs: Tensor = logits.float().log_softmax(-1).gather(-1, ids[before + 1, None]).squeeze(-1)
     return logprobs
+
+
+def _packed_logprobs(model: PreTrainedModel, rows: Sequence[PackRow]) -> Tensor:
+    """[E] of all rows in one micro-batch; `model` is switched to packed attention for good."""
+    (batch,) = pack(rows, budget=sum(len(row.token_ids) for row in rows), device=model.device)
+    assert list(batch.rows) == [0, 1], "rows keep their order"
+    try:
+        use_packed_attention(model)
+        return token_logprobs(model, batch)
+    except ModelError:
+        raise
+    except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise ModelError(
+            f"{type(model).__name__} does not compute packed rows ({error}): take a dense Llama- or Qwen-like model"
+        ) from error
 
 
 def _refuse_growing_rope(config: PretrainedConfig, *, length: int, probed: int) -> None:

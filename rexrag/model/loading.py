@@ -152,7 +152,7 @@ def end_ids(folder: Path, config: PretrainedConfig) -> frozenset[int]:
     if named is None:
         named = getattr(config, "eos_token_id", None)
     ids = named if isinstance(named, list) else [named]
-    return frozenset(i for i in ids if type(i) is int and 0 <= i < int(config.vocab_size))
+    return frozenset(i for i in ids if type(i) is int and 0 <= i < int(config.get_text_config().vocab_size))
 
 
 @cache
