@@ -40,7 +40,8 @@ from rexrag.engine.stops import StopFinder
 from rexrag.engine.torch_engine import TorchEngine, TorchEngineSettings
 from rexrag.env.codec import Codec
 from rexrag.hints import load_hints
-from rexrag.model.loading import fastest_dtype, fetch_smollm2, load_model, load_tokenizer
+from rexrag.model.fetching import fetch_smollm2
+from rexrag.model.loading import fastest_dtype, load_model, load_tokenizer
 from rexrag.preparation.warmstart import PromptSettings, warm_start
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
 from rexrag.reward import load_reward

@@ -69,7 +69,8 @@ SETTINGS: Final = LearnerSettings(
         learning_rate=1e-6, warmup_steps=0, decay_steps=0, beta1=0.9, beta2=0.99, weight_decay=0.0, max_grad_norm=1.0
     ),
     probe=ProbeSettings(rate=0.5, branch="answer", transfer="hinted", filter="hint_logprob"),
-    max_staleness=2, micro_batch_tokens=4096, autocast="bfloat16", gradient_checkpointing=False, max_bad_steps=3,
+    max_staleness=2, max_length=4096, micro_batch_tokens=4096, autocast="bfloat16", gradient_checkpointing=False,
+    max_bad_steps=3,
 )  # fmt: skip
 """What `rexrag train` takes by default, in bfloat16; spelt out, so that pydantic is not needed to measure."""
 

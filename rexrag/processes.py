@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Protocol, TypeVar
 
-from rexrag.errors import RunFailure, UserError
+from rexrag.errors import RexragError, RunFailure
 
 END_TIMEOUT_S = 60.0
 
@@ -54,7 +54,7 @@ def run_in_child(
         environment: variables that the child has beside, or in place of, this process's.
 
     Raises:
-        UserError: as `work`.
+        RexragError: as `work`.
         RunFailure: the child died or broke.
     """
     context = multiprocessing.get_context("spawn")
@@ -107,7 +107,7 @@ def _work(work: Work[StateT, ResultT], name: str, sender: Connection) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         result = work(progress=lambda state: sender.send(("state", state)))
-    except UserError as error:
+    except RexragError as error:
         sender.send(("error", error))
     except Exception as error:  # noqa: BLE001  # fault boundary of the process: the parent raises it
         sender.send(("error", RunFailure(f"{name} broke: {error!r}")))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from rexrag.actors.build import RolloutSettings, build_runner
 from rexrag.config import Config
+from rexrag.env.prompt import render_prompt
 from rexrag.errors import RetrieverError, RunFailure
+from rexrag.model.checks import check_model
+from rexrag.model.supported import check_context
 from rexrag.recipe import flatten, load_recipe, make_config
 from rexrag.retrieval.open import is_server, open_target
 from rexrag.run.part_settings import rollout_settings
@@ -29,6 +34,7 @@ def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
         UserError: no such model, or no usable index.
     """
     path = resolve_model_or_run(model)
+    checked = check_model(path)
     run = run_of(path)
     config = Config() if run is None else load_recipe(run.config).config
     open_target(index, timeout_s=config.retriever.timeout_s, max_retries=config.retriever.max_retries)
@@ -41,8 +47,28 @@ def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
         "retriever.url": index if served else None,
         "retriever.path": None if served else Path(index),
     }
+    if run is None:
+        values["env.max_trajectory_tokens"] = _fitting_limit(config, checked.config)
     settings = rollout_settings(make_config(values, sources={}), model_path=str(path), num_threads=os.cpu_count() or 1)
+    # Nothing is probed: a run's file of hints may be gone, and no hint is scored.
+    settings = replace(settings, hints_file=None, episodes=replace(settings.episodes, scored="none"))
+    check_context(checked.config, settings.episodes.max_trajectory_tokens)
+    render_prompt(
+        "?",
+        codec=checked.codec,
+        template=settings.episodes.prompt_template,
+        system_prompt=settings.episodes.system_prompt,
+    )
     return path, settings
+
+
+def _fitting_limit(config: Config, model: PretrainedConfig) -> int:
+    """The default limit of a trajectory, less where the context of a model without a run is shorter."""
+    env = config.env
+    limit = env.max_trajectory_tokens
+    context = int(getattr(model, "max_position_embeddings", None) or limit)
+    # Below a turn or an observation no smaller limit would do: the check of the context says so.
+    return min(limit, context) if context > max(env.max_turn_tokens, env.max_observation_tokens) else limit
 
 
 def named_step(model: Path) -> int:

@@ -39,6 +39,7 @@ _LEARNER = LearnerSettings(
     optimizer=_OPTIMIZER,
     probe=_PROBE,
     max_staleness=2,
+    max_length=128,
     micro_batch_tokens=4096,
     autocast="float32",
     gradient_checkpointing=False,

@@ -78,8 +78,16 @@ def no_tokenizer(folder: Path) -> None:
     (folder / "model" / "tokenizer.json").unlink()
 
 
-def no_weights(folder: Path) -> None:
+def no_config(folder: Path) -> None:
     (folder / "model" / "config.json").unlink()
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model" / "model.safetensors").unlink()
+
+
+def template_that_fails(folder: Path) -> None:
+    (folder / "model" / "chat_template.jinja").write_text("{{ raise_exception('not today') }}")
 
 
 def damaged_index(folder: Path) -> None:
@@ -99,7 +107,9 @@ BROKEN: list[tuple[Callable[[Path], None], str]] = [
     (no_answer, r"train\.jsonl.*line 2.*answer"),
     (undecodable_line, r"train\.jsonl.*line 1"),
     (no_tokenizer, r"tokenizer"),
-    (no_weights, r"model"),
+    (no_config, r"model"),
+    (no_weights, r"no model could be loaded.*model\.safetensors"),
+    (template_that_fails, r"chat template fails: not today"),
     (damaged_index, r"index"),
     (other_corpus, r"corpus"),
 ]
@@ -141,6 +151,37 @@ def test_a_reward_module_that_breaks_is_found_before_the_start(folder: Path, mon
 def test_context_too_small(folder: Path) -> None:
     with pytest.raises(UserError, match=r"context is 1024.*2048.*env\.max_trajectory_tokens"):
         start(folder, "env.max_trajectory_tokens=2048")
+
+
+def test_context_too_small_for_a_scored_hint(folder: Path) -> None:
+    """An exact hint-free weight scores a target with a hint in it, which makes it longer than any trajectory."""
+    words = ("env.max_trajectory_tokens=1024", "method=exact", "probe.transfer=hint_free", "probe.filter=none")
+    with pytest.raises(UserError, match=r"context is 1024 tokens, the run .*1024 and \d+ for a scored hint\) needs 10"):
+        start(folder, *words)
+    start(folder, "env.max_trajectory_tokens=1000", *words[1:])
+
+
+def test_no_room_for_a_turn_behind_the_prompt(folder: Path) -> None:
+    (folder / "prompt.txt").write_text("Where is Homs ? " * 200 + "{question}")
+    with pytest.raises(UserError, match=r"max_trajectory_tokens = 512: the prompt of the shortest .* tokens already"):
+        start(folder, f"env.prompt_file={folder}/prompt.txt")
+
+
+@pytest.mark.parametrize(
+    ("turn", "trajectory", "message"),
+    [
+        (64, 512, r"max_turn_tokens = 64: the longest hint has 61 tokens and 8 more"),
+        (100, 160, r"max_trajectory_tokens = 160: .*longest hint \(61\) and a turn \(100\) need \d+"),
+    ],
+)
+def test_no_room_for_a_hint(folder: Path, turn: int, trajectory: int, message: str) -> None:
+    (folder / "hints.txt").write_text("<think> " + "Where is Homs " * 20 + "\n")
+    words = (
+        f"probe.hints={folder}/hints.txt", f"env.max_turn_tokens={turn}", f"env.max_trajectory_tokens={trajectory}",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        start(folder, *words)
+    start(folder, *words, "probe.rate=0")
 
 
 def test_hint_with_an_action_tag(folder: Path) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+import string
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -243,3 +245,34 @@ def test_imports_stay_light() -> None:
     heavy = "{'pydantic', 'torch', 'ray', 'transformers', 'tantivy'}"
     code = f"import rexrag.hints, rexrag.reward, rexrag.env.branch, sys; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("prepends", ["always", "first"])
+@pytest.mark.parametrize("removable", [False, True])
+def test_a_tokenizer_that_begins_each_text_with_a_space_gives_a_hint_single_spaces(
+    tmp_path: Path, prepends: Literal["always", "first"], removable: bool
+) -> None:
+    codec = sentencepiece_codec(prepends)
+    (tmp_path / "hints.txt").write_text("<think> | That is only one step.\n<think> I must look up\n| Next\n")
+    if removable:
+        (tmp_path / "hints.txt").write_text("<think> | That is only one step.\n| Next\n")
+    pool = load_hints(tmp_path / "hints.txt", codec=codec, removable=removable)
+    found = [codec.decode(pool.ids(index)) for index in range(len(pool))]
+    assert found[0] == "<think> That is only one step."
+    assert all("  " not in hint for hint in found)
+
+
+def sentencepiece_codec(prepends: Literal["always", "first"]) -> Codec:
+    """Characters, and spaces as "▁", one of which stands before each text, as SentencePiece has it."""
+    alphabet = "▁<>/.,'" + string.ascii_letters
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepends)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepends)
+    return Codec(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>"))  # type: ignore[no-untyped-call]
+
+
+def test_pieces_of_a_text_join_with_the_spaces_that_they_have() -> None:
+    """Segments of a demonstration are pieces like a hint's."""
+    codec = sentencepiece_codec("always")
+    pieces = ["<think>", " More", " of this."]
+    assert codec.decode([i for piece in pieces for i in codec.encode(piece)]) == "<think> More of this."

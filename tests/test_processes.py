@@ -24,6 +24,10 @@ def is_misled(*, progress: Callable[[int], None]) -> None:
     raise ConfigError("no such file")
 
 
+def fails(*, progress: Callable[[int], None]) -> None:
+    raise RunFailure("the warm start diverged")
+
+
 def breaks(*, progress: Callable[[int], None]) -> None:
     raise ZeroDivisionError("1 / 0")
 
@@ -54,6 +58,11 @@ def test_result_and_states_arrive_and_the_environment_is_the_childs_alone() -> N
 def test_a_users_mistake_arrives_as_it_is() -> None:
     with pytest.raises(ConfigError, match="no such file"):
         run_in_child(is_misled, name="reading", environment={}, progress=print)
+
+
+def test_a_failure_that_says_why_arrives_as_it_is() -> None:
+    with pytest.raises(RunFailure, match=r"^the warm start diverged$"):
+        run_in_child(fails, name="the warm start", environment={}, progress=print)
 
 
 def test_a_parent_that_is_stopped_lets_the_child_tidy_up(tmp_path: Path) -> None:

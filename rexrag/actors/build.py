@@ -10,9 +10,9 @@ from rexrag.actors.episode import EpisodeParts, EpisodeSettings
 from rexrag.actors.runner import EpisodeRunner
 from rexrag.actors.scoring import Scorer
 from rexrag.engine.torch_engine import TorchEngine, TorchEngineSettings
-from rexrag.env.codec import Codec
-from rexrag.hints import load_hints
-from rexrag.model.loading import Device, fastest_dtype, load_model, load_tokenizer
+from rexrag.hints import HintPool, load_hints
+from rexrag.model.checks import load_codec
+from rexrag.model.loading import Device, fastest_dtype, load_model
 from rexrag.retrieval.open import open_retriever
 from rexrag.reward import load_reward
 from rexrag.types import WeightVersion
@@ -39,19 +39,24 @@ class RolloutSettings:
     hints_file: Path | None
 
 
+def longest_sequence(episodes: EpisodeSettings, hints: HintPool) -> int:
+    """Most tokens that the engine may have to read and write in one sequence."""
+    # A target that is scored with a hint in it, and the one token that the engine writes after it.
+    extra = hints.longest + 1 if episodes.scored == "all" else 0
+    return episodes.max_trajectory_tokens + extra
+
+
 def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[EpisodeRunner, TorchEngine]:
     """The runner and its engine, whose weights are those of the model folder, called `version`."""
-    codec = Codec(load_tokenizer(settings.model_path))
+    codec = load_codec(settings.model_path)
     dtype = fastest_dtype(settings.device) if settings.dtype == "auto" else settings.dtype
     episodes = settings.episodes
     hints = load_hints(settings.hints_file, codec=codec, removable=episodes.scored != "none")
-    # A target that is scored with a hint in it, and the one token that the engine writes after it.
-    extra = hints.longest + 1 if episodes.scored == "all" else 0
     engine = TorchEngine(
         load_model(settings.model_path, dtype=dtype),
         settings=TorchEngineSettings(
             max_sequences=settings.num_sequences,
-            max_length=episodes.max_trajectory_tokens + extra,
+            max_length=longest_sequence(episodes, hints),
             dtype=dtype,
             inflight=settings.inflight,
             num_threads=settings.num_threads,

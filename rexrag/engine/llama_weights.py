@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,10 @@ from torch import Tensor
 
 from rexrag.engine.packed_linear import PackedLinear
 from rexrag.errors import ModelError
+from rexrag.model.supported import check_context, check_supported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-_MODEL_TYPES: Final = ("llama", "qwen2", "qwen3")
-_FIXED_ROPE: Final = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies do not depend on the length of the sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +68,8 @@ class LlamaWeights:
         Raises:
             ModelError: another architecture, or a context shorter than `max_length`.
         """
-        _check_supported(model.config, max_length=max_length)
+        check_supported(model.config)
+        check_context(model.config, max_length)
         self.dtype = dtype
         self.device = device
         self.shape = _shape(model.config)
@@ -172,29 +170,6 @@ def _copy(target: Tensor, source: npt.NDArray[np.generic] | Tensor) -> None:
         target.copy_(staged if source.dtype == np.float32 else staged.view(torch.bfloat16))
 
 
-def _check_supported(config: PreTrainedConfig, *, max_length: int) -> None:
-    if config.model_type not in _MODEL_TYPES:
-        raise ModelError(
-            f"model type {config.model_type!r} is not supported by the torch engine, only {', '.join(_MODEL_TYPES)}"
-        )
-    if config.hidden_act != "silu":
-        raise ModelError(f"activation {config.hidden_act!r} is not supported by the torch engine, only 'silu'")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ModelError(
-            "sliding-window attention is not supported by the torch engine; set use_sliding_window to false"
-        )
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type not in _FIXED_ROPE:
-        raise ModelError(
-            f"rotary embedding {rope_type!r} is not supported by the torch engine, only {', '.join(_FIXED_ROPE)}"
-        )
-    if max_length > config.max_position_embeddings:
-        raise ModelError(
-            f"trajectories of {max_length} tokens do not fit the model's context of {config.max_position_embeddings}; "
-            "lower env.max_trajectory_tokens"
-        )
-
-
 def _shape(config: PreTrainedConfig) -> LlamaShape:
     num_heads = config.num_attention_heads
     return LlamaShape(
@@ -215,7 +190,7 @@ def _rotary(model: PreTrainedModel, *, dtype: torch.dtype, max_length: int, head
     embedding = type(model.get_submodule("model.rotary_emb"))(model.config)
     frequencies, scaling = embedding.inv_freq, embedding.attention_scaling
     assert isinstance(frequencies, Tensor)
-    assert isinstance(scaling, float)
+    assert isinstance(scaling, int | float)  # an int where config.json has one
     if len(frequencies) * 2 != head_dim:
         raise ModelError(f"rotary embedding of {len(frequencies) * 2} of {head_dim} dimensions is not supported")
     angles = torch.outer(torch.arange(max_length).float(), frequencies.float())

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from jinja2 import TemplateError
-
 from rexrag.env.codec import Codec
 from rexrag.env.observation import break_special_tokens
-from rexrag.errors import ConfigError
+from rexrag.errors import ConfigError, ModelError
 from rexrag.files import read_user_text
 
 PLACEHOLDER: Final = "{question}"
@@ -46,7 +44,8 @@ def render_prompt(
             prompt and message as plain text.
 
     Raises:
-        ConfigError: a template without {question}, or messages that the chat template refuses.
+        ConfigError: a template without {question}, or a system prompt that the chat template refuses.
+        ModelError: the chat template fails, or leaves the message out.
     """
     message = BUILT_IN_TEMPLATE if template is None else template
     _check(message, name="the prompt template")
@@ -55,14 +54,24 @@ def render_prompt(
         messages.insert(0, {"role": "system", "content": system_prompt})
     try:
         frame = codec.render_chat(messages, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ConfigError(f"the model's chat template refuses the prompt: {error}; unset env.system_prompt") from error
+    except ModelError as error:
+        if system_prompt is None:
+            raise
+        raise ConfigError(f"env.system_prompt: {error}; or unset env.system_prompt") from error
+    _check_rendered(frame, system_prompt=system_prompt)
     data = break_special_tokens(question.strip(), special_tokens=codec.special_tokens)
     if frame is not None:
         # The whole text at once, so that the question merges with its surroundings as in any chat.
         return codec.encode_markup(frame.replace(PLACEHOLDER, data))
     plain = "\n\n".join(part["content"].strip() for part in messages) + "\n"
     return [*codec.bos_ids, *codec.encode(plain.replace(PLACEHOLDER, data))]
+
+
+def _check_rendered(frame: str | None, *, system_prompt: str | None) -> None:
+    """A chat template may leave a message out without a word."""
+    if frame is not None and PLACEHOLDER not in frame:
+        with_system = "" if system_prompt is None else "; or unset env.system_prompt, which it may take instead"
+        raise ModelError(f"the model's chat template leaves the user's message out, or changes it{with_system}")
 
 
 def _check(template: str, *, name: str) -> None:

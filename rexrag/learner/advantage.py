@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from rexrag.learner.shapes import require_length
 
 Baseline = Literal["joint", "target", "loo"]
 EPSILON: Final = 1e-6
@@ -30,13 +32,22 @@ def group_advantages(
             `loo` R − mean of the rows outside the family, 0 with one family.
 
     Standard deviations are over all rows, ddof 1.
+
+    Raises:
+        ValueError: lengths that differ, a reward that is not finite, no target for `target`, or an unknown baseline.
     """
+    require_length(len(rewards), {"is_probe": is_probe, "family": family}, name="rewards")
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"rewards has the value {rewards[~np.isfinite(rewards)][0]}, every entry must be finite")
+    if baseline not in get_args(Baseline):
+        raise ValueError(f"baseline is {baseline!r}, it must be one of {', '.join(get_args(Baseline))}")
     if tell_nothing(rewards):
         return np.zeros(len(rewards))
     if baseline == "loo":
         return _leave_family_out(rewards, np.asarray(family))
     centre = rewards if baseline == "joint" else rewards[~is_probe]
-    assert len(centre), "a group has a target"
+    if not len(centre):
+        raise ValueError(f"is_probe is True of all {len(rewards)} rows, a baseline of targets needs one of them")
     advantages: npt.NDArray[np.float64] = (rewards - centre.mean()) / (rewards.std(ddof=1) + EPSILON)
     return advantages
 

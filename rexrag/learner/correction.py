@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rexrag.hints import HintPool
+from rexrag.learner.shapes import require_shape
 from rexrag.learner.trained_tokens import Transfer, hint_span
 from rexrag.types import FloatArray, Kind, Trajectory
 
@@ -51,12 +52,14 @@ def mixture_logprob(behavior_logprob: Tensor, probe_logprob: Tensor, alpha: floa
         log q, finite, in the shape and type of `behavior_logprob`.
 
     Raises:
-        ValueError: alpha outside [0, 1), a behaviour log-prob that is not finite, a probe log-prob that is NaN or +∞.
+        ValueError: alpha outside [0, 1), shapes that differ, a behaviour log-prob that is not finite, a probe log-prob
+            that is NaN or +∞.
     """
     if not 0.0 <= alpha < 1.0:
         raise ValueError(
             f"alpha is {alpha}, it must be at least 0 and below 1: a step needs a target for every mixture"
         )
+    require_shape(behavior_logprob, name="behavior_logprob", probe_logprob=probe_logprob)
     _refuse(behavior_logprob, ~torch.isfinite(behavior_logprob), "behavior_logprob", "finite")
     _refuse(
         probe_logprob,
@@ -85,10 +88,12 @@ def importance_weight(
         floor: lower bound in [0, 1], one or elementwise, applied before `bound`.
 
     Raises:
-        ValueError: a log ratio that is NaN or +∞, or a bound outside its range.
+        ValueError: a log ratio that is NaN or +∞, a bound outside its range, or floors of another shape.
     """
     _refuse(log_ratio, torch.isnan(log_ratio) | torch.isposinf(log_ratio), "log_ratio", "below +inf, not NaN")
     floors = torch.as_tensor(floor, dtype=log_ratio.dtype, device=log_ratio.device)
+    if floors.ndim:
+        require_shape(log_ratio, name="log_ratio", floor=floors)
     _refuse(floors, ~((floors >= 0.0) & (floors <= 1.0)), "floor", "in [0, 1]")
     largest = torch.finfo(log_ratio.dtype).max
     weight = torch.maximum(log_ratio.exp().clamp(max=largest), floors)
@@ -134,9 +139,11 @@ def sequence_probe_logprob(
         ValueError: offsets that do not cover the tokens, a decomposition outside its trajectory, lengths that
             differ, or values that are not finite (`log_phi` and `log_pmf` may be −∞).
     """
+    _require_vectors(behavior_logprob=behavior_logprob, offsets=offsets)
     _refuse(behavior_logprob, ~torch.isfinite(behavior_logprob), "behavior_logprob", "finite")
     _check_offsets(offsets, num_tokens=len(behavior_logprob))
     columns = {"row": row, "start": start, "length": length, "log_pmf": log_pmf, "log_phi": log_phi}
+    _require_vectors(**columns)
     if len({len(column) for column in columns.values()}) > 1:
         sizes = ", ".join(f"{name} {len(column)}" for name, column in columns.items())
         raise ValueError(f"decompositions must have one length, they have {sizes}")
@@ -161,6 +168,12 @@ def _row_logsumexp(terms: Tensor, row: Tensor, num_rows: int) -> Tensor:
     shift = torch.where(torch.isfinite(largest), largest, 0.0)
     sums = terms.new_zeros(num_rows).index_add(0, row, (terms - shift[row]).exp())
     return sums.log() + shift
+
+
+def _require_vectors(**columns: Tensor) -> None:
+    for name, column in columns.items():
+        if column.ndim != 1:
+            raise ValueError(f"{name} has the shape {tuple(column.shape)}, it must have one dimension")
 
 
 def _check_offsets(offsets: Tensor, *, num_tokens: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rexrag.learner.advantage import Baseline
+from rexrag.learner.shapes import require_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,11 @@ def policy_loss(
     Args:
         logprob: [E] log π_θ, with gradient.
         proximal_logprob, advantage, weight: [E].
+
+    Raises:
+        ValueError: one of them has another shape.
     """
+    require_shape(logprob, name="logprob", proximal_logprob=proximal_logprob, advantage=advantage, weight=weight)
     ratio = (logprob - proximal_logprob.detach()).exp()
     clipped = ratio.clamp(1.0 - settings.clip_low, 1.0 + settings.clip_high)
     gain = torch.minimum(ratio * advantage, clipped * advantage)
@@ -67,6 +72,11 @@ def policy_loss(
 
 
 def kl_k3(logprob: Tensor, *, reference_logprob: Tensor) -> Tensor:
-    """k3 estimate of KL(π_θ ‖ π_ref) per token: d = π_ref/π_θ, d − 1 − log d ≥ 0."""
+    """k3 estimate of KL(π_θ ‖ π_ref) per token: d = π_ref/π_θ, d − 1 − log d ≥ 0.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    require_shape(logprob, name="logprob", reference_logprob=reference_logprob)
     log_ratio = reference_logprob - logprob
     return log_ratio.exp() - 1.0 - log_ratio

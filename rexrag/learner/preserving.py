@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import huber_loss
 
+from rexrag.learner.shapes import require_length, require_shape
 from rexrag.model.packing import PackRow
 from rexrag.types import FloatArray, IntArray, Origin, Trajectory, TrajectoryGroup
 
@@ -122,7 +123,13 @@ def decrease_penalty(logprob: Tensor, *, kept_logprob: Tensor, knee: float) -> T
 
     Args:
         knee: κ in nats; above 0 the penalty is Huber's (1964), d²/(2κ) up to κ and d − κ/2 beyond.
+
+    Raises:
+        ValueError: the shapes differ, or κ is below 0.
     """
+    require_shape(logprob, name="logprob", kept_logprob=kept_logprob)
+    if not (math.isfinite(knee) and knee >= 0.0):
+        raise ValueError(f"knee is {knee}, it must be finite and at least 0")
     fall = torch.relu(kept_logprob - logprob)
     return huber_loss(fall, torch.zeros_like(fall), reduction="none", delta=knee) / knee if knee else fall
 
@@ -145,7 +152,11 @@ def join_gradients(parameters: Sequence[nn.Parameter], *, objective: Sequence[Te
     giving back would be the whole of a step that is clipped.
 
     Returns: the cosine between g and q; None where one of them is 0, where g alone is left.
+
+    Raises:
+        ValueError: not one gradient for each parameter.
     """
+    require_length(len(parameters), {"objective": objective}, name="parameters")
     pairs = [(g, p.grad) for p, g in zip(parameters, objective, strict=True)]
     norm, penalty_norm = _norm([g for g, _ in pairs]), _norm([q for _, q in pairs])
     if not norm or not penalty_norm:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rexrag.env.branch import Branch
 from rexrag.hints import HintPool
-from rexrag.learner.branches import BranchRates, branch_places, decompositions
+from rexrag.learner.branches import BranchPosition, BranchRates, branch_places, decompositions
 from rexrag.learner.correction import mixture_logprob, sequence_probe_logprob
 from rexrag.learner.trained_tokens import Transfer, hint_span
 from rexrag.types import FloatArray, Kind, Trajectory
@@ -35,7 +35,12 @@ def sequence_log_weights(
     Args:
         probe_rate: p, at which dead ends are probed.
         rates: φ.
+
+    Raises:
+        ValueError: p is outside [0, 1], or a row was not recorded for the transfer.
     """
+    if not 0.0 <= probe_rate <= 1.0:
+        raise ValueError(f"probe_rate is {probe_rate}, it must be in [0, 1]")
     if not rows:
         return torch.zeros(0, dtype=torch.float64)
     alpha = probe_rate / (1.0 + probe_rate)
@@ -73,7 +78,7 @@ def _hint_free_log_ratio(trajectory: Trajectory, *, hints: HintPool, branch: Bra
     that hint writes the row; +∞ where r is 0: the probe's action opens before its hint and closes after it, so its
     branch is no position of the finished row.
     """
-    positions = list(branch_places(trajectory, branch=branch))
+    positions, turns = branch_places(trajectory, branch=branch)
     scores = trajectory.alternative_logprob
     if trajectory.kind is Kind.PROBE:
         start, goes, end = hint_span(trajectory, hints=hints)
@@ -81,9 +86,9 @@ def _hint_free_log_ratio(trajectory: Trajectory, *, hints: HintPool, branch: Bra
         target = _sum(trajectory.behavior_logprob[start:goes]) + _sum(scores[end:])
         probe = _sum(trajectory.behavior_logprob[end:])
         # In the row without the hint the forked turn has that many fewer positions.
-        in_hint = sum(start < at.position <= start + end - goes for at in positions)
+        in_hint = int(np.sum((start < positions) & (positions <= start + end - goes)))
     else:
-        if not positions:
+        if not len(positions):
             return -math.inf
         if trajectory.alternative_branch is None:
             raise ValueError("a target without alternative_branch cannot be weighted with hint_free transfer")
@@ -91,13 +96,14 @@ def _hint_free_log_ratio(trajectory: Trajectory, *, hints: HintPool, branch: Bra
         if scores is None:
             return -math.inf
         target, probe, in_hint = _sum(trajectory.behavior_logprob[start:]), _sum(scores[start:]), 0
-    at = next((at for at in positions if at.position == start), None)
-    if at is None:
+    place = int(np.searchsorted(positions, start))
+    if place == len(positions) or positions[place] != start:
         if trajectory.kind is Kind.PROBE:
             return math.inf
         raise ValueError(f"token {start} is no branch position of its row")
     log_r = -math.log(len(positions) - in_hint)
-    return math.log(rates.phi(trajectory, at)) - log_r + probe - target
+    phi = rates.phi(trajectory, BranchPosition(start, int(turns[place])))
+    return math.log(phi) - log_r + probe - target
 
 
 def _sum(values: FloatArray) -> float:

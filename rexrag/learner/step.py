@@ -37,7 +37,8 @@ from rexrag.learner.samples import pick_samples
 from rexrag.learner.step_metrics import StepReport, step_metrics
 from rexrag.learner.token_metrics import TokenRecord
 from rexrag.learner.trainer_state import TrainerState
-from rexrag.model.logprobs import backward_in_chunks, prepare_model, token_logprobs
+from rexrag.model.comparison import prepare_model
+from rexrag.model.logprobs import backward_in_chunks, token_logprobs
 from rexrag.model.packing import PackedBatch, PackRow, pack
 from rexrag.types import StepBatch, StepResult, TrajectoryGroup
 
@@ -49,6 +50,7 @@ class LearnerSettings:
     Attributes:
         probe: how probes are made and filtered.
         max_staleness: most learner steps between a token's version and its consumption.
+        max_length: most tokens of a row; the model's passes are checked up to there.
         micro_batch_tokens: most packed tokens of one forward and backward pass; a longer row goes alone.
         autocast: precision of the linear layers; master weights are float32.
         gradient_checkpointing: compute activations again in the backward pass.
@@ -60,6 +62,7 @@ class LearnerSettings:
     optimizer: OptimizerSettings
     probe: ProbeSettings
     max_staleness: int
+    max_length: int
     micro_batch_tokens: int
     autocast: Literal["float32", "bfloat16"]
     gradient_checkpointing: bool
@@ -125,7 +128,7 @@ class LearnerCore:
         self._preserving = PreservingSet()
         for network in (model, reference):
             if network is not None:
-                prepare_model(network)
+                prepare_model(network, length=settings.max_length)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
             model.train()

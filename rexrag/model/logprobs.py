@@ -9,20 +9,15 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel
 
-from rexrag.errors import ModelError
-from rexrag.model.attention import use_packed_attention
-from rexrag.model.packing import PackedBatch, PackRow, pack
+from rexrag.model.packing import PackedBatch
 
 CHUNK_TOKENS: Final = {"cpu": 256, "cuda": 2048}
 """Tokens whose logits exist at once: few fit a CPU's cache, more fill a GPU (a step a sixth faster than with 256)."""
-_NUM_PROBE_TOKENS: Final = 8
-_TOLERANCE: Final = 0.01
 
 ChunkLoss = Callable[[Tensor, Tensor, slice], Tensor]
 """(log-probs [C], entropies [C], which of the E tokens these are) → summed loss of the chunk."""
@@ -56,29 +51,6 @@ class _SelectedLogProb(torch.autograd.Function):
         grad.mul_(-grad_logprob[:, None])
         grad.scatter_add_(1, ctx.targets[:, None], grad_logprob[:, None])
         return grad, None
-
-
-def prepare_model(model: PreTrainedModel) -> None:
-    """Switch `model` to packed passes, after a comparison with its own forward pass on a few tokens.
-
-    Raises:
-        ModelError: the model does more than body and output head (soft-capped or scaled logits, sinks, ...).
-    """
-    model.train(False)
-    model.set_attn_implementation("eager")
-    ids = torch.arange(1, 1 + min(_NUM_PROBE_TOKENS, int(model.config.vocab_size) - 1), dtype=torch.int32)
-    row = PackRow(token_ids=ids.numpy(), trained=np.arange(1, len(ids)), group=0)
-    with torch.no_grad():
-        logits = model(ids[None].long().to(model.device)).logits[0, :-1].float()
-    expected = logits.log_softmax(-1).gather(-1, ids[1:, None].long().to(model.device)).squeeze(-1)
-    use_packed_attention(model)
-    (batch,) = pack([row], budget=len(ids), device=model.device)
-    difference = float((token_logprobs(model, batch) - expected).abs().max())
-    if not difference <= _TOLERANCE and bool(torch.isfinite(expected).all()):
-        raise ModelError(
-            f"log-probs of {type(model).__name__} in packed rows differ from its own by {difference:.3g}, at most "
-            f"{_TOLERANCE} is rounding: take a dense Llama- or Qwen-like model"
-        )
 
 
 def trained_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:

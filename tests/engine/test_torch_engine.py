@@ -12,6 +12,7 @@ from plain_settings import torch_engine_settings
 from tiny_engines import (
     EOS_ID,
     V0,
+    VOCAB_SIZE,
     Letters,
     build,
     generate_all,
@@ -142,6 +143,19 @@ def test_requests_that_cannot_be_served_are_refused(fields: dict[str, Any], mess
         asyncio.run(generate_all(make_engine(make_model("llama")), request))
 
 
+def test_whole_numbers_in_the_settings_of_yarn_are_as_good_as_any() -> None:
+    rope: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4, "attention_factor": 1}
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256,
+        rope_parameters={**rope, "original_max_position_embeddings": 64},
+    )  # fmt: skip
+    model = build(config)
+    request = GenerateRequest(prompt_ids=prompt(70), max_tokens=8, seed=1)
+    [result] = asyncio.run(generate_all(make_engine(model), request))
+    assert result.logprobs == pytest.approx(reference_of(model, request.prompt_ids, result.token_ids), abs=1e-5)
+
+
 def unsupported_configs() -> list[tuple[PreTrainedConfig, str]]:
     small: dict[str, Any] = {
         "vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -154,7 +168,7 @@ def unsupported_configs() -> list[tuple[PreTrainedConfig, str]]:
         (LlamaConfig(**small, hidden_act="gelu"), "activation 'gelu'"),
         (LlamaConfig(**small, rope_parameters=dynamic), "rotary embedding 'dynamic'"),
         (Qwen2Config(**small, **windows), "sliding-window"),
-        (LlamaConfig(**small, max_position_embeddings=32), "context of 32"),
+        (LlamaConfig(**small, max_position_embeddings=32), "context is 32 tokens, the run needs 64"),
     ]
 
 

@@ -15,7 +15,7 @@ from rexrag.learner.checkpoint import COMMIT, list_checkpoints, load_checkpoint,
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec
 from rexrag.learner.probe_filter import INITIAL_SUCCESS
 from rexrag.learner.step import LearnerCore, LearnerSettings
-from rexrag.model.loading import save_model
+from rexrag.model.saving import save_model
 
 SETTINGS = learner_settings(optimizer=optimizer_settings(learning_rate=1e-3, warmup_steps=3, weight_decay=0.01))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from learner_builders import POOL, probe, target, trajectory
 from torch import Tensor
 
-from rexrag.learner.branches import BranchPosition, BranchRates, branch_places, decompositions, place_of
+from rexrag.learner.branches import MAX_PLACES, BranchPosition, BranchRates, branch_places, decompositions, place_of
 from rexrag.learner.correction import mixture_logprob, sequence_probe_logprob
 from rexrag.learner.sequence_weights import sequence_log_weights
 from rexrag.types import Origin, Trajectory
@@ -49,8 +50,8 @@ def test_branch_positions_reach_to_the_first_token_of_the_action() -> None:
     parts = [(Origin.POLICY, [10, 11, 12]), (Origin.ENV, [9]), (Origin.POLICY, [13, 14])]
     row = trajectory(parts, action_starts=[5, 9])  # the second turn has no action: its end
     wanted = [(3, 0), (4, 0), (5, 0), (7, 1), (8, 1), (9, 1)]
-    assert [(at.position, at.turn) for at in branch_places(row, branch="answer")] == wanted
-    assert [(at.position, at.turn) for at in branch_places(row, branch="turn")] == [(3, 0), (7, 1)]
+    assert list(zip(*branch_places(row, branch="answer"), strict=True)) == wanted
+    assert list(zip(*branch_places(row, branch="turn"), strict=True)) == [(3, 0), (7, 1)]
 
 
 def test_decompositions_are_hints_at_branch_positions_in_targets_too() -> None:
@@ -147,7 +148,39 @@ def test_rates_are_counted_by_turn_and_the_token_before() -> None:
     assert rates.phi(failed, BranchPosition(6, 1)) == pytest.approx(0.5 / 4)
     rates.observe([right], branch="answer")
     assert rates.phi(failed, at) == pytest.approx((1.6 + 0.5) / (2.4 + 1 + 1))
-    assert BranchRates.of_table(rates.table()).counts == rates.counts
+    assert BranchRates.of_table(rates.table()).table() == rates.table()
+    assert [row[:2] for row in rates.table()] == sorted(row[:2] for row in rates.table())
+
+
+def places(num: int, *, seen: float = 1.0) -> list[tuple[int, int, float, float]]:
+    return [(number % 6, number, seen, 0.25 * seen) for number in range(num)]
+
+
+def test_a_step_at_the_bound_of_the_table_costs_milliseconds() -> None:
+    """A loop over its places takes seconds; so does one over the tokens of long rows."""
+    rates = BranchRates.of_table(places(100_000))
+    rng = np.random.default_rng(0)
+    words = [int(word) for word in rng.integers(0, 50_000, 4000)]
+    targets = [trajectory([(Origin.POLICY, words)], action_starts=[3 + len(words)]) for _ in range(50)]
+    started = time.perf_counter()
+    rates.observe(targets, branch="answer")
+    assert time.perf_counter() - started < 1.0
+    assert len(rates) == MAX_PLACES
+
+
+def test_places_that_are_no_longer_met_are_forgotten() -> None:
+    rates = BranchRates.of_table(places(1000))
+    met = trajectory([(Origin.POLICY, [10, 11])], action_starts=[5])
+    for _ in range(40):
+        rates.observe([met], branch="answer")
+    assert [row[:2] for row in rates.table()] == [(0, 3), (0, 10), (0, 11)]
+
+
+def test_at_the_bound_the_places_seen_most_stay() -> None:
+    often = [(5, 1_000_000 + number, 9.0, 3.0) for number in range(10)]
+    rates = BranchRates.of_table([*places(MAX_PLACES + 500), *often])
+    assert len(rates) == MAX_PLACES
+    assert rates.table()[-10:] == often
 
 
 @st.composite

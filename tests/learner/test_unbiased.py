@@ -189,11 +189,12 @@ def counted(rows: Sequence[EnumeratedRow]) -> BranchRates:
         if target.kind is Kind.PROBE:
             continue
         fork = None if target.branch_point is None or target.correct else 1 + target.branch_point
-        for at in branch_places(target, branch="answer"):
+        for position, turn in zip(*branch_places(target, branch="answer"), strict=True):
+            at = BranchPosition(int(position), int(turn))
             seen, forked = counts.get(place_of(target, at), (0.0, 0.0))
             many = 1e9 * row.probability
             counts[place_of(target, at)] = (seen + many, forked + many * (at.position == fork))
-    return BranchRates(counts)
+    return BranchRates.of_table((turn, token, *entry) for (turn, token), entry in counts.items())
 
 
 def prepare(row: EnumeratedRow, weigher: MixtureWeigher, loss: LossSettings, *, advantage: float) -> PreparedRow:

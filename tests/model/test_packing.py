@@ -6,7 +6,6 @@ import torch
 from learner_builders import VOCABULARY, small_model, tiny_model
 from torch import Tensor
 from transformers import (
-    Gemma2Config,
     LlamaForCausalLM,
     MistralConfig,
     PreTrainedModel,
@@ -16,13 +15,13 @@ from transformers import (
 
 from rexrag.errors import ModelError
 from rexrag.model.attention import use_packed_attention
+from rexrag.model.comparison import prepare_model
 from rexrag.model.logprobs import (
     CHUNK_TOKENS,
     ChunkLoss,
     backward_in_chunks,
     chunks_of,
     head_logprobs,
-    prepare_model,
     token_logprobs,
 )
 from rexrag.model.packing import PackRow, pack
@@ -177,19 +176,14 @@ def test_other_dense_architectures(architecture: type[Qwen2Config | Qwen3Config]
     model = small_model(architecture)
     rows = rows_of()
     expected = torch.cat([separate_logprobs(model, row) for row in rows])
-    prepare_model(model)
+    prepare_model(model, length=32)
     (batch,) = pack(rows, budget=10_000)
     assert torch.allclose(token_logprobs(model, batch), expected, atol=2e-6)
 
 
-def test_what_is_more_than_body_and_head_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"Gemma2ForCausalLM in packed rows differ from its own by"):
-        prepare_model(small_model(Gemma2Config, final_logit_softcapping=1.0))
-
-
 def test_rows_beyond_a_sliding_window_are_refused() -> None:
     model = small_model(MistralConfig, sliding_window=10)
-    prepare_model(model)
+    prepare_model(model, length=8)
     (batch,) = pack(rows_of(num_groups=1), budget=10_000)
     with pytest.raises(ModelError, match=r"a row has 16 tokens, the model's sliding window is 10"):
         token_logprobs(model, batch)

@@ -16,7 +16,8 @@ from rexrag.env.actions import STOP_STRINGS, Search, locate_action
 from rexrag.env.codec import Codec
 from rexrag.env.prompt import render_prompt
 from rexrag.hints import load_hints
-from rexrag.model.loading import fetch_smollm2, load_model, load_tokenizer
+from rexrag.model.fetching import fetch_smollm2
+from rexrag.model.loading import load_model, load_tokenizer
 from rexrag.types import WeightVersion
 
 VERSION = WeightVersion(incarnation="test", step=0)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 
 from rexrag.data.demonstrations import GOING_ON, Demonstration, Segment, write_demonstrations
 from rexrag.env.codec import Codec
-from rexrag.errors import DataError, ModelError
+from rexrag.errors import DataError, ModelError, RunFailure
 from rexrag.model.loading import load_model, load_tokenizer
 from rexrag.preparation.tiny_model import make_tiny_model
 from rexrag.preparation.warmstart import (
@@ -163,3 +165,29 @@ def test_demonstrations_longer_than_the_context_are_refused(model: Path, tmp_pat
     write_demonstrations(tmp_path / "d.jsonl", [long])
     with pytest.raises(ModelError, match="context is 1024 tokens"):
         warm_start(model, demonstrations=tmp_path / "d.jsonl", out=tmp_path / "out", prompt=PROMPT)
+
+
+def test_a_model_whose_loss_would_be_a_wrong_one_is_refused(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "scaled")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "logits_scaling": 4.0}
+    (tmp_path / "scaled" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"GraniteForCausalLM in packed rows .* differ from its own"):
+        start(tmp_path / "scaled", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_warm_start_that_diverges_writes_nothing(model: Path, tmp_path: Path) -> None:
+    shown = write_examples(tmp_path / "d.jsonl", weight=0.0)
+    with pytest.raises(RunFailure, match=r"the warm start diverged: .* Lower prepare\.warmstart_learning_rate"):
+        warm_start(model, demonstrations=shown, out=tmp_path / "out", learning_rate=1e38, epochs=3, prompt=PROMPT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_last_update_that_breaks_the_weights_writes_nothing(model: Path, tmp_path: Path) -> None:
+    shown = write_examples(tmp_path / "d.jsonl", weight=0.0)
+    with pytest.raises(RunFailure, match=r"weight \S+ is not finite after the last update"):
+        warm_start(
+            model, demonstrations=shown, out=tmp_path / "out", learning_rate=math.inf, batch_size=99, prompt=PROMPT
+        )
+    assert not (tmp_path / "out").exists()

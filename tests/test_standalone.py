@@ -1,0 +1,74 @@
+"""A model outside a run: with the settings of its run, but for what only training needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rexrag.errors import ModelError
+from rexrag.preparation.tiny_model import make_tiny_model
+from rexrag.recipe import load_recipe, resolved_toml
+from rexrag.retrieval.bm25 import build_bm25
+from rexrag.run_folder import RunFolder
+from rexrag.standalone import evaluate, settings_for
+from rexrag.types import Question
+
+RECIPE = """
+[model]
+path = "model"
+[data]
+train = "train.jsonl"
+[retriever]
+path = "index"
+[probe]
+hints = "hints.txt"
+[env]
+max_turn_tokens = 16
+max_observation_tokens = 64
+max_trajectory_tokens = 256
+"""
+QUESTION = Question(id="1", data_source="own", question="Where is Homs?", golden_answers=("Syria",))
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    passages = [{"id": "0", "contents": '"Homs"\nHoms is in Syria.'}, {"id": "1", "contents": '"Oman"\nOman.'}]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in passages))
+    build_bm25(tmp_path / "corpus.jsonl", tmp_path / "index")
+    return tmp_path / "index"
+
+
+def test_a_run_is_evaluated_without_its_file_of_hints(tmp_path: Path, index: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("")
+    (tmp_path / "hints.txt").write_text("<think> | Next I need\n")
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    run = RunFolder.create(tmp_path / "run", recipe="r", seed=0, config=resolved_toml(recipe))
+    checkpoint = run.checkpoints / "step-000002"
+    make_tiny_model(["Where is Homs ? Syria"], checkpoint, seed=0, width=16, num_layers=1, num_heads=2)
+    (checkpoint / "COMMIT").touch()
+    (tmp_path / "hints.txt").unlink()
+    path, settings = settings_for(str(run.root), index=str(index))
+    assert path == checkpoint
+    assert settings.episodes.max_trajectory_tokens == 256, "the run's limits"
+    [score] = evaluate(settings, questions=[QUESTION], step=2)
+    assert score.em == 0.0
+
+
+def test_a_model_without_a_run_gets_limits_that_fit_its_context(tmp_path: Path, index: Path) -> None:
+    for context, limit in ((1024, 1024), (8192, 4096)):
+        folder = make_tiny_model(["a"], tmp_path / str(context), seed=0, width=16, num_layers=1, context=context)
+        _, settings = settings_for(str(folder), index=str(index))
+        assert settings.episodes.max_trajectory_tokens == limit
+    small = make_tiny_model(["a"], tmp_path / "small", seed=0, width=16, num_layers=1, context=64)
+    with pytest.raises(ModelError, match="context is 64 tokens"):
+        settings_for(str(small), index=str(index))
+
+
+def test_a_broken_model_is_refused_before_anything_is_loaded(tmp_path: Path, index: Path) -> None:
+    folder = make_tiny_model(["a"], tmp_path / "m", seed=0, width=16, num_layers=1)
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"model\.safetensors is cut off"):
+        settings_for(str(folder), index=str(index))
