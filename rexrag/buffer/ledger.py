@@ -59,6 +59,15 @@ class Group:
     payload: bytes | memoryview | None = None
 
 
+def what_then(group: Group | None, reason: DropReason, *, max_attempts: int | None = None) -> Then:
+    """What becomes of a dropped group's question; `lost` counts as no attempt."""
+    if group is None or not group.question or reason is DropReason.FLAT:
+        return Then.ELSEWHERE
+    if reason is DropReason.LOST or max_attempts is None or group.attempt < max_attempts:
+        return Then.AGAIN
+    return Then.GIVEN_UP
+
+
 class Ledger:
     """Groups by state, and what each epoch's questions came to.
 

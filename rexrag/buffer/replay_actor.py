@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import cast
 
 import ray
 from ray.actor import ActorHandle
@@ -19,7 +19,7 @@ from ray.actor import ActorHandle
 from rexrag.buffer.recovery import open_buffer
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import BufferPosition, BufferStatus
-from rexrag.types import GroupLease, StepBatch, WeightVersion
+from rexrag.types import AppendOutcome, GroupLease, LeaseKey, StepBatch, WeightVersion
 
 MAX_POLL_PAUSE_S = 0.5
 """Leases run out by themselves, so a poll looks again without being woken."""
@@ -52,22 +52,26 @@ class ReplayActor:
                 break
         return leases
 
-    async def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> list[str]:
+    async def renew(self, actor_id: str, *, progress: Mapping[LeaseKey, int]) -> list[LeaseKey]:
         return self._state.renew(actor_id, progress=progress)
+
+    async def hand_back(self, actor_id: str, *, lease: LeaseKey) -> None:
+        self._state.hand_back(actor_id, lease=lease)
+        self._wake()
 
     async def release(self, actor_id: str) -> None:
         self._deaths[actor_id] += 1  # a poll of the dead must not be given groups
         self._state.release(actor_id)
         self._wake()
 
-    async def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> Literal["accepted", "duplicate", "flat"]:
+    async def append(self, actor_id: str, *, lease: LeaseKey, ipc: bytes) -> AppendOutcome:
         try:
-            return self._state.append(actor_id, group_id=group_id, ipc=ipc)
+            return self._state.append(actor_id, lease=lease, ipc=ipc)
         finally:
             self._wake()
 
-    async def fail(self, actor_id: str, *, group_id: str, reason: str) -> None:
-        self._state.fail(actor_id, group_id=group_id, reason=reason)
+    async def fail(self, actor_id: str, *, lease: LeaseKey, reason: str) -> None:
+        self._state.fail(actor_id, lease=lease, reason=reason)
         self._wake()
 
     async def assign(self, step: int, *, rho: float | None, timeout_s: float) -> bool:

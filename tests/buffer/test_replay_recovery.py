@@ -39,7 +39,7 @@ def version_of(state: ReplayState, step: int) -> WeightVersion:
 def produce(state: ReplayState, step: int, num: int) -> list[GroupLease]:
     leases = state.lease("a", num=num, held=version_of(state, step))
     for lease in leases:
-        state.append("a", group_id=lease.group_id, ipc=make_ipc(lease))
+        state.append("a", lease=lease.key, ipc=make_ipc(lease))
     return leases
 
 
@@ -171,7 +171,7 @@ def test_a_group_whose_drop_is_damaged_gives_way_to_the_one_asked_again(tmp_path
     replay = make_settings(tmp_path, groups_per_step=1)
     state = begin(replay)
     (first,) = state.lease("a", num=1, held=version_of(state, 0))
-    state.fail("a", group_id=first.group_id, reason="env_error")
+    state.fail("a", lease=first.key, reason="env_error")
     (again,) = produce(state, 0, 1)
     assert again.question == first.question
     damage_header(tmp_path, b'"reason":"env_error"')
@@ -185,7 +185,7 @@ def test_a_group_whose_issue_is_damaged_is_counted_and_its_question_asked(tmp_pa
     replay = make_settings(tmp_path, num_questions=3, groups_per_step=1)
     state = begin(replay)
     hidden, _, last = state.lease("a", num=3, held=version_of(state, 0))
-    state.append("a", group_id=last.group_id, ipc=make_ipc(last))
+    state.append("a", lease=last.key, ipc=make_ipc(last))
     damage_header(tmp_path, b'"type":"issue","group_id":"1-0"')
     state = begin(replay, resume_step=0)
     assert state.accounting() == {"issued": 3, "consumed": 0, "dropped": {"corrupt": 1}, "pending": 2, "given_up": 0}
@@ -259,5 +259,5 @@ def test_an_append_takes_milliseconds(tmp_path: Path) -> None:
     ipcs = [make_ipc(lease, num_rows=5, num_tokens=300) for lease in leases]
     started = time.perf_counter()
     for lease, ipc in zip(leases, ipcs, strict=True):
-        state.append("a", group_id=lease.group_id, ipc=ipc)
+        state.append("a", lease=lease.key, ipc=ipc)
     assert (time.perf_counter() - started) / len(leases) < 0.05
