@@ -17,6 +17,7 @@ from search_servers import Answer, Request, passages, serve
 from rexrag.errors import ConfigError, RetrieverError
 from rexrag.retrieval import backoff
 from rexrag.retrieval.http import HttpRetriever
+from rexrag.retrieval.http import _parse as parse_answer
 from rexrag.types import Passage
 
 
@@ -146,7 +147,7 @@ JSON_VALUES = st.recursive(
 @given(entries=st.lists(JSON_VALUES, max_size=3))
 def test_parsing_gives_usable_passages_or_one_kind_of_error(entries: list[object]) -> None:
     try:
-        parsed = http._parse({"result": [entries]}, top_k=3)
+        parsed = parse_answer({"result": [entries]}, top_k=3)
     except ValueError:
         return
     assert len(parsed) <= len(entries)
