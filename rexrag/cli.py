@@ -101,8 +101,8 @@ def train(
     if plan.finished:
         STDOUT.print(f"run {plan.root} is finished: {plan.start_step} steps; raise train.steps to go on.")
         return
-    from rexrag.reporting.board import log_to
     from rexrag.reporting.final_report import print_report
+    from rexrag.reporting.log_file import log_to
     from rexrag.reporting.terminal import Progress
     from rexrag.run.train import train as run_training
     from rexrag.run_folder import RunFolder

@@ -15,6 +15,7 @@ from rexrag.actors.build import RolloutSettings, build_runner
 from rexrag.actors.rollout_loop import RolloutLoop
 from rexrag.engine.protocol import EngineStats
 from rexrag.processes import process_environment
+from rexrag.reporting.log_file import log_process
 from rexrag.types import AppendOutcome, EpisodeScore, GroupLease, LeaseKey, Question, WeightVersion
 
 MAX_CALLS: Final = 64
@@ -58,6 +59,7 @@ class RolloutActor:
     def __init__(
         self, actor_id: str, *, settings: RolloutSettings, version: WeightVersion, num_groups: int, buffer: RemoteHandle
     ) -> None:
+        log_process(settings.log_file, part=actor_id)
         runner, self._engine = build_runner(settings, version=version)
         self._loop = RolloutLoop(
             runner, actor_id=actor_id, engine=self._engine, buffer=_RemoteBuffer(buffer), num_groups=num_groups

@@ -87,6 +87,7 @@ def open_buffer(
     told = findings.sentences()
     if not is_new and resume_step and ledger.begin is None:
         told = (_NO_LOG, *told)
+    LOG.info("the replay log in %s is gone on with after step %d", settings.folder, resume_step or 0)
     for sentence in told:
         LOG.warning("%s", sentence)
     writer = LogWriter(settings.folder, segment_bytes=settings.segment_bytes)

@@ -19,6 +19,7 @@ from ray.actor import ActorHandle
 from rexrag.buffer.recovery import open_buffer
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import BufferPosition, BufferStatus
+from rexrag.reporting.log_file import log_process
 from rexrag.types import AppendOutcome, GroupLease, LeaseKey, StepBatch, WeightVersion
 
 MAX_POLL_PAUSE_S = 0.5
@@ -36,8 +37,9 @@ class ReplayActor:
             batch = ray.get(buffer.take.remote(1))
     """
 
-    def __init__(self, settings: ReplaySettings, *, resume_step: int | None) -> None:
-        self._state = open_buffer(settings, resume_step=resume_step, clock=time.monotonic)
+    def __init__(self, settings: ReplaySettings, *, resume_step: int | None, is_new: bool = False) -> None:
+        log_process(settings.log_file, part="buffer")
+        self._state = open_buffer(settings, resume_step=resume_step, is_new=is_new, clock=time.monotonic)
         self._changed = asyncio.Event()
         self._deaths: Counter[str] = Counter()
 
@@ -114,7 +116,9 @@ class ReplayActor:
         return True
 
 
-def start_replay_actor(settings: ReplaySettings, *, resume_step: int | None) -> ActorHandle[ReplayActor]:
-    """A `ReplayActor` in its own process; see `open_buffer` for `resume_step`."""
-    handle = ray.remote(ReplayActor).options(num_cpus=0).remote(settings, resume_step=resume_step)
+def start_replay_actor(
+    settings: ReplaySettings, *, resume_step: int | None, is_new: bool = False
+) -> ActorHandle[ReplayActor]:
+    """A `ReplayActor` in its own process; see `open_buffer` for `resume_step` and `is_new`."""
+    handle = ray.remote(ReplayActor).options(num_cpus=0).remote(settings, resume_step=resume_step, is_new=is_new)
     return cast("ActorHandle[ReplayActor]", handle)

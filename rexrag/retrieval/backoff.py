@@ -1,4 +1,4 @@
-"""How long a search may take: attempts, and growing pauses between them. Pure, so that settings can be checked by it."""
+"""How long a search may take: attempts, and growing pauses between them. Pure: settings are checked by it."""
 
 from __future__ import annotations
 

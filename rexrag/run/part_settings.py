@@ -98,7 +98,9 @@ def _scored(config: Config) -> Literal["none", "probes", "all"]:
     return "all" if config.correction.mixture == "sequence" else "probes"
 
 
-def rollout_settings(config: Config, *, model_path: str, num_threads: int) -> RolloutSettings:
+def rollout_settings(
+    config: Config, *, model_path: str, num_threads: int, log_file: Path | None = None
+) -> RolloutSettings:
     retriever = config.retriever
     return RolloutSettings(
         model_path=model_path,
@@ -116,6 +118,7 @@ def rollout_settings(config: Config, *, model_path: str, num_threads: int) -> Ro
         reward_kind=config.reward.kind,
         format_weight=config.reward.format_weight,
         hints_file=config.probe.hints,
+        log_file=log_file,
     )
 
 
@@ -164,7 +167,9 @@ def learner_settings(config: Config, *, device: Device) -> LearnerSettings:
     )
 
 
-def replay_settings(config: Config, *, folder: Path, questions: tuple[Question, ...]) -> ReplaySettings:
+def replay_settings(
+    config: Config, *, folder: Path, questions: tuple[Question, ...], log_file: Path | None = None
+) -> ReplaySettings:
     replay = config.replay
     return ReplaySettings(
         folder=folder,
@@ -178,4 +183,5 @@ def replay_settings(config: Config, *, folder: Path, questions: tuple[Question, 
         max_attempts=replay.max_attempts,
         segment_bytes=replay.segment_mb << 20,
         refill=replay.refill,
+        log_file=log_file,
     )

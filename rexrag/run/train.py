@@ -15,19 +15,22 @@ from pathlib import Path
 
 import ray
 import torch
+from ray.exceptions import RayError
 
-from rexrag.buffer.recovery import accounting_from_log
+from rexrag.buffer.recovery import books_from_log, check_questions
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
+from rexrag.buffer.settings import ReplaySettings
 from rexrag.config import Config
 from rexrag.data.questions import load_questions
 from rexrag.env.codec import Codec
-from rexrag.errors import ConfigError, Interrupted
+from rexrag.errors import ConfigError, Interrupted, RexragError
 from rexrag.files import write_atomic
 from rexrag.hints import HintPool, load_hints
 from rexrag.learner.learner_actor import LearnerSpec, start_learner
 from rexrag.model.loading import check_context, fastest_dtype, load_config, load_tokenizer
 from rexrag.preparation.prepare import prepare
 from rexrag.reporting.board import Board
+from rexrag.reporting.log_file import log_instead
 from rexrag.reporting.reporter import Reporter
 from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.manifest import check_index
@@ -56,7 +59,7 @@ LOG = logging.getLogger(__name__)
 class Inputs:
     """What a run reads, checked before anything is started."""
 
-    train: tuple[Question, ...]
+    replay: ReplaySettings
     dev: tuple[Question, ...]
     test: tuple[Question, ...]
     hints: HintPool
@@ -93,19 +96,18 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     gpus = ray.cluster_resources().get("GPU", 0.0) if torch.backends.cuda.is_built() else 0.0  # type: ignore[no-untyped-call]
     layout = plan_layout(config, num_cores=sum(nodes), node_cores=max(nodes), num_gpus=float(gpus))
     progress.stage("starting the learner and the rollout actors")
-    buffer = start_replay_actor(
-        replay_settings(config, folder=run.buffer, questions=inputs.train),
-        resume_step=request.start_step if request.resumed or request.start_step else None,
-    )
+    buffer = start_replay_actor(inputs.replay, resume_step=request.start_step, is_new=not request.resumed)
     learner = start_learner(
         _learner_spec(request, layout=layout, inputs=inputs),
         num_cpus=layout.cpus_per_process,
         num_gpus=layout.learner_gpus,
     )
-    incarnation = ray.get(call(buffer, ReplayActor.position)).incarnation
-    first = WeightVersion(incarnation=incarnation, step=request.start_step)
+    position = ray.get(call(buffer, ReplayActor.position))
+    for damage in position.damages:
+        progress.note(f"warning: {damage}")
+    first = WeightVersion(incarnation=position.incarnation, step=request.start_step)
     fleet = Fleet(
-        rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor_threads),
+        rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor_threads, log_file=run.log),
         num_actors=layout.num_actors,
         num_groups=layout.num_groups,
         num_cpus=layout.cpus_per_process,
@@ -129,9 +131,15 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     )
     try:
         _run(controller)
-    finally:
-        _write_accounting(run)
-        fleet.stop()
+    except BaseException:
+        # Whatever goes wrong here has less to say than what ended the run.
+        with log_instead(OSError, RexragError):
+            _write_accounting(run)
+        with log_instead(RayError):
+            fleet.stop()
+        raise
+    _write_accounting(run)
+    fleet.stop()
 
 
 def _run(controller: Controller) -> None:
@@ -171,8 +179,11 @@ def read_inputs(request: TrainRequest) -> Inputs:
     else:
         assert retriever.path is not None, "the recipe was checked: an index has a path"
         check_index(retriever.path)
+    run = request.run
+    replay = replay_settings(config, folder=run.buffer, questions=load(config.data.train), log_file=run.log)
+    check_questions(replay.folder, replay.questions)
     return Inputs(
-        train=load(config.data.train),
+        replay=replay,
         dev=load(config.data.dev)[:limit],
         test=load(config.data.eval)[:limit],
         hints=hints,
@@ -215,6 +226,7 @@ def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> L
         evidence_folder=request.run.root,
         checkpoint=request.checkpoint,
         reference=Path(config.model.path) if config.loss.kl_coef > 0 else None,
+        log_file=request.run.log,
     )
 
 
@@ -234,4 +246,5 @@ def _loop_settings(config: Config) -> LoopSettings:
 
 def _write_accounting(run: RunFolder) -> None:
     """`accounting.json`, from the log alone."""
-    write_atomic(run.accounting, json.dumps(accounting_from_log(run.buffer), indent=1) + "\n")
+    accounting, damages = books_from_log(run.buffer)
+    write_atomic(run.accounting, json.dumps({**accounting, "damages": damages}, indent=1) + "\n")
