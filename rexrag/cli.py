@@ -5,6 +5,7 @@ Exit status: 0 done, 2 the user's mistake, 1 failure of the run, 130 interrupted
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -64,9 +65,39 @@ def main() -> None:
         _leave(f"interrupted: {error}", status=130)
     except RexragError as error:
         _leave(f"failed: {error}", status=1)
+    except BrokenPipeError:
+        raise SystemExit(1) from None  # whoever read our output has gone
+    except OSError as error:
+        _leave(*_explained(error))
 
 
-def _leave(message: str, *, status: int) -> NoReturn:
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = {
+    errno.ENOENT: "name an existing one",
+    errno.EACCES: "make it accessible, or name another",
+    errno.EPERM: "make it accessible, or name another",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENOTDIR: "a part of it is a file; name another",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EEXIST: "it exists; name another",
+    errno.ENOTEMPTY: "it is not empty; name another",
+    errno.ENAMETOOLONG: "name a shorter one",
+}
+
+
+def _explained(error: OSError) -> tuple[str, int]:
+    """What to say of an error of the operating system, and the exit status."""
+    place = error.filename2 or error.filename
+    reason = error.strerror or str(error)
+    said = reason if place is None else f"{place}: {reason}"
+    if error.errno in _NO_ROOM:
+        return f"failed: {said}; free space, and give the command again", 1
+    if place is not None and error.errno in _REMEDIES:
+        return f"error: {said}; {_REMEDIES[error.errno]}", 2
+    return f"failed: {said}; check the device and the network, and give the command again", 1
+
+
+def _leave(message: str, status: int) -> NoReturn:
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
     raise SystemExit(status)
 

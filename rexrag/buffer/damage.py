@@ -52,7 +52,7 @@ class Findings:
         if self.drops:
             groups = "1 group" if len(self.drops) == 1 else f"{len(self.drops)} groups"
             told.append(
-                f"{groups} of the replay log that cannot be vouched for: dropped as corrupt, their questions asked again"
+                f"{groups} of the replay log that cannot be vouched for: dropped as corrupt, questions asked again"
             )
         return tuple(told)
 

@@ -35,6 +35,7 @@ from rexrag.reporting.reporter import Reporter
 from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.manifest import check_index
 from rexrag.retrieval.open import open_target
+from rexrag.run.cluster import check_reachable, cluster_address
 from rexrag.run.controller import Controller, LoopSettings
 from rexrag.run.fleet import Fleet
 from rexrag.run.part_settings import (
@@ -45,7 +46,7 @@ from rexrag.run.part_settings import (
     replay_settings,
     rollout_settings,
 )
-from rexrag.run.plan import TrainRequest, cluster_address
+from rexrag.run.plan import TrainRequest
 from rexrag.run.remote import call
 from rexrag.run.signals import StopSignal
 from rexrag.run.supervisor import Supervisor
@@ -77,6 +78,7 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
     config, run = request.config, request.run
     with StopSignal().installed() as stop:
         num_cores = os.cpu_count() or 1
+        check_reachable(cluster_address())
         if cluster_address() is None:
             # What a cluster has Ray will say; GPUs that this machine lacks are told before `[prepare]` takes minutes.
             plan_layout(config, num_cores=num_cores, node_cores=num_cores, num_gpus=torch.cuda.device_count())
@@ -198,6 +200,7 @@ def _ray() -> Iterator[None]:
     The namespace is this process's own, so runs on one cluster do not meet.
     """
     joins = cluster_address() is not None
+    logging.getLogger("ray").setLevel(logging.ERROR)  # its advice on token authentication is no concern of a run's
     ray.init(
         address=None if joins else "local",  # without an address Ray would join any head of this machine
         include_dashboard=None if joins else False,
