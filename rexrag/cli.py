@@ -79,8 +79,8 @@ _REMEDIES = {
     errno.EROFS: "name a place that can be written to",
     errno.ENOTDIR: "a part of it is a file; name another",
     errno.EISDIR: "it is a folder; name a file",
-    errno.EEXIST: "it exists; name another",
-    errno.ENOTEMPTY: "it is not empty; name another",
+    errno.EEXIST: "name another",
+    errno.ENOTEMPTY: "name another",
     errno.ENAMETOOLONG: "name a shorter one",
 }
 
@@ -136,13 +136,12 @@ def train(
     from rexrag.reporting.log_file import log_to
     from rexrag.reporting.terminal import Progress
     from rexrag.run.train import train as run_training
-    from rexrag.run_folder import RunFolder
 
     with open_run(plan) as request, log_to(request.run.log), Progress() as progress:
         progress.note(f"run folder: {request.run.root}")
         progress.note(f"TensorBoard: tensorboard --logdir {request.run.tensorboard}")
         run_training(request, progress=progress)
-    print_report(RunFolder(plan.root), console=Console(highlight=False))
+    print_report(request.run, console=Console(highlight=False))
 
 
 @app.command()

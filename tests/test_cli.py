@@ -231,5 +231,5 @@ def test_places_below_a_file_are_refused_in_one_line(
     words = {"world": ["world", "synthetic"], "index": ["index", "build", "--corpus", str(corpus)]}[command]
     assert call(monkeypatch, *words, "--out", str(corpus / "x")) == 2
     errors = capsys.readouterr().err
-    assert str(corpus / "x") in errors
+    assert str(corpus) in errors
     assert "Traceback" not in errors

@@ -58,7 +58,7 @@ def train_to(plan: Plan, *steps: int, interrupt: bool = False) -> RunFolder:
                 raise Interrupted("stopped")
     except Interrupted:
         pass
-    return RunFolder(plan.root)
+    return request.run
 
 
 def test_a_new_run_with_a_default_name(recipe: Path, tmp_path: Path) -> None:
