@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -57,6 +58,19 @@ def origin_of(run: RunFolder) -> tuple[Path | None, int]:
             "put it back, or start a new run."
         )
     return checkpoint, int(origin["step"])
+
+
+def note_precision(run: RunFolder, precision: Mapping[str, str]) -> list[str]:
+    """Note what `auto` has come to on this hardware; returns a sentence for each part where it was another before."""
+    content = _read(run)
+    before = content.get("precision")
+    write_atomic(run.identity, json.dumps({**content, "precision": dict(precision)}, indent=1) + "\n")
+    known = before if isinstance(before, dict) else {}
+    return [
+        f"{key} is {value} on this hardware, and was {known[key]} where the run was before"
+        for key, value in precision.items()
+        if known.get(key, value) != value
+    ]
 
 
 def named_files(config: Config) -> dict[str, Path]:

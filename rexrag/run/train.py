@@ -38,6 +38,7 @@ from rexrag.retrieval.open import open_target
 from rexrag.run.cluster import check_reachable, cluster_address
 from rexrag.run.controller import Controller, LoopSettings
 from rexrag.run.fleet import Fleet
+from rexrag.run.identity import note_precision
 from rexrag.run.part_settings import (
     Layout,
     device_of,
@@ -97,6 +98,11 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     # Ray counts the GPUs of a machine whose torch was built for the CPU alone, too.
     gpus = ray.cluster_resources().get("GPU", 0.0) if torch.backends.cuda.is_built() else 0.0  # type: ignore[no-untyped-call]
     layout = plan_layout(config, num_cores=sum(nodes), node_cores=max(nodes), num_gpus=float(gpus))
+    learner_dtype = learner_settings(config, device=device_of(layout.learner_gpus)).autocast
+    precision = {"learner.autocast": learner_dtype, "rollout.dtype": _loop_settings(config).transfer_dtype}
+    for sentence in note_precision(run, precision):
+        progress.note(f"warning: {sentence}")
+        LOG.warning("%s", sentence)
     progress.stage("starting the learner and the rollout actors")
     buffer = start_replay_actor(inputs.replay, resume_step=request.start_step, is_new=not request.resumed)
     learner = start_learner(

@@ -7,6 +7,7 @@ import pytest
 
 from rexrag.errors import ConfigError, Interrupted, RunFolderError
 from rexrag.recipe import load_recipe
+from rexrag.run.identity import note_precision, origin_of
 from rexrag.run.plan import Plan, open_run, plan_run
 from rexrag.run_folder import RunFolder, read_jsonl
 
@@ -157,6 +158,16 @@ def test_a_resume_with_another_content_of_a_named_file_is_refused(
         plan(None, run_dir=root)
     assert f"{key} = {tmp_path / name}: its content is not what the run was begun with" in str(caught.value)
     assert str(caught.value).count("its content") == 1
+
+
+def test_another_precision_on_other_hardware_is_told_once(recipe: Path, tmp_path: Path) -> None:
+    with open_run(plan(recipe, run_dir=tmp_path / "run")) as request:
+        assert note_precision(request.run, {"learner.autocast": "float32"}) == []
+    run = RunFolder(tmp_path / "run")
+    (told,) = note_precision(run, {"learner.autocast": "bfloat16"})
+    assert told.startswith("learner.autocast is bfloat16 on this hardware, and was float32")
+    assert note_precision(run, {"learner.autocast": "bfloat16"}) == []
+    assert origin_of(run) == (None, 0)
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(recipe: Path) -> None:
