@@ -39,8 +39,6 @@ app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 
 SHOWN_PROBLEMS = 20
-SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PLACE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 STDOUT = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -77,15 +75,39 @@ def main() -> None:
         _leave(f"interrupted: {error}", status=130)
     except RexragError as error:
         _leave(f"failed: {error}", status=1)
+    except BrokenPipeError:
+        raise SystemExit(1) from None  # whoever read our output has gone
     except OSError as error:
-        if error.errno not in PLACE_ERRORS and error.errno not in SPACE_ERRORS:
-            raise
-        remedy = "free space there" if error.errno in SPACE_ERRORS else "name a place that exists and can be written"
-        place = error.filename2 or error.filename or "a file"
-        _leave(f"failed: {place}: {error.strerror}; {remedy}", status=1)
+        _leave(*_explained(error))
 
 
-def _leave(message: str, *, status: int) -> NoReturn:
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = {
+    errno.ENOENT: "name an existing one",
+    errno.EACCES: "make it accessible, or name another",
+    errno.EPERM: "make it accessible, or name another",
+    errno.EROFS: "name a place that can be written to",
+    errno.ENOTDIR: "a part of it is a file; name another",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EEXIST: "name another",
+    errno.ENOTEMPTY: "name another",
+    errno.ENAMETOOLONG: "name a shorter one",
+}
+
+
+def _explained(error: OSError) -> tuple[str, int]:
+    """What to say of an error of the operating system, and the exit status."""
+    place = error.filename2 or error.filename
+    reason = error.strerror or str(error)
+    said = reason if place is None else f"{place}: {reason}"
+    if error.errno in _NO_ROOM:
+        return f"failed: {said}; free space, and give the command again", 1
+    if place is not None and error.errno in _REMEDIES:
+        return f"error: {said}; {_REMEDIES[error.errno]}", 2
+    return f"failed: {said}; check the device and the network, and give the command again", 1
+
+
+def _leave(message: str, status: int) -> NoReturn:
     # Words of the command line that are no UTF-8 come as lone surrogates, which no terminal prints.
     printable = message.encode("utf-8", "backslashreplace").decode("utf-8")
     Console(stderr=True, highlight=False, soft_wrap=True).print(printable, markup=False)
@@ -123,17 +145,16 @@ def train(
     if plan.finished:
         STDOUT.print(f"run {plan.root} is finished: {plan.start_step} steps; raise train.steps to go on.")
         return
-    from rexrag.reporting.board import log_to
     from rexrag.reporting.final_report import print_report
+    from rexrag.reporting.log_file import log_to
     from rexrag.reporting.terminal import Progress
     from rexrag.run.train import train as run_training
-    from rexrag.run_folder import RunFolder
 
     with open_run(plan) as request, log_to(request.run.log), Progress() as progress:
         progress.note(f"run folder: {request.run.root}")
         progress.note(f"TensorBoard: tensorboard --logdir {request.run.tensorboard}")
         run_training(request, progress=progress)
-    print_report(RunFolder(plan.root), console=Console(highlight=False))
+    print_report(request.run, console=Console(highlight=False))
 
 
 def _print_layout(config: Config) -> None:
@@ -142,8 +163,8 @@ def _print_layout(config: Config) -> None:
 
     import torch
 
+    from rexrag.run.cluster import cluster_address
     from rexrag.run.part_settings import counted, describe_layout, plan_layout
-    from rexrag.run.plan import cluster_address
 
     if cluster_address() is not None:
         return

@@ -11,6 +11,8 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from rexrag.retrieval.backoff import longest_search_s
+
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str | Path) else value
@@ -281,6 +283,7 @@ class Config(Section):
         problems = [
             *_env_problems(self.env),
             *_training_problems(self),
+            *_lease_problems(self),
             *_estimator_problems(self),
             *_prepare_problems(self.prepare),
         ]
@@ -319,10 +322,23 @@ def _training_problems(config: Config) -> list[str]:
             f"reward.format_weight = {config.reward.format_weight}: has no effect with reward.kind = "
             f'"{config.reward.kind}"; set reward.kind = "em + format", or leave the weight out.'
         )
-    if config.replay.lease_timeout_s > config.replay.lease_deadline_s:
+    return problems
+
+
+def _lease_problems(config: Config) -> list[str]:
+    replay, retriever = config.replay, config.retriever
+    problems = []
+    if replay.lease_timeout_s > replay.lease_deadline_s:
         problems.append(
-            f"replay.lease_timeout_s = {config.replay.lease_timeout_s}: must be at most replay.lease_deadline_s "
-            f"({config.replay.lease_deadline_s}); lower the one or raise the other."
+            f"replay.lease_timeout_s = {replay.lease_timeout_s}: must be at most replay.lease_deadline_s "
+            f"({replay.lease_deadline_s}); lower the one or raise the other."
+        )
+    silent_s = longest_search_s(timeout_s=retriever.timeout_s, max_retries=retriever.max_retries)
+    if retriever.kind == "http" and replay.lease_timeout_s <= silent_s:
+        problems.append(
+            f"replay.lease_timeout_s = {replay.lease_timeout_s:g}: must be above {silent_s:g}, the seconds that one "
+            f"search may take with retriever.timeout_s = {retriever.timeout_s:g} and retriever.max_retries = "
+            f"{retriever.max_retries}, or groups that wait for it go to another actor; raise it, or lower one of these."
         )
     return problems
 

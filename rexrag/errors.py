@@ -35,12 +35,16 @@ class RunFailure(RexragError):
     """The run cannot go on: a part died or gave no progress. Exit status 1."""
 
 
+class EngineBrokenError(RunFailure):
+    """An actor's engine fails again and again: the actor is to be built anew. The message has the cause."""
+
+
+class EnginePassError(RexragError):
+    """A forward pass of an engine failed, and with it all that it computed. The message has the cause."""
+
+
 class PartDiedError(RunFailure):
     """The process of a part died while somebody waited for it."""
-
-
-class EngineBrokenError(RunFailure):
-    """An engine that fails again and again: its actor is to be built anew."""
 
 
 class RetrieverSetupError(RunFailure):

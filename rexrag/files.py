@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +20,41 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Text is written as UTF-8. The file's name is durable too: its folder is synced.
 
     Raises:
-        OSError: the folder is missing, full or not writable; the old content is then untouched.
+        OSError: the folder is missing, full or not writable; the old content is then untouched. It names the path.
     """
+    with naming(path):
+        _write_atomic(path, data)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of the operating system the path that they lack: a full disk does not say where."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def append_line(path: Path, text: str) -> None:
+    """One more line of a file that several processes may append to; after a torn line it begins a new one.
+
+    Raises:
+        OSError: it cannot be written; it names the path.
+    """
+    data = f"{text}\n".encode("utf-8", "replace")
+    with naming(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                data = b"\n" + data
+            while data:  # at once, but where the disk is full
+                data = data[os.write(descriptor, data) :]
+        finally:
+            os.close(descriptor)
+
+
+def _write_atomic(path: Path, data: bytes | str) -> None:
     content = data.encode("utf-8") if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import platform
 import shutil
@@ -19,7 +20,9 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 from rexrag.errors import Interrupted, ModelError, RunFolderError
-from rexrag.files import lines_of, write_atomic
+from rexrag.files import lines_of, naming, write_atomic
+
+LOG = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 Status = Literal["running", "finished", "failed", "interrupted"]
@@ -57,22 +60,33 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path, *, recipe: str, seed: int, config: str) -> Self:
-        """Make a new run folder with its `config.toml`; `root` must be absent or empty.
+        """Make a new run folder with its `config.toml`; `root` is absent, empty, or left by a start that died.
 
         Raises:
-            RunFolderError: the folder holds something already, or cannot be made.
+            RunFolderError: the folder holds something already, another process makes it, or it cannot be made.
         """
+        run = cls(root)
         try:
             root.mkdir(parents=True, exist_ok=True)
-            taken = any(root.iterdir())
+            run._lock()
         except OSError as error:
             raise RunFolderError(f"run folder {root}: cannot be made ({error}); name another --run-dir.") from None
-        if taken:
-            raise RunFolderError(f"run folder {root}: is not empty and holds no run; name another --run-dir.")
-        run = cls(root)
-        for folder in (run.tensorboard, run.checkpoints, run.buffer):
-            folder.mkdir()
-        write_atomic(run.config, config)
+        try:
+            run._make(recipe=recipe, seed=seed, config=config)
+        finally:
+            run._unlock()
+        return run
+
+    def _make(self, *, recipe: str, seed: int, config: str) -> None:
+        """All that a run folder begins with; `run.json`, which makes it one, comes last."""
+        if self.is_run(self.root):
+            raise RunFolderError(f"run {self.root}: was begun meanwhile; give the command again to go on with it.")
+        if not self._is_unbegun():
+            (self.root / "lock").unlink()
+            raise RunFolderError(f"run folder {self.root}: is not empty and holds no run; name another --run-dir.")
+        for folder in (self.tensorboard, self.checkpoints, self.buffer):
+            folder.mkdir(exist_ok=True)
+        write_atomic(self.config, config)
         record = RunRecord(
             recipe=recipe,
             seed=seed,
@@ -83,8 +97,16 @@ class RunFolder:
             starts=0,
             versions=_versions(),
         )
-        run._write_record(record)
-        return run
+        self._write_record(record)
+
+    def _is_unbegun(self) -> bool:
+        """Whether nothing is there but what a start makes before `run.json`."""
+        skeleton = {self.tensorboard, self.checkpoints, self.buffer}
+        files = {self.root / "lock", self.config, self.identity}
+        return all(
+            path in files or path.suffix == ".tmp" or (path in skeleton and not any(path.iterdir()))
+            for path in self.root.iterdir()
+        )
 
     @staticmethod
     def is_run(root: Path) -> bool:
@@ -94,6 +116,10 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.root / "config.toml"
+
+    @property
+    def identity(self) -> Path:
+        return self.root / "identity.json"
 
     @property
     def metrics(self) -> Path:
@@ -220,10 +246,19 @@ class RunFolder:
         status: Status = "finished"
         if kind is not None:
             status = "interrupted" if issubclass(kind, Interrupted | KeyboardInterrupt) else "failed"
-        self._update(status=status, ended=_now())
-        assert self._lock_fd is not None
-        os.close(self._lock_fd)
-        self._lock_fd = None
+        try:
+            self._update(status=status, ended=_now())
+        except (OSError, RunFolderError):
+            if error is None:
+                raise
+            LOG.exception("run.json does not say how the run ended")  # which has more to say than this
+        finally:
+            self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
 
     def _lock(self) -> None:
         fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -248,7 +283,15 @@ class RunFolder:
         self._write_fields(dict(vars(record)))
 
     def _write_fields(self, fields: Mapping[str, object]) -> None:
-        write_atomic(self.root / "run.json", json.dumps(fields, indent=2) + "\n")
+        path, text = self.root / "run.json", json.dumps(fields, indent=2) + "\n"
+        try:
+            write_atomic(path, text)
+        except OSError:
+            if not path.exists():
+                raise
+            # A full disk has no room for a second file, but for other words in this one.
+            with naming(path), path.open("r+b") as file:
+                file.write(text.encode().ljust(path.stat().st_size))
 
 
 def new_run_path(recipe: str, *, parent: Path = Path("runs")) -> Path:
@@ -256,6 +299,18 @@ def new_run_path(recipe: str, *, parent: Path = Path("runs")) -> Path:
     stem = f"{recipe}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     names = (stem, *(f"{stem}-{number}" for number in range(2, 1000)))
     return next(parent / name for name in names if not (parent / name).exists())
+
+
+def claim(root: Path) -> bool:
+    """Make the folder, unless another process was there first."""
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise RunFolderError(f"run folder {root}: cannot be made ({error}); name another --run-dir.") from None
+    return True
 
 
 def link_latest(root: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from importlib import import_module
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -296,12 +296,23 @@ class WeightVersion:
     step: int
 
 
+AppendOutcome: TypeAlias = Literal["accepted", "duplicate", "flat", "invalid"]
+"""What became of an appended group: stored, there already, or dropped (equal rewards, or not what was leased)."""
+
+
+class LeaseKey(NamedTuple):
+    """Which lease: a group whose lease has ended is granted again, perhaps to the same actor."""
+
+    group_id: str
+    grant: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class GroupLease:
     """One group that an actor may produce, with all that its draws are seeded by.
 
     The seed of a draw is a hash of (run seed, epoch, question, attempt, rollout, turn, what is drawn), never
-    of an id of this process.
+    of an id of this process. `grant` counts the leases of the group, this one included.
     """
 
     group_id: str
@@ -309,6 +320,11 @@ class GroupLease:
     epoch: int
     attempt: int
     version: WeightVersion
+    grant: int = 1
+
+    @property
+    def key(self) -> LeaseKey:
+        return LeaseKey(self.group_id, self.grant)
 
 
 @dataclass(frozen=True, kw_only=True)

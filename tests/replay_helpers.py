@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rexrag.arrow import group_to_ipc
+from rexrag.buffer.damage import examine
 from rexrag.buffer.ledger import Ledger
 from rexrag.buffer.log import LogWriteError
 from rexrag.buffer.records import Record
@@ -111,7 +112,9 @@ def restart(
 ) -> ReplayState:
     """What `open_buffer` does, over records in memory."""
     ledger = fold(journal.records)
-    records = begin_records(ledger, settings, incarnation=incarnation, resume_step=resume_step, damaged=None)
+    findings = examine(ledger, [], resume_step=resume_step, max_attempts=settings.max_attempts)
+    assert not findings.sentences(), "a log that a crash ended is whole"
+    records = begin_records(ledger, settings, incarnation=incarnation, resume_step=resume_step, findings=findings)
     journal.write(records, sync=True)
     for record in records:
         ledger.apply(record)

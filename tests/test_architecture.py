@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "rexrag"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-FOUNDATION = {"rexrag.types", "rexrag.errors", "rexrag.config", "rexrag.metrics"}
+FOUNDATION = {
+    *("rexrag.types", "rexrag.errors", "rexrag.config", "rexrag.metrics"),
+    "rexrag.retrieval.backoff",  # arithmetic that both the settings and the retriever need
+}
 APART = ("rexrag.engine", "rexrag.actors", "rexrag.buffer", "rexrag.learner")
 ENGINE_OF_ACTORS = {"rexrag.engine.protocol"}
 """What `actors/` knows of `engine/`; its module `build` alone knows the engines themselves."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -240,3 +241,42 @@ def test_json_is_one_object_and_nothing_else_on_stdout(
     assert json.loads((tmp_path / "e.json").read_text()) == line
     assert call(monkeypatch, "ask", "./m", "q?", "--index", "i") == 0
     assert capfd.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "shown"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/a/config.toml"), 1, "/runs/a/config.toml: No space"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "file/x"), 2, "file/x: Not a directory; a part of it"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "/root/x: Permission denied; make it"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), 1, "failed: Connection reset by peer;"),
+    ],
+)
+def test_errors_of_the_operating_system_are_one_line_with_path_and_remedy(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: OSError,
+    status: int,
+    shown: str,
+) -> None:
+    def end(request: TrainRequest, *, progress: Progress) -> None:
+        raise raised
+
+    monkeypatch.setattr(rexrag.run.train, "train", end)
+    assert call(monkeypatch, "train", str(recipe), "--run-dir", "run") == status
+    errors = capsys.readouterr().err
+    assert shown in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("command", ["world", "index"])
+def test_places_below_a_file_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    corpus = write_lines(tmp_path / "c.jsonl", {"id": "1", "contents": "a\nb"})
+    words = {"world": ["world", "synthetic"], "index": ["index", "build", "--corpus", str(corpus)]}[command]
+    assert call(monkeypatch, *words, "--out", str(corpus / "x")) == 2
+    errors = capsys.readouterr().err
+    assert str(corpus) in errors
+    assert "Traceback" not in errors

@@ -175,6 +175,11 @@ def test_values_out_of_bounds_are_explained(tmp_path: Path, word: str, parts: li
         (["rollout.group_size=1", "loss.baseline=loo"], "rollout.group_size = 1"),
         (["reward.format_weight=0.1"], "reward.format_weight = 0.1"),
         (["replay.lease_timeout_s=9000"], "replay.lease_timeout_s = 9000"),
+        (
+            ["retriever.kind=http", "retriever.timeout_s=60"],
+            "replay.lease_timeout_s = 300: must be above 367.75, the seconds that one search may take with "
+            "retriever.timeout_s = 60 and retriever.max_retries = 5",
+        ),
         (["prepare.index=bm25"], "prepare.index"),
         (["replay.refill=true", "loss.preserve=1"], "loss.preserve = 1.0"),
         (["probe.transfer=hint_free"], 'probe.filter = "hint_logprob"'),

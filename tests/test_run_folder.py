@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -9,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rexrag.errors import Interrupted, ModelError, RunFolderError
+import rexrag.run_folder
+from rexrag.errors import Interrupted, ModelError, RunFailure, RunFolderError
 from rexrag.run_folder import (
     RunFolder,
+    claim,
     link_latest,
     new_run_path,
     read_jsonl,
@@ -102,6 +106,52 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
         make_run(tmp_path)
     with pytest.raises(RunFolderError, match="cannot be made"):
         make_run(tmp_path / "file")
+
+
+def test_a_start_that_died_before_run_json_leaves_a_folder_that_can_be_begun(tmp_path: Path) -> None:
+    whole = make_run(tmp_path / "whole").root
+    for missing in (["run.json"], ["run.json", "config.toml", "buffer"], ["run.json", "tensorboard", "lock"]):
+        root = tmp_path / "-".join(missing)
+        shutil.copytree(whole, root)
+        (root / ".config.toml.1-ab.tmp").touch()
+        for name in missing:
+            (root / name).rmdir() if (root / name).is_dir() else (root / name).unlink()
+        with make_run(root) as run:
+            assert run.record().starts == 1
+    (whole / "run.json").unlink()
+    (whole / "buffer" / "segment-000001.log").touch()
+    with pytest.raises(RunFolderError, match="not empty and holds no run"):
+        make_run(whole)
+
+
+def test_two_that_begin_the_same_folder_do_not_share_it(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    with pytest.raises(RunFolderError, match="was begun meanwhile"):
+        make_run(tmp_path / "run")
+    assert claim(tmp_path / "runs" / "mine")
+    assert not claim(tmp_path / "runs" / "mine")
+
+
+def test_a_full_disk_does_not_hide_how_a_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run")
+
+    def refuse(path: Path, data: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with pytest.raises(RunFailure, match="the cause"), run:
+        monkeypatch.setattr(rexrag.run_folder, "write_atomic", refuse)
+        raise RunFailure("the cause")
+    assert run.record().status == "failed"
+    monkeypatch.setattr(RunFolder, "_write_fields", lambda self, fields: refuse(self.root / "run.json", ""))
+    with pytest.raises(RunFailure, match="the cause"):
+        run._lock()
+        try:
+            raise RunFailure("the cause")
+        except RunFailure as error:
+            run.__exit__(type(error), error, None)
+            raise
+    with pytest.raises(OSError, match=r"No space left.*run\.json"), RunFolder(run.root):
+        pass
 
 
 def test_another_format_or_a_broken_record_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rexrag.types import WeightVersion
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-    """All that a rollout actor, or an evaluation in this process, is built from."""
+    """All that a rollout actor, or an evaluation in this process, is built from. `log_file`: an actor's `log.jsonl`."""
 
     model_path: str
     episodes: EpisodeSettings
@@ -37,6 +37,7 @@ class RolloutSettings:
     reward_kind: str
     format_weight: float
     hints_file: Path | None
+    log_file: Path | None = None
 
 
 def longest_sequence(episodes: EpisodeSettings, hints: HintPool) -> int:

@@ -15,7 +15,8 @@ from rexrag.actors.build import RolloutSettings, build_runner
 from rexrag.actors.rollout_loop import RolloutLoop
 from rexrag.engine.protocol import EngineStats
 from rexrag.processes import process_environment
-from rexrag.types import EpisodeScore, GroupLease, Question, WeightVersion
+from rexrag.reporting.log_file import log_process
+from rexrag.types import AppendOutcome, EpisodeScore, GroupLease, LeaseKey, Question, WeightVersion
 
 MAX_CALLS: Final = 64
 """Calls that one actor serves at once: `run` takes one of them, evaluations and weights the others."""
@@ -37,16 +38,19 @@ class _RemoteBuffer:
         leases: Sequence[GroupLease] = await self._handle.lease.remote(actor_id, num=num, held=held, wait_s=wait_s)
         return leases
 
-    async def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> Sequence[str]:
-        gone: Sequence[str] = await self._handle.renew.remote(actor_id, progress=progress)
+    async def renew(self, actor_id: str, *, progress: Mapping[LeaseKey, int]) -> Sequence[LeaseKey]:
+        gone: Sequence[LeaseKey] = await self._handle.renew.remote(actor_id, progress=progress)
         return gone
 
-    async def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> str:
-        outcome: str = await self._handle.append.remote(actor_id, group_id=group_id, ipc=ipc)
+    async def hand_back(self, actor_id: str, *, lease: LeaseKey) -> None:
+        await self._handle.hand_back.remote(actor_id, lease=lease)
+
+    async def append(self, actor_id: str, *, lease: LeaseKey, ipc: bytes) -> AppendOutcome:
+        outcome: AppendOutcome = await self._handle.append.remote(actor_id, lease=lease, ipc=ipc)
         return outcome
 
-    async def fail(self, actor_id: str, *, group_id: str, reason: str) -> None:
-        await self._handle.fail.remote(actor_id, group_id=group_id, reason=reason)
+    async def fail(self, actor_id: str, *, lease: LeaseKey, reason: str) -> None:
+        await self._handle.fail.remote(actor_id, lease=lease, reason=reason)
 
 
 class RolloutActor:
@@ -55,6 +59,7 @@ class RolloutActor:
     def __init__(
         self, actor_id: str, *, settings: RolloutSettings, version: WeightVersion, num_groups: int, buffer: RemoteHandle
     ) -> None:
+        log_process(settings.log_file, part=actor_id)
         runner, self._engine = build_runner(settings, version=version)
         self._loop = RolloutLoop(
             runner, actor_id=actor_id, engine=self._engine, buffer=_RemoteBuffer(buffer), num_groups=num_groups
@@ -65,6 +70,7 @@ class RolloutActor:
         return os.getpid()
 
     async def run(self) -> None:
+        """Errors are those of `RolloutLoop.run`."""
         await self._loop.run()
 
     async def stop(self) -> None:

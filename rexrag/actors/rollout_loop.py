@@ -5,13 +5,17 @@
       └ unblocked by: a finished group, the learner taking groups, `update_weights`
 
 Leases are renewed by what the groups and the engine have written, not by being alive.
+
+A group that breaks is data: it is counted, and the loop goes on. Groups that ran side by side when one broke are one
+burst, since they mostly share its cause; only bursts one after the other without a group that comes through end it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,15 +24,15 @@ import numpy.typing as npt
 from rexrag.actors.runner import EpisodeRunner, GroupFailedError
 from rexrag.arrow import group_to_ipc
 from rexrag.engine.protocol import Engine, EngineStats
-from rexrag.errors import RetrieverSetupError, RunFailure, UnknownLeaseError, UserError
-from rexrag.types import EpisodeScore, GroupLease, Question, WeightVersion
+from rexrag.errors import EngineBrokenError, EnginePassError, RunFailure, UnknownLeaseError, UserError
+from rexrag.types import AppendOutcome, EpisodeScore, GroupLease, LeaseKey, Question, WeightVersion
 
 LOG = logging.getLogger(__name__)
 
 LEASE_WAIT_S = 5.0
 RENEW_EVERY_S = 5.0
-MAX_CONSECUTIVE_FAILURES = 3
-"""Groups that break one after the other without one that succeeds: then the engine is broken, not the groups."""
+MAX_BURSTS_IN_A_ROW = 3
+"""Bursts of broken groups without a group that comes through: one more, and it is not the groups."""
 
 
 class BufferClient(Protocol):
@@ -36,11 +40,26 @@ class BufferClient(Protocol):
 
     async def lease(self, actor_id: str, *, num: int, held: WeightVersion, wait_s: float) -> Sequence[GroupLease]: ...
 
-    async def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> Sequence[str]: ...
+    async def renew(self, actor_id: str, *, progress: Mapping[LeaseKey, int]) -> Sequence[LeaseKey]: ...
 
-    async def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> str: ...
+    async def hand_back(self, actor_id: str, *, lease: LeaseKey) -> None: ...
 
-    async def fail(self, actor_id: str, *, group_id: str, reason: str) -> None: ...
+    async def append(self, actor_id: str, *, lease: LeaseKey, ipc: bytes) -> AppendOutcome: ...
+
+    async def fail(self, actor_id: str, *, lease: LeaseKey, reason: str) -> None: ...
+
+
+@dataclass(kw_only=True, eq=False)
+class _Work:
+    """A group on its way. `burst`: the last burst of failures before it began; `tokens`: written so far."""
+
+    lease: GroupLease
+    burst: int
+    tokens: int = 0
+    task: asyncio.Task[None] | None = None
+
+    def add_tokens(self, num_tokens: int) -> None:
+        self.tokens += num_tokens
 
 
 class RolloutLoop:
@@ -58,20 +77,20 @@ class RolloutLoop:
         self._engine = engine
         self._buffer = buffer
         self._num_groups = num_groups
-        self._running: dict[str, asyncio.Task[None]] = {}
-        self._tokens: dict[str, int] = {}
+        self._running: dict[LeaseKey, _Work] = {}
         self._changed = asyncio.Event()
         self._weights_lock = asyncio.Lock()
         self._stopping = False
-        self._failures = 0
+        self._burst = 0
+        self._bursts_in_a_row = 0
 
     async def run(self) -> None:
         """Produce groups until `stop`.
 
         Raises:
-            RunFailure: groups break one after the other, no search can be answered under the settings, or the buffer
-                cannot store what is finished.
-            UserError: something of the user's, such as a reward function, breaks.
+            EngineBrokenError: passes of the engine fail again and again; the groups went back.
+            RunFailure: burst after burst of groups breaks in another way, or the buffer cannot store what is finished.
+            UserError: in the way that it says.
         """
         renewals = asyncio.create_task(self._renew_forever())
         try:
@@ -80,9 +99,10 @@ class RolloutLoop:
                 self._raise_failures(renewals)
         finally:
             renewals.cancel()
-            for task in self._running.values():
+            tasks = [work.task for work in self._running.values() if work.task is not None]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(renewals, *self._running.values(), return_exceptions=True)
+            await asyncio.gather(renewals, *tasks, return_exceptions=True)
 
     def stop(self) -> None:
         self._stopping = True
@@ -119,8 +139,10 @@ class RolloutLoop:
         held = self._engine.version
         leases = await self._buffer.lease(self._actor_id, num=free, held=held, wait_s=LEASE_WAIT_S)
         for lease in leases:
-            self._tokens[lease.group_id] = 0
-            self._running[lease.group_id] = asyncio.create_task(self._produce(lease))
+            self._cancel([key for key in self._running if key.group_id == lease.group_id])  # its lease had ended
+            work = _Work(lease=lease, burst=self._burst)
+            work.task = asyncio.create_task(self._produce(work))
+            self._running[lease.key] = work
         if not leases and self._engine.version == held:
             await self._wait_for_change(timeout_s=0.2)
 
@@ -130,53 +152,98 @@ class RolloutLoop:
         except TimeoutError:
             return
 
-    async def _produce(self, lease: GroupLease) -> None:
-        def on_progress(num_tokens: int) -> None:
-            self._tokens[lease.group_id] += num_tokens
-
+    async def _produce(self, work: _Work) -> None:
+        lease = work.lease
         try:
-            group = await self._runner.run_group(lease, on_progress=on_progress)
+            group = await self._runner.run_group(lease, on_progress=work.add_tokens)
         except GroupFailedError as error:
             LOG.warning("group %s failed: %s", lease.group_id, error)
-            await self._buffer.fail(self._actor_id, group_id=lease.group_id, reason="env_error")
-        except (RetrieverSetupError, UserError):
-            raise  # settings that no group can be produced under: they end the run
+            await self._buffer.fail(self._actor_id, lease=lease.key, reason="env_error")
         except Exception as error:
             # Fault boundary: a broken rollout is data, and the buffer counts it and asks the question again.
+            cause = _cause_of(error)
+            if isinstance(cause, RunFailure):
+                raise cause from error
             LOG.exception("group %s broke", lease.group_id)
-            self._failures += 1
-            if self._failures > MAX_CONSECUTIVE_FAILURES:
-                raise RunFailure(f"{self._failures} groups in a row broke, the last with {error!r}") from error
-            await self._buffer.fail(self._actor_id, group_id=lease.group_id, reason="invalid")
+            await self._take_back(lease, cause)
+            self._count_broken(work, cause)
         else:
-            self._failures = 0
-            await self._append(lease, group_to_ipc(group))
+            await self._append(work, group_to_ipc(group))
         finally:
             self._changed.set()
 
-    async def _append(self, lease: GroupLease, ipc: bytes) -> None:
+    async def _take_back(self, lease: GroupLease, cause: Exception) -> None:
+        """The group is dropped, unless it only happened to be in a pass that failed."""
+        if isinstance(cause, EnginePassError):
+            await self._buffer.hand_back(self._actor_id, lease=lease.key)
+        else:
+            await self._buffer.fail(self._actor_id, lease=lease.key, reason="invalid")
+
+    async def _append(self, work: _Work, ipc: bytes) -> None:
+        group_id = work.lease.group_id
         try:
-            await self._buffer.append(self._actor_id, group_id=lease.group_id, ipc=ipc)
+            outcome = await self._buffer.append(self._actor_id, lease=work.lease.key, ipc=ipc)
         except UnknownLeaseError:
-            LOG.warning("group %s is not wanted any more: dropped here", lease.group_id)
+            LOG.warning("group %s is not wanted any more: dropped here", group_id)
+            return
+        if outcome == "invalid":
+            self._count_broken(work, RunFailure(f"the buffer refused group {group_id}; its own log record says why"))
+        else:
+            self._bursts_in_a_row = 0
+
+    def _count_broken(self, work: _Work, cause: Exception) -> None:
+        if work.burst != self._burst:
+            return  # it ran when the last counted one broke
+        self._burst += 1
+        self._bursts_in_a_row += 1
+        if self._bursts_in_a_row > MAX_BURSTS_IN_A_ROW:
+            if isinstance(cause, UserError):
+                raise cause
+            kind = EngineBrokenError if isinstance(cause, EnginePassError) else RunFailure
+            raise kind(
+                f"{self._bursts_in_a_row} bursts of groups broke in actor {self._actor_id} without one that came "
+                f"through, the last with {cause!r}"
+            ) from cause
 
     async def _renew_forever(self) -> None:
         while True:
             await asyncio.sleep(RENEW_EVERY_S)
-            if not self._tokens:
+            if not self._running:
                 continue
             written = self._engine.stats().sampled_tokens
-            progress = {group_id: tokens + written for group_id, tokens in self._tokens.items()}
-            for group_id in await self._buffer.renew(self._actor_id, progress=progress):
-                if (task := self._running.get(group_id)) is not None:
-                    task.cancel()
+            progress = {key: work.tokens + written for key, work in self._running.items()}
+            self._cancel(await self._buffer.renew(self._actor_id, progress=progress))
+
+    def _cancel(self, keys: Sequence[LeaseKey]) -> None:
+        for key in keys:
+            work = self._running.get(key)
+            if work is not None and work.task is not None:
+                work.task.cancel()
 
     def _raise_failures(self, renewals: asyncio.Task[None]) -> None:
         """Forget what has ended; what failed for good ends the loop."""
-        for group_id in [group_id for group_id, task in self._running.items() if task.done()]:
-            task = self._running.pop(group_id)
-            del self._tokens[group_id]
+        ended = [(key, work.task) for key, work in self._running.items() if work.task is not None and work.task.done()]
+        for key, task in ended:
+            del self._running[key]
             if not task.cancelled():
                 task.result()
         if renewals.done():
             renewals.result()
+
+
+def _cause_of(error: Exception) -> Exception:
+    """The one of a group's errors that says what to do: the user's mistake, a failed pass, else the first."""
+    leaves = list(_leaves(error))
+    for kind in (UserError, RunFailure, EnginePassError):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return leaves[0]
+
+
+def _leaves(error: Exception) -> Iterator[Exception]:
+    if isinstance(error, ExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

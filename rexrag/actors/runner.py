@@ -128,7 +128,7 @@ class EpisodeRunner:
         )
 
     def _salt(self, lease: GroupLease) -> str:
-        return f"{lease.version.incarnation}/{lease.version.step}/{lease.group_id}"
+        return f"{lease.version.incarnation}/{lease.version.step}/{lease.group_id}/{lease.grant}"
 
     async def _target_and_probe(
         self, episode: Episode, row: int, lease: GroupLease, verdict: _Verdict

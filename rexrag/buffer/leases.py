@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+from rexrag.types import LeaseKey
 
 
 @dataclass(slots=True, kw_only=True)
 class Lease:
     """Times are seconds of the buffer's clock; `version` is the step published when it was granted."""
 
-    group_id: str
+    key: LeaseKey
     actor_id: str
     version: int
     granted_at: float
@@ -21,6 +24,9 @@ class Lease:
 class LeaseTable:
     """At most one lease a group. Progress keeps a lease, until its hard deadline; being alive does not.
 
+    A lease is a group and the number of its grant: who has lost a lease cannot renew, end or fail the next one, be it
+    the same actor's.
+
     Args:
         timeout_s: a lease without progress for so long ends.
         deadline_s: a lease so old ends, progress or not.
@@ -30,6 +36,7 @@ class LeaseTable:
         self._timeout_s = timeout_s
         self._deadline_s = deadline_s
         self._leases: dict[str, Lease] = {}
+        self._grants: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -43,25 +50,37 @@ class LeaseTable:
     def get(self, group_id: str) -> Lease | None:
         return self._leases.get(group_id)
 
-    def grant(self, group_id: str, *, actor_id: str, version: int, now: float) -> None:
+    def grant(self, group_id: str, *, actor_id: str, version: int, now: float) -> LeaseKey:
         assert group_id not in self._leases, f"group {group_id} is leased already"
-        self._leases[group_id] = Lease(
-            group_id=group_id, actor_id=actor_id, version=version, granted_at=now, progressed_at=now
-        )
+        self._grants[group_id] += 1
+        key = LeaseKey(group_id, self._grants[group_id])
+        self._leases[group_id] = Lease(key=key, actor_id=actor_id, version=version, granted_at=now, progressed_at=now)
+        return key
 
-    def renew(self, actor_id: str, *, progress: Mapping[str, int], now: float) -> list[str]:
-        """Renew the leases whose progress grew; returns the groups that the actor does not hold."""
+    def holds(self, actor_id: str, key: LeaseKey) -> bool:
+        """Whether the actor has this very lease."""
+        lease = self._leases.get(key.group_id)
+        return lease is not None and lease.key == key and lease.actor_id == actor_id
+
+    def renew(self, actor_id: str, *, progress: Mapping[LeaseKey, int], now: float) -> list[LeaseKey]:
+        """Renew the leases whose progress grew; returns those that the actor does not hold."""
         gone = []
-        for group_id, value in progress.items():
-            lease = self._leases.get(group_id)
-            if lease is None or lease.actor_id != actor_id:
-                gone.append(group_id)
-            elif value > lease.progress:
+        for key, value in progress.items():
+            if not self.holds(actor_id, key):
+                gone.append(key)
+            elif value > (lease := self._leases[key.group_id]).progress:
                 lease.progress, lease.progressed_at = value, now
         return gone
 
+    def hand_back(self, actor_id: str, key: LeaseKey) -> None:
+        """The group waits for the next grant; nothing happens if the actor does not hold the lease any more."""
+        if self.holds(actor_id, key):
+            del self._leases[key.group_id]
+
     def end(self, group_id: str) -> None:
+        """The group is finished or dropped: it is never granted again."""
         self._leases.pop(group_id, None)
+        del self._grants[group_id]
 
     def release(self, actor_id: str) -> None:
         self._leases = {key: lease for key, lease in self._leases.items() if lease.actor_id != actor_id}

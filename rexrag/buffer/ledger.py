@@ -59,6 +59,15 @@ class Group:
     payload: bytes | memoryview | None = None
 
 
+def what_then(group: Group | None, reason: DropReason, *, max_attempts: int | None = None) -> Then:
+    """What becomes of a dropped group's question; `lost` counts as no attempt."""
+    if group is None or not group.question or reason is DropReason.FLAT:
+        return Then.ELSEWHERE
+    if reason is DropReason.LOST or max_attempts is None or group.attempt < max_attempts:
+        return Then.AGAIN
+    return Then.GIVEN_UP
+
+
 class Ledger:
     """Groups by state, and what each epoch's questions came to.
 
@@ -70,7 +79,8 @@ class Ledger:
         superseded: groups that a later `Issue` of the same question contradicts (damage only).
         steps: step → groups, of assigned steps without an outcome.
         last_step: last step that has a batch, or that the last incarnation resumed at.
-        begin: the newest incarnation.
+        begins: the incarnations, oldest first.
+        known_steps: incarnation → steps that it has a batch of.
     """
 
     def __init__(self) -> None:
@@ -81,13 +91,24 @@ class Ledger:
         self.superseded: list[str] = []
         self.steps: dict[int, tuple[str, ...]] = {}
         self.last_step = 0
-        self.begin: Begin | None = None
+        self.begins: list[Begin] = []
+        self.known_steps: dict[str, set[int]] = {}
         self._by_state: Mapping[GroupState, dict[str, Group]] = {state: {} for state in GroupState}
         self._dropped: Counter[str] = Counter()
         self._given_up = 0
 
+    @property
+    def begin(self) -> Begin | None:
+        """The newest incarnation."""
+        return self.begins[-1] if self.begins else None
+
     def in_state(self, state: GroupState) -> Mapping[str, Group]:
         return self._by_state[state]
+
+    def in_order(self, *states: GroupState) -> list[Group]:
+        """Groups in any of these states, in order of admission."""
+        groups = [group for state in states for group in self._by_state[state].values()]
+        return sorted(groups, key=lambda group: group.order)
 
     def accounting(self) -> Accounting:
         return Accounting(
@@ -101,7 +122,7 @@ class Ledger:
     def apply(self, record: Record) -> None:
         match record:
             case Begin():
-                self.begin = record
+                self.begins.append(record)
                 self.last_step = record.resume_step
                 self.steps.clear()
             case Issue():
@@ -151,12 +172,14 @@ class Ledger:
         self._given_up += record.then is Then.GIVEN_UP
 
     def _assign(self, record: Assign) -> None:
+        self.known_steps.setdefault(record.incarnation, set()).add(record.step)
         self.steps[record.step] = record.groups
         self.last_step = max(self.last_step, record.step)
         for group_id in record.groups:
             self._advance(group_id, GroupState.ASSIGNED, record.step)
 
     def _outcome(self, record: Outcome) -> None:
+        self.known_steps.setdefault(record.incarnation, set()).add(record.step)
         self.steps.pop(record.step, None)
         self.last_step = max(self.last_step, record.step)
         for group_id in record.groups:

@@ -25,6 +25,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -52,7 +53,7 @@ class LogWriteError(RunFailure):
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """Bytes [start, end) of a segment that are no whole record.
+    """Bytes [start, end) of a segment that are no whole record; none of them: the segment is missing.
 
     `torn`: the end of the last segment, as a crash leaves it. `group_id`: the group whose bytes are damaged, where
     its header is readable.
@@ -63,6 +64,12 @@ class Damage:
     end: int
     torn: bool = False
     group_id: str | None = None
+
+    def __str__(self) -> str:
+        if self.end == 0:
+            return f"{self.segment} is missing"
+        whose = "" if self.group_id is None else f", the bytes of group {self.group_id}"
+        return f"{self.segment} is damaged from byte {self.start} to {self.end}{whose}"
 
 
 class LogWriter:
@@ -154,16 +161,29 @@ class LogWriter:
 
 
 def read_log(folder: Path) -> Iterator[Record | Damage]:
-    """All records in the order they were written, and the damage between them.
+    """All records in the order they were written, and the damage between them, missing segments included.
 
     The payload of a `Finish` is a view of the mapped file, its checksum verified.
 
     Raises:
         RunFolderError: a log of another version.
     """
-    paths = segments(folder)
+    paths, expected = segments(folder), 1
     for path in paths:
+        for number in range(expected, _number(path)):
+            yield Damage(segment=_segment_path(folder, number), start=0, end=0)
         yield from _read_segment(path, is_last=path == paths[-1])
+        expected = _number(path) + 1
+
+
+def first_records(folder: Path) -> Iterator[Record | Damage]:
+    """What each segment begins with, oldest first.
+
+    Raises:
+        RunFolderError: a log of another version.
+    """
+    for path in segments(folder):
+        yield from islice(_read_segment(path, is_last=False), 1)
 
 
 def cut_torn_tail(damage: Damage) -> None:
@@ -226,14 +246,15 @@ def _read_segment(path: Path, *, is_last: bool) -> Iterator[Record | Damage]:
         header_end = _header_end(view, position)
         if header_end is None:
             resume = _next_record(data, view, position + 1)
-            yield _damage(path, position, resume or size, is_last and resume is None)
+            yield Damage(segment=path, start=position, end=resume or size, torn=is_last and resume is None)
             position = resume or size
             continue
         end, header, is_whole = _split(view, position, header_end)
         if is_whole:
             yield decode(header, view[header_end:end])
         else:
-            yield _damage(path, position, min(end, size), is_last and end > size, str(header.get("group_id")))
+            owner = str(header.get("group_id"))
+            yield Damage(segment=path, start=position, end=min(end, size), torn=is_last and end > size, group_id=owner)
         position = end
 
 
@@ -279,9 +300,3 @@ def _next_record(data: mmap.mmap, view: memoryview, position: int) -> int | None
     while found >= 0 and _header_end(view, found) is None:
         found = data.find(_RECORD_MAGIC, found + 1)
     return found if found >= 0 else None
-
-
-def _damage(path: Path, start: int, end: int, torn: bool, group_id: str | None = None) -> Damage:
-    if not torn:
-        LOG.error("%s: bytes %d to %d are damaged and skipped", path, start, end)
-    return Damage(segment=path, start=start, end=end, torn=torn, group_id=group_id)

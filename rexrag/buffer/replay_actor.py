@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import cast
 
 import ray
 from ray.actor import ActorHandle
@@ -19,7 +19,8 @@ from ray.actor import ActorHandle
 from rexrag.buffer.recovery import open_buffer
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import BufferPosition, BufferStatus
-from rexrag.types import GroupLease, StepBatch, WeightVersion
+from rexrag.reporting.log_file import log_process
+from rexrag.types import AppendOutcome, GroupLease, LeaseKey, StepBatch, WeightVersion
 
 MAX_POLL_PAUSE_S = 0.5
 """Leases run out by themselves, so a poll looks again without being woken."""
@@ -37,15 +38,19 @@ class ReplayActor:
             batch = ray.get(buffer.take.remote(1))
     """
 
-    def __init__(self, settings: ReplaySettings, *, resume_step: int | None) -> None:
+    def __init__(self, settings: ReplaySettings, *, resume_step: int | None, is_new: bool = False) -> None:
         self._settings = settings
         self._resume_step = resume_step
+        self._is_new = is_new
         self._changed = asyncio.Event()
         self._deaths: Counter[str] = Counter()
 
     async def open(self) -> BufferPosition:
         """Read the log and begin. Not done in the constructor, whose errors Ray hands on as text alone."""
-        self._state = open_buffer(self._settings, resume_step=self._resume_step, clock=time.monotonic)
+        log_process(self._settings.log_file, part="buffer")
+        self._state = open_buffer(
+            self._settings, resume_step=self._resume_step, is_new=self._is_new, clock=time.monotonic
+        )
         return self._state.position()
 
     async def lease(self, actor_id: str, *, num: int, held: WeightVersion | None, wait_s: float) -> list[GroupLease]:
@@ -59,22 +64,26 @@ class ReplayActor:
                 break
         return leases
 
-    async def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> list[str]:
+    async def renew(self, actor_id: str, *, progress: Mapping[LeaseKey, int]) -> list[LeaseKey]:
         return self._state.renew(actor_id, progress=progress)
+
+    async def hand_back(self, actor_id: str, *, lease: LeaseKey) -> None:
+        self._state.hand_back(actor_id, lease=lease)
+        self._wake()
 
     async def release(self, actor_id: str) -> None:
         self._deaths[actor_id] += 1  # a poll of the dead must not be given groups
         self._state.release(actor_id)
         self._wake()
 
-    async def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> Literal["accepted", "duplicate", "flat"]:
+    async def append(self, actor_id: str, *, lease: LeaseKey, ipc: bytes) -> AppendOutcome:
         try:
-            return self._state.append(actor_id, group_id=group_id, ipc=ipc)
+            return self._state.append(actor_id, lease=lease, ipc=ipc)
         finally:
             self._wake()
 
-    async def fail(self, actor_id: str, *, group_id: str, reason: str) -> None:
-        self._state.fail(actor_id, group_id=group_id, reason=reason)
+    async def fail(self, actor_id: str, *, lease: LeaseKey, reason: str) -> None:
+        self._state.fail(actor_id, lease=lease, reason=reason)
         self._wake()
 
     async def assign(self, step: int, *, rho: float | None, timeout_s: float) -> bool:
@@ -114,7 +123,9 @@ class ReplayActor:
         return True
 
 
-def start_replay_actor(settings: ReplaySettings, *, resume_step: int | None) -> ActorHandle[ReplayActor]:
-    """A `ReplayActor` in its own process; see `open_buffer` for `resume_step`."""
-    handle = ray.remote(ReplayActor).options(num_cpus=0).remote(settings, resume_step=resume_step)
+def start_replay_actor(
+    settings: ReplaySettings, *, resume_step: int | None, is_new: bool = False
+) -> ActorHandle[ReplayActor]:
+    """A `ReplayActor` in its own process; see `open_buffer` for `resume_step` and `is_new`."""
+    handle = ray.remote(ReplayActor).options(num_cpus=0).remote(settings, resume_step=resume_step, is_new=is_new)
     return cast("ActorHandle[ReplayActor]", handle)

@@ -18,6 +18,7 @@ class ReplaySettings:
         max_attempts: times that a question is asked again after its group was dropped, before it is given up.
         refill: drop groups whose rows have equal rewards, and ask other questions in their place.
         segment_bytes: size at which the log begins a new segment.
+        log_file: the run's `log.jsonl`, for what the buffer has to say.
     """
 
     folder: Path
@@ -31,6 +32,7 @@ class ReplaySettings:
     segment_bytes: int
     num_steps: int | None
     refill: bool
+    log_file: Path | None
 
     def __post_init__(self) -> None:
         if not self.questions:

@@ -9,20 +9,22 @@ version are in memory only. Every method is idempotent where Ray or an actor may
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 from rexrag.buffer.leases import LeaseTable
-from rexrag.buffer.ledger import Accounting, Group, GroupState, Ledger
-from rexrag.buffer.log import Damage
-from rexrag.buffer.records import Assign, Drop, DropReason, Finish, Issue, Outcome, Record, Then
+from rexrag.buffer.ledger import Accounting, Group, GroupState, Ledger, what_then
+from rexrag.buffer.records import Assign, Drop, DropReason, Finish, Issue, Outcome, Record
 from rexrag.buffer.schedule import Candidate, issue_order, select_batch
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import ActorStatus, BufferPosition, BufferStatus
 from rexrag.buffer.validation import parse_group
 from rexrag.errors import StaleGroupError, UnknownLeaseError
-from rexrag.types import GroupLease, StepBatch, WeightVersion
+from rexrag.types import AppendOutcome, GroupLease, LeaseKey, StepBatch, WeightVersion
+
+LOG = logging.getLogger(__name__)
 
 
 class Journal(Protocol):
@@ -31,22 +33,13 @@ class Journal(Protocol):
     def write(self, records: Sequence[Record], *, sync: bool) -> None: ...
 
 
-def what_then(group: Group | None, reason: DropReason, *, max_attempts: int | None = None) -> Then:
-    """What becomes of a dropped group's question; `lost` counts as no attempt."""
-    if group is None or not group.question or reason is DropReason.FLAT:
-        return Then.ELSEWHERE
-    if reason is DropReason.LOST or max_attempts is None or group.attempt < max_attempts:
-        return Then.AGAIN
-    return Then.GIVEN_UP
-
-
 class ReplayState:
     """The buffer's rules over a ledger and a journal.
 
         state = open_buffer(settings, resume_step=None, clock=time.monotonic)
         state.publish(WeightVersion(incarnation=state.position().incarnation, step=0))
         (lease,) = state.lease("rollout-0", num=1, held=version)
-        state.append("rollout-0", group_id=lease.group_id, ipc=group_to_ipc(group))
+        state.append("rollout-0", lease=lease.key, ipc=group_to_ipc(group))
         state.assign(1, rho=None)             # False while step 1 has no complete batch
         batch = state.take(1)
         state.outcome(1, applied=True)
@@ -63,7 +56,7 @@ class ReplayState:
         ledger: Ledger,
         journal: Journal,
         clock: Callable[[], float],
-        damages: tuple[Damage, ...] = (),
+        damages: tuple[str, ...] = (),
     ) -> None:
         assert ledger.begin is not None, "an incarnation is durable before the first issue"
         self._settings = settings
@@ -103,8 +96,9 @@ class ReplayState:
         new = self._issue(max(0, min(num - len(waiting), self._num_admissible())), version.step)
         groups = [*waiting, *new]
         now = self._clock()
-        for group in groups:
-            self._leases.grant(group.group_id, actor_id=actor_id, version=version.step, now=now)
+        keys = [
+            self._leases.grant(group.group_id, actor_id=actor_id, version=version.step, now=now) for group in groups
+        ]
         return [
             GroupLease(
                 group_id=group.group_id,
@@ -112,16 +106,17 @@ class ReplayState:
                 epoch=group.epoch,
                 attempt=group.attempt,
                 version=version,
+                grant=key.grant,
             )
-            for group in groups
+            for group, key in zip(groups, keys, strict=True)
         ]
 
     def is_outdated(self, held: WeightVersion | None) -> bool:
         """Whether an actor that holds `held` must fetch newer weights before it can lease."""
         return self._published is not None and not _is_current(held, self._published)
 
-    def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> list[str]:
-        """Renew the leases whose progress number grew; returns the groups that the actor no longer holds."""
+    def renew(self, actor_id: str, *, progress: Mapping[LeaseKey, int]) -> list[LeaseKey]:
+        """Renew the leases whose progress number grew; returns those that the actor no longer holds."""
         self._expire()
         return self._leases.renew(actor_id, progress=progress, now=self._clock())
 
@@ -130,16 +125,23 @@ class ReplayState:
         self._leases.release(actor_id)
         self._held.pop(actor_id, None)
 
-    def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> Literal["accepted", "duplicate", "flat"]:
+    def hand_back(self, actor_id: str, *, lease: LeaseKey) -> None:
+        """The actor cannot do the group, through no fault of the group's: it goes to others as it is."""
+        self._leases.hand_back(actor_id, lease)
+
+    def append(self, actor_id: str, *, lease: LeaseKey, ipc: bytes) -> AppendOutcome:
         """Store a finished group; it is durable when this returns. The first one wins, whoever holds the lease.
 
-        A flat group is dropped where `refill` is set: another question is asked in its place.
+        Returns:
+            "flat": all rows have equal rewards and `refill` is set; it is dropped, and another question asked.
+            "invalid": it is not the group that was leased, or no group; the log says why. It is dropped, and its
+            question asked again, unless another lease of it has begun.
 
         Raises:
             UnknownLeaseError: the group was never issued, or was dropped.
-            ValueError: the group is not valid; it is dropped, and its question asked again.
             LogWriteError: the group is not stored, but still leased.
         """
+        group_id = lease.group_id
         self._expire()
         group = self._known(group_id)
         if group.was_finished:
@@ -148,9 +150,10 @@ class ReplayState:
             raise UnknownLeaseError(f"group {group_id} was dropped: abandon it")
         try:
             parsed = parse_group(ipc, group_id=group_id, question=group.question, newest_version=self._ledger.last_step)
-        except ValueError:
-            self._drop_open(actor_id, group, DropReason.INVALID)
-            raise
+        except ValueError as error:
+            LOG.error("refused what %s wrote, its question is asked again: %s", actor_id, error)
+            self._drop_open(actor_id, lease, group, DropReason.INVALID)
+            return "invalid"
         if self._settings.refill and parsed.is_flat:
             self._drop([group], DropReason.FLAT)
             self._num_ended += 1
@@ -170,7 +173,7 @@ class ReplayState:
         self._num_ended += 1
         return "accepted"
 
-    def fail(self, actor_id: str, *, group_id: str, reason: str) -> None:
+    def fail(self, actor_id: str, *, lease: LeaseKey, reason: str) -> None:
         """The actor gives a group up (`env_error` or `invalid`); nothing happens if it does not hold it any more.
 
         Raises:
@@ -180,9 +183,9 @@ class ReplayState:
         if reason not in (DropReason.ENV_ERROR, DropReason.INVALID):
             raise ValueError(f"reason {reason!r} is unknown to an actor: env_error or invalid")
         self._expire()
-        group = self._known(group_id)
+        group = self._known(lease.group_id)
         if group.state is GroupState.OPEN:
-            self._drop_open(actor_id, group, DropReason(reason))
+            self._drop_open(actor_id, lease, group, DropReason(reason))
 
     def assign(self, step: int, *, rho: float | None) -> bool:
         """Decide the batch of `step`, once; False while there is none.
@@ -342,10 +345,9 @@ class ReplayState:
         bounds = [version for version in (min_version, None if lease is None else lease.version) if version is not None]
         return min(bounds, default=group.version)
 
-    def _drop_open(self, actor_id: str, group: Group, reason: DropReason) -> None:
-        """Drop an unfinished group, unless another actor works on it."""
-        lease = self._leases.get(group.group_id)
-        if lease is not None and lease.actor_id == actor_id:
+    def _drop_open(self, actor_id: str, lease: LeaseKey, group: Group, reason: DropReason) -> None:
+        """Drop an unfinished group, unless it is leased anew."""
+        if self._leases.holds(actor_id, lease):
             self._drop([group], reason)
 
     def _drop(self, groups: Sequence[Group], reason: DropReason) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rexrag.buffer.log import Damage
 from rexrag.types import WeightVersion
 
 
@@ -43,9 +42,12 @@ class BufferStatus:
 
 @dataclass(frozen=True, kw_only=True)
 class BufferPosition:
-    """Where the buffer stands. `last_step`: the last step that has a batch. `damages`: what recovery had to skip."""
+    """Where the buffer stands. `last_step`: the last step that has a batch.
+
+    `damages`: a sentence for the user about each thing that is wrong with the log that it began with.
+    """
 
     incarnation: str
     last_step: int
     epoch: int
-    damages: tuple[Damage, ...]
+    damages: tuple[str, ...]

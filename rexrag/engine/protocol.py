@@ -77,6 +77,7 @@ class Engine(Protocol):
 
         Raises:
             ValueError: the prompt is empty, or does not fit the engine's context with `max_tokens`.
+            EnginePassError: the pass that computed it failed; so did all else that was in it.
         """
 
     async def update_weights(

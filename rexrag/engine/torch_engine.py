@@ -16,6 +16,7 @@ those of a full forward pass under the new weights. Tokens that were sampled bef
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from rexrag.engine.model_pass import ModelPass, Outcome
 from rexrag.engine.protocol import EngineStats, Finish, GenerateRequest, Generation
 from rexrag.engine.scheduler import LiveSequence, Scheduler
 from rexrag.engine.stops import StopFinder
-from rexrag.errors import RexragError
+from rexrag.errors import EnginePassError, RexragError
 from rexrag.model.loading import Device
 from rexrag.types import WeightVersion
 
@@ -43,6 +44,7 @@ _PREFILL_TOKENS: Final = {"cpu": 512, "cuda": 4096}
 _YIELDS: Final = 8
 """Rounds of the event loop between two passes: a result passes a few tasks until it becomes the next request."""
 
+LOG = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -132,6 +134,7 @@ class TorchEngine:
             ValueError: the prompt is empty, does not fit with `max_tokens`, or has a token id out of range; or
                 `score_from` is not within it.
             EngineClosedError: the engine is closed, or was before the end.
+            EnginePassError: the pass that computed it failed, for all its requests.
         """
         self._check_request(request)
         if self._closed:
@@ -203,8 +206,10 @@ class TorchEngine:
             try:
                 async with self._pass_lock:
                     await self._step()
-            except Exception as error:  # noqa: BLE001  # fault boundary: whoever waits gets the error
-                self._fail_all(error)
+            except Exception as error:
+                # Fault boundary: whoever waits gets the error, and the next pass begins anew.
+                LOG.exception("a forward pass failed")
+                self._fail_all(EnginePassError(f"a forward pass failed: {error!r}"))
 
     async def _step(self) -> None:
         """One pass, and what came out of it handed to its requests, in order of admission."""

@@ -18,11 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rexrag.errors import RunFolderError
+from rexrag.errors import RunFailure, RunFolderError
 from rexrag.files import sha256_file, sync_folder, write_atomic
 from rexrag.learner.trainer_state import TrainerState
 
@@ -54,13 +55,34 @@ def save_checkpoint(
 
     It is built in step-NNNNNN.tmp, renamed when every file is on disk, and counts once COMMIT is in it. Leftovers of
     a crashed attempt at the same step are replaced; a committed checkpoint of the step is left alone.
+
+    Raises:
+        RunFailure: the disk is full or broken; nothing of the attempt is left, and older checkpoints are as they were.
     """
     final = folder / checkpoint_name(trainer_state.step)
     if (final / COMMIT).is_file():
         return final
     temporary = final.with_name(final.name + ".tmp")
-    for leftover in (final, temporary):
-        shutil.rmtree(leftover, ignore_errors=True)
+    leftovers = (final, temporary)
+    try:
+        for leftover in leftovers:
+            shutil.rmtree(leftover, ignore_errors=True)
+        return _build(final, temporary, model=model, tokenizer=tokenizer, trainer_state=trainer_state)
+    except (OSError, SafetensorError) as error:
+        for leftover in leftovers:
+            shutil.rmtree(leftover, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RunFailure(f"checkpoint {final} cannot be written: {reason}; free space and resume") from error
+
+
+def _build(
+    final: Path,
+    temporary: Path,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    trainer_state: TrainerState,
+) -> Path:
     (temporary / "trainer").mkdir(parents=True)
     model.save_pretrained(temporary, max_shard_size=_MAX_SHARD)
     tokenizer.save_pretrained(temporary)
@@ -73,7 +95,7 @@ def save_checkpoint(
     for inside in (temporary / "trainer", temporary):
         sync_folder(inside)
     temporary.rename(final)
-    sync_folder(folder)
+    sync_folder(final.parent)
     write_atomic(final / COMMIT, json.dumps({"step": trainer_state.step, "files": manifest}, indent=1) + "\n")
     return final
 

@@ -20,6 +20,7 @@ from rexrag.learner.checkpoint import load_checkpoint, save_checkpoint
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.model.loading import Device, load_model, load_tokenizer
 from rexrag.processes import process_environment
+from rexrag.reporting.log_file import log_process
 from rexrag.types import StepBatch, StepResult
 
 
@@ -36,6 +37,7 @@ class LearnerSpec:
         evidence_folder: where a run that fails on non-finite values leaves its last batch.
         checkpoint: folder to go on from; None begins at step 0.
         reference: folder of the reference model, needed where `loss.kl_coef` is above 0.
+        log_file: the run's `log.jsonl`.
     """
 
     model: Path
@@ -48,6 +50,7 @@ class LearnerSpec:
     evidence_folder: Path
     checkpoint: Path | None = None
     reference: Path | None = None
+    log_file: Path | None = None
 
 
 _BESIDE: Final = "beside"
@@ -72,6 +75,7 @@ class LearnerActor:
     def ready(self) -> None:
         """Build model and optimizer. Not done in the constructor, whose errors Ray hands on as text alone."""
         spec = self._spec
+        log_process(spec.log_file, part="learner")
         torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
         resumed = load_checkpoint(spec.checkpoint) if spec.checkpoint is not None else None

@@ -1,4 +1,4 @@
-"""The one writer of a run's TensorBoard events, `metrics.jsonl`, `eval.jsonl`, `samples.jsonl` and `log.jsonl`.
+"""The one writer of a run's TensorBoard events, `metrics.jsonl`, `eval.jsonl` and `samples.jsonl`.
 
 Keys of the jsonl files are the TensorBoard tags. A metric without a value is `null` there and no point here.
 What is compared in one chart has one tag, `compare/...`, and a run of its own for each curve (`target` and `probe`,
@@ -8,11 +8,9 @@ What is compared in one chart has one tag, `compare/...`, and a run of its own f
 from __future__ import annotations
 
 import json
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -21,6 +19,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 import rexrag.metrics as keys
+from rexrag.files import append_line
 from rexrag.run_folder import RunFolder
 from rexrag.types import Sample
 
@@ -69,7 +68,9 @@ class Board:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for writer in self._writers.values():
-            writer.close()
+            # What is left to be written may fail as what went before did: the first error is the one to be told.
+            with suppress(OSError) if error is not None else nullcontext():
+                writer.close()
 
     def step(
         self, step: int, *, metrics: Mapping[str, float | None], histograms: Mapping[str, Sequence[float]]
@@ -115,47 +116,8 @@ class Board:
             writer.flush()
 
 
-@contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Write this package's log records, from INFO on, to a `log.jsonl` while the block runs."""
-    handler = _JsonlHandler(path)
-    logger = logging.getLogger("rexrag")
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-
-class _JsonlHandler(logging.Handler):
-    def __init__(self, path: Path) -> None:
-        super().__init__(logging.INFO)
-        self._path = path
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "source": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["traceback"] = logging.Formatter().formatException(record.exc_info)
-        _append(self._path, line)
-
-
 def _append(path: Path, line: Mapping[str, object]) -> None:
-    """One line at the end of a jsonl file; after a torn line it begins a new one."""
-    text = json.dumps(line, ensure_ascii=False, allow_nan=False)
-    with path.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                text = f"\n{text}"
-        file.write(f"{text}\n".encode())
+    append_line(path, json.dumps(line, ensure_ascii=False, allow_nan=False))
 
 
 def _as_markdown_code(text: str) -> str:

@@ -17,12 +17,11 @@ import httpx
 
 from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError
 from rexrag.retrieval.answers import Body, RetryableError, passages_of, read_bounded
+from rexrag.retrieval.backoff import longest_search_s, pause_bound_s
 from rexrag.types import Passage
 
 LOG = logging.getLogger(__name__)
 
-_BACKOFF_FIRST_S: Final = 0.25
-_BACKOFF_MOST_S: Final = 10.0
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS: Final = 3
 _PROBE_QUERY: Final = "test"
@@ -69,8 +68,7 @@ class HttpRetriever:
     @property
     def max_wait_s(self) -> float:
         """Bound of a whole `search`, seconds: all attempts and all pauses between them."""
-        pauses = sum(_backoff_bound_s(attempt) for attempt in range(self._max_retries))
-        return (self._max_retries + 1) * self._timeout_s + pauses
+        return longest_search_s(timeout_s=self._timeout_s, max_retries=self._max_retries)
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
         """The server's passages for a query, best first, at most `top_k`.
@@ -83,7 +81,7 @@ class HttpRetriever:
         assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
         for attempt in range(self._max_retries + 1):
             if attempt:
-                await asyncio.sleep(self._jitter.uniform(0.0, _backoff_bound_s(attempt - 1)))
+                await asyncio.sleep(self._jitter.uniform(0.0, pause_bound_s(attempt - 1)))
             try:
                 return await self._attempt(query, top_k)
             except RetryableError as error:
@@ -191,11 +189,6 @@ def _base_url(url: str) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ConfigError(f"retriever.url = {url!r} must be http://HOST:PORT or https://…")
     return base
-
-
-def _backoff_bound_s(attempt: int) -> float:
-    """Exponential back-off with full jitter: the pause after the i-th attempt is uniform below this."""
-    return min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2.0 ** min(attempt, 30))
 
 
 def _described(error: Exception) -> str:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from rexrag.buffer.replay_actor import ReplayActor
-from rexrag.errors import PartDiedError, RunFailure
+from rexrag.errors import EnginePassError, PartDiedError, RunFailure
 from rexrag.learner.checkpoint import prune
 from rexrag.learner.learner_actor import LearnerActor, ask_progress
 from rexrag.reporting.reporter import Reporter
@@ -197,10 +197,10 @@ class Controller:
             try:
                 scores = self._scores(split, questions)
                 break
-            except PartDiedError:
+            except (PartDiedError, EnginePassError) as error:
                 if attempt + 1 == MAX_EVAL_ATTEMPTS:
                     raise
-                LOG.warning("an actor died during the evaluation at step %d, it begins again", step)
+                LOG.warning("the evaluation at step %d begins again: %s", step, error)
         self._reporter.evaluation(scores, split=split, step=step, seconds=time.monotonic() - started)
 
     def _scores(self, split: str, questions: Sequence[Question]) -> list[EpisodeScore]:

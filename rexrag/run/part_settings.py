@@ -156,7 +156,9 @@ def _scored(config: Config) -> Literal["none", "probes", "all"]:
     return "all" if config.correction.mixture == "sequence" else "probes"
 
 
-def rollout_settings(config: Config, *, model_path: str, num_threads: int) -> RolloutSettings:
+def rollout_settings(
+    config: Config, *, model_path: str, num_threads: int, log_file: Path | None = None
+) -> RolloutSettings:
     retriever = config.retriever
     return RolloutSettings(
         model_path=model_path,
@@ -174,6 +176,7 @@ def rollout_settings(config: Config, *, model_path: str, num_threads: int) -> Ro
         reward_kind=config.reward.kind,
         format_weight=config.reward.format_weight,
         hints_file=config.probe.hints,
+        log_file=log_file,
     )
 
 
@@ -192,7 +195,9 @@ def learner_settings(config: Config, *, device: Device) -> LearnerSettings:
     )
 
 
-def replay_settings(config: Config, *, folder: Path, questions: tuple[Question, ...]) -> ReplaySettings:
+def replay_settings(
+    config: Config, *, folder: Path, questions: tuple[Question, ...], log_file: Path | None
+) -> ReplaySettings:
     return copied(
         ReplaySettings,
         config.replay,
@@ -202,6 +207,7 @@ def replay_settings(config: Config, *, folder: Path, questions: tuple[Question, 
         num_steps=config.train.steps,
         seed=config.train.seed,
         segment_bytes=config.replay.segment_mb << 20,
+        log_file=log_file,
     )
 
 

@@ -10,7 +10,6 @@ submitted again must find its run.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,14 +29,30 @@ from rexrag.recipe import (
     resolved_toml,
     with_prepared,
 )
-from rexrag.run_folder import RunFolder, link_latest, new_run_path
+from rexrag.run.cluster import check_form, cluster_address
+from rexrag.run.identity import check_identity, origin_of, write_identity
+from rexrag.run_folder import RunFolder, claim, link_latest, new_run_path
 
 FREE: Final = (
     "train.steps",
     "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.stall_timeout_s",
+    "retriever.url",
+    "retriever.timeout_s",
+    "retriever.max_retries",
     "rollout.num_actors",
+    "rollout.threads_per_actor",
+    "rollout.episodes_per_actor",
+    "rollout.num_gpus",
+    "replay.lease_timeout_s",
+    "replay.lease_deadline_s",
+    "replay.segment_mb",
+    "learner.threads",
+    "learner.num_gpus",
     "learner.micro_batch_tokens",
     "learner.gradient_checkpointing",
+    "learner.max_bad_steps",
 )
 """Settings that a resume may change, beside [eval]: none changes what a step is meant to compute."""
 
@@ -68,6 +83,8 @@ class Plan:
         root: the run folder.
         is_new: whether the folder is still to be made.
         finished: the run has done all its steps: there is nothing to do.
+        unnamed: the settings without places in the run folder, where that has a default name, which another process
+            may take first.
     """
 
     recipe: Recipe
@@ -76,6 +93,7 @@ class Plan:
     start_step: int
     checkpoint: Path | None
     finished: bool = False
+    unnamed: Recipe | None = None
 
 
 def plan_run(recipe: Path | None, *, overrides: Sequence[str], run_dir: Path | None, resume: str) -> Plan:
@@ -89,6 +107,7 @@ def plan_run(recipe: Path | None, *, overrides: Sequence[str], run_dir: Path | N
             is not named by an absolute path.
         RunFolderError: a run folder or checkpoint that does not fit the request.
     """
+    check_form(cluster_address())
     _require_lasting(run_dir)
     if resume not in ("auto", "never"):
         return _plan_from_checkpoint(Path(resume), recipe=recipe, overrides=overrides, run_dir=run_dir)
@@ -100,12 +119,8 @@ def plan_run(recipe: Path | None, *, overrides: Sequence[str], run_dir: Path | N
     check_runnable(loaded)
     root = (run_dir or new_run_path(loaded.name)).resolve()
     filled = with_prepared(loaded, prepared=root / "prepared")
-    return Plan(recipe=filled, root=root, is_new=True, start_step=0, checkpoint=None)
-
-
-def cluster_address() -> str | None:
-    """Where the Ray cluster is that this process belongs to, as a job of it does; None: a Ray of its own."""
-    return os.environ.get("RAY_ADDRESS") or None
+    unnamed = loaded if run_dir is None else None
+    return Plan(recipe=filled, root=root, is_new=True, start_step=0, checkpoint=None, unnamed=unnamed)
 
 
 def _require_lasting(run_dir: Path | None) -> None:
@@ -127,10 +142,13 @@ def open_run(plan: Plan) -> Iterator[TrainRequest]:
     Raises:
         RunFolderError: another process uses the folder, or did since the plan was made.
     """
+    if plan.unnamed is not None:
+        plan = _named(plan, plan.unnamed)
     recipe = plan.recipe
     if plan.is_new:
         text = resolved_toml(recipe, base=plan.root)
         run = RunFolder.create(plan.root, recipe=recipe.name, seed=recipe.config.train.seed, config=text)
+        write_identity(run, recipe.config, checkpoint=plan.checkpoint, step=plan.start_step)
         if run.root.parent == Path("runs").resolve():
             link_latest(run.root)
     else:
@@ -153,9 +171,19 @@ def open_run(plan: Plan) -> Iterator[TrainRequest]:
         raise
 
 
+def _named(plan: Plan, unnamed: Recipe) -> Plan:
+    """The plan with a folder that this process, and no other, has just made."""
+    root = plan.root
+    while not claim(root):
+        root = new_run_path(unnamed.name).resolve()
+    has_places = plan.checkpoint is None
+    recipe = with_prepared(unnamed, prepared=root / "prepared") if has_places else unnamed
+    return replace(plan, root=root, recipe=recipe, unnamed=None)
+
+
 def _go_back(plan: Plan, *, run: RunFolder) -> None:
     """Cut what came after the resume point, and write the settings as they now are."""
-    if max(run.committed_checkpoints(), default=0) != plan.start_step:
+    if max(run.committed_checkpoints(), default=origin_of(run)[1]) != plan.start_step:
         raise RunFolderError(f"run {run.root}: has gone on meanwhile; give the same command again.")
     run.cut_after(plan.start_step)
     if flatten(load_recipe(run.config).config) != flatten(plan.recipe.config):
@@ -167,10 +195,12 @@ def _plan_resume(run: RunFolder, *, recipe: Path | None, overrides: Sequence[str
     asked = load_recipe(recipe or run.config, overrides=overrides)
     wanted = with_prepared(asked, prepared=run.prepared)
     _refuse_changes(stored.config, wanted)
+    check_identity(run, wanted.config)
     record = run.record()
     steps = wanted.config.train.steps
     committed = run.committed_checkpoints()
-    start_step = max(committed, default=0)
+    origin, first_step = origin_of(run) if not committed else (None, 0)
+    start_step = max(committed, default=first_step)
     if steps < start_step:
         raise ConfigError(
             f"train.steps = {steps}: must be at least {start_step}, the steps that run {run.root} has done; "
@@ -181,7 +211,7 @@ def _plan_resume(run: RunFolder, *, recipe: Path | None, overrides: Sequence[str
         root=run.root,
         is_new=False,
         start_step=start_step,
-        checkpoint=committed.get(start_step),
+        checkpoint=committed.get(start_step, origin),
         finished=record.status == "finished" and steps <= record.steps,
     )
 
@@ -222,7 +252,14 @@ def _plan_from_checkpoint(
             f"--resume {checkpoint}: an older checkpoint begins a new run, but {root} exists; "
             "name another --run-dir, or leave it out."
         )
-    return Plan(recipe=loaded, root=root, is_new=True, start_step=step, checkpoint=checkpoint.resolve())
+    return Plan(
+        recipe=loaded,
+        root=root,
+        is_new=True,
+        start_step=step,
+        checkpoint=checkpoint.resolve(),
+        unnamed=loaded if run_dir is None else None,
+    )
 
 
 def _run_and_step(checkpoint: Path) -> tuple[RunFolder, int]:

@@ -15,25 +15,30 @@ from pathlib import Path
 
 import ray
 import torch
+from ray.exceptions import RayError
 
-from rexrag.buffer.recovery import accounting_from_log
+from rexrag.buffer.recovery import books_from_log, check_questions
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
+from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import BufferPosition
 from rexrag.data.questions import load_questions
-from rexrag.errors import ConfigError, Interrupted, RunFailure
+from rexrag.errors import ConfigError, Interrupted, RexragError, RunFailure
 from rexrag.files import write_atomic
 from rexrag.hints import HintPool, load_hints
 from rexrag.learner.learner_actor import LearnerSpec, start_learner
 from rexrag.model.checks import check_model
 from rexrag.preparation.prepare import prepare
 from rexrag.reporting.board import Board
+from rexrag.reporting.log_file import log_instead
 from rexrag.reporting.reporter import Reporter
 from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.manifest import check_index
 from rexrag.retrieval.open import open_target
 from rexrag.reward import load_reward
+from rexrag.run.cluster import check_reachable, cluster_address
 from rexrag.run.controller import Controller
 from rexrag.run.fleet import Fleet
+from rexrag.run.identity import note_precision
 from rexrag.run.limits import check_limits
 from rexrag.run.part_settings import (
     Layout,
@@ -44,7 +49,7 @@ from rexrag.run.part_settings import (
     replay_settings,
     rollout_settings,
 )
-from rexrag.run.plan import TrainRequest, cluster_address
+from rexrag.run.plan import TrainRequest
 from rexrag.run.remote import Handle, call, result_of
 from rexrag.run.signals import StopSignal
 from rexrag.run.supervisor import Supervisor
@@ -58,7 +63,7 @@ LOG = logging.getLogger(__name__)
 class Inputs:
     """What a run reads, checked before anything is started; `notes` tell what was done with odd rows."""
 
-    train: tuple[Question, ...]
+    replay: ReplaySettings
     dev: tuple[Question, ...]
     test: tuple[Question, ...]
     hints: HintPool
@@ -77,6 +82,7 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
     config, run = request.config, request.run
     with StopSignal().installed() as stop:
         num_cores = os.cpu_count() or 1
+        check_reachable(cluster_address())
         if cluster_address() is None:
             # What a cluster has Ray will say; GPUs that this machine lacks are told before `[prepare]` takes minutes.
             plan_layout(config, num_cores=num_cores, node_cores=num_cores, num_gpus=torch.cuda.device_count())
@@ -97,28 +103,31 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     # Ray counts the GPUs of a machine whose torch was built for the CPU alone, too.
     gpus = ray.cluster_resources().get("GPU", 0.0) if torch.backends.cuda.is_built() else 0.0  # type: ignore[no-untyped-call]
     layout = plan_layout(config, num_cores=sum(nodes), node_cores=max(nodes), num_gpus=float(gpus))
+    learner_dtype = learner_settings(config, device=device_of(layout.learner_gpus)).autocast
+    precision = {"learner.autocast": learner_dtype, "rollout.dtype": loop_settings(config).transfer_dtype}
+    for sentence in note_precision(run, precision):
+        progress.note(f"warning: {sentence}")
+        LOG.warning("%s", sentence)
     progress.stage("starting the learner and the rollout actors")
-    buffer = start_replay_actor(
-        replay_settings(config, folder=run.buffer, questions=inputs.train),
-        resume_step=request.start_step if request.resumed or request.start_step else None,
-    )
+    buffer = start_replay_actor(inputs.replay, resume_step=request.start_step, is_new=not request.resumed)
     learner = start_learner(
         _learner_spec(request, layout=layout, inputs=inputs),
         num_cpus=layout.cpus_per_process,
         num_gpus=layout.learner_gpus,
     )
-    first = WeightVersion(
-        incarnation=_opened(buffer, stall_timeout_s=config.train.stall_timeout_s).incarnation, step=request.start_step
-    )
+    position = _opened(buffer, stall_timeout_s=config.train.stall_timeout_s)
+    for damage in position.damages:
+        progress.note(f"warning: {damage}")
+    first = WeightVersion(incarnation=position.incarnation, step=request.start_step)
     fleet = Fleet(
-        rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor_threads),
+        rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor_threads, log_file=run.log),
         num_actors=layout.num_actors,
         num_groups=layout.num_groups,
         num_cpus=layout.cpus_per_process,
         num_gpus=config.rollout.num_gpus,
         version=first,
         buffer=buffer,
-        on_death=buffer.release.remote,
+        on_death=lambda actor_id: call(buffer, ReplayActor.release, actor_id),
     )
     supervisor = Supervisor(
         fleet=fleet,
@@ -140,9 +149,15 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     )
     try:
         _run(controller)
-    finally:
-        _write_accounting(run)
-        fleet.stop()
+    except BaseException:
+        # Whatever goes wrong here has less to say than what ended the run.
+        with log_instead(OSError, RexragError):
+            _write_accounting(run)
+        with log_instead(RayError):
+            fleet.stop()
+        raise
+    _write_accounting(run)
+    fleet.stop()
 
 
 def _run(controller: Controller) -> None:
@@ -198,8 +213,10 @@ def read_inputs(request: TrainRequest) -> Inputs:
         check_index(retriever.path)
     train, dev, test = load(config.data.train), load(config.data.dev), load(config.data.eval)
     check_limits(config, model=model, hints=hints, questions=train)
+    replay = replay_settings(config, folder=request.run.buffer, questions=train, log_file=request.run.log)
+    check_questions(replay.folder, replay.questions)
     return Inputs(
-        train=train, dev=dev[:limit], test=test[:limit], hints=hints, model_path=model_path, notes=tuple(notes)
+        replay=replay, dev=dev[:limit], test=test[:limit], hints=hints, model_path=model_path, notes=tuple(notes)
     )
 
 
@@ -210,6 +227,7 @@ def _ray() -> Iterator[None]:
     The namespace is this process's own, so runs on one cluster do not meet.
     """
     joins = cluster_address() is not None
+    logging.getLogger("ray").setLevel(logging.ERROR)  # its advice on token authentication is no concern of a run's
     ray.init(
         address=None if joins else "local",  # without an address Ray would join any head of this machine
         include_dashboard=None if joins else False,
@@ -238,9 +256,11 @@ def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> L
         evidence_folder=request.run.root,
         checkpoint=request.checkpoint,
         reference=Path(config.model.path) if config.loss.kl_coef > 0 else None,
+        log_file=request.run.log,
     )
 
 
 def _write_accounting(run: RunFolder) -> None:
     """`accounting.json`, from the log alone."""
-    write_atomic(run.accounting, json.dumps(accounting_from_log(run.buffer), indent=1) + "\n")
+    accounting, damages = books_from_log(run.buffer)
+    write_atomic(run.accounting, json.dumps({**accounting, "damages": damages}, indent=1) + "\n")

@@ -194,7 +194,7 @@ def test_probe_leaves_the_dead_end(codec: Codec, retriever: BM25Retriever) -> No
     assert [row.num_searches for row in group.trajectories] == [1, 1, 2, 2]
     assert targets[0].gold_retrieved is False
     assert probes[0].gold_retrieved is True
-    assert engine.released == ["1/3/1-0"]
+    assert engine.released == ["1/3/1-0/1"]
 
 
 def test_probe_keeps_its_parents_prefix_and_records_the_hint(codec: Codec, retriever: BM25Retriever) -> None:

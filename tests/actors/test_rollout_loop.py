@@ -1,70 +1,217 @@
-"""What ends a rollout loop, and what is only counted."""
+"""The loop of a rollout actor against a buffer, a runner and an engine that do as they are told."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+import numpy as np
 import pytest
 
+import rexrag.actors.rollout_loop as loop_module
 from rexrag.actors.rollout_loop import RolloutLoop
-from rexrag.actors.runner import EpisodeRunner
-from rexrag.engine.protocol import Engine
-from rexrag.errors import ConfigError, RetrieverSetupError
-from rexrag.types import GroupLease, Question, WeightVersion
+from rexrag.actors.runner import EpisodeRunner, GroupFailedError
+from rexrag.engine.protocol import Engine, EngineStats
+from rexrag.errors import ConfigError, EngineBrokenError, EnginePassError, RetrieverSetupError, RunFailure
+from rexrag.types import (
+    AppendOutcome,
+    EndReason,
+    GroupLease,
+    Kind,
+    LeaseKey,
+    Origin,
+    Question,
+    Trajectory,
+    TrajectoryGroup,
+    WeightVersion,
+)
 
 VERSION = WeightVersion(incarnation="1", step=0)
-QUESTION = Question(id="1", data_source="test", question="q", golden_answers=("a",))
+TIMEOUT_S = 10.0
+
+
+def make_lease(number: int, *, grant: int = 1) -> GroupLease:
+    question = Question(id=str(number), data_source="world", question="q?", golden_answers=("a",))
+    return GroupLease(group_id=f"1-{number}", question=question, epoch=0, attempt=0, version=VERSION, grant=grant)
+
+
+def make_group(lease: GroupLease) -> TrajectoryGroup:
+    row = Trajectory(
+        kind=Kind.TARGET,
+        parent=None,
+        branch_point=None,
+        hint_id=None,
+        reward=1.0,
+        em=1.0,
+        f1=1.0,
+        correct=True,
+        end_reason=EndReason.ANSWER,
+        num_searches=0,
+        num_malformed=0,
+        gold_retrieved=None,
+        prompt_length=1,
+        token_ids=np.arange(3, dtype=np.int32),
+        origin=np.asarray([Origin.PROMPT, Origin.POLICY, Origin.POLICY], np.uint8),
+        behavior_logprob=np.asarray([0.0, -0.5, -0.5], np.float32),
+        policy_version=np.zeros(3, np.int32),
+        action_starts=np.array([1], np.int32),
+    )
+    return TrajectoryGroup(
+        group_id=lease.group_id, question_id=lease.question.key, data_source="world", hops=None, trajectories=(row,)
+    )
 
 
 class Buffer:
-    """Hands out groups without end, and notes which failed."""
+    """Gives out leases one call after another, and writes down what it is told."""
 
-    def __init__(self) -> None:
-        self.failed: list[str] = []
-        self._given = 0
+    def __init__(self, *rounds: Sequence[GroupLease], outcome: AppendOutcome = "accepted") -> None:
+        self.rounds = list(rounds)
+        self.outcome: AppendOutcome = outcome
+        self.told: list[tuple[str, LeaseKey]] = []
+        self.gone: list[LeaseKey] = []
+        self.renewed: list[LeaseKey] = []
 
     async def lease(self, actor_id: str, *, num: int, held: WeightVersion, wait_s: float) -> Sequence[GroupLease]:
-        await asyncio.sleep(0)
-        self._given += num
-        numbers = range(self._given - num, self._given)
-        return [GroupLease(group_id=str(n), question=QUESTION, epoch=0, attempt=0, version=VERSION) for n in numbers]
+        await asyncio.sleep(0.001)
+        return self.rounds.pop(0) if self.rounds else ()
 
-    async def renew(self, actor_id: str, *, progress: Mapping[str, int]) -> Sequence[str]:
-        return []
+    async def renew(self, actor_id: str, *, progress: Mapping[LeaseKey, int]) -> Sequence[LeaseKey]:
+        self.renewed += list(progress)
+        return [key for key in progress if key in self.gone]
 
-    async def append(self, actor_id: str, *, group_id: str, ipc: bytes) -> str:
-        raise AssertionError("no group is finished here")
+    async def hand_back(self, actor_id: str, *, lease: LeaseKey) -> None:
+        self.told.append(("back", lease))
 
-    async def fail(self, actor_id: str, *, group_id: str, reason: str) -> None:
-        self.failed.append(group_id)
+    async def append(self, actor_id: str, *, lease: LeaseKey, ipc: bytes) -> AppendOutcome:
+        self.told.append((self.outcome, lease))
+        return self.outcome
+
+    async def fail(self, actor_id: str, *, lease: LeaseKey, reason: str) -> None:
+        self.told.append((reason, lease))
 
 
-class BreakingRunner:
-    def __init__(self, error: Exception) -> None:
-        self._error = error
+class Runner:
+    """Ends each group as `end` says: with a group, an error, or never (None)."""
 
-    async def run_group(self, lease: GroupLease, **columns: object) -> None:
-        await asyncio.sleep(0)
-        raise self._error
+    def __init__(self, end: Callable[[GroupLease], Exception | str | None]) -> None:
+        self.end = end
+
+    async def run_group(
+        self, lease: GroupLease, *, on_progress: Callable[[int], None] | None = None
+    ) -> TrajectoryGroup:
+        outcome = self.end(lease)
+        if outcome is None:
+            await asyncio.sleep(3600)
+        if isinstance(outcome, Exception):
+            await asyncio.sleep(0.002)
+            raise ExceptionGroup("of a group's tasks", [outcome])
+        return make_group(lease)
 
 
 class IdleEngine:
     version = VERSION
 
+    def stats(self) -> EngineStats:
+        return EngineStats(sampled_tokens=0, prefilled_tokens=0, reused_tokens=0, running=0, waiting=0, forward_s=0.0)
 
-@pytest.mark.parametrize("error", [RetrieverSetupError("u: status 401 (who?)"), ConfigError("reward.kind raised")])
-def test_settings_that_no_group_can_be_produced_under_end_the_run_at_once(error: Exception) -> None:
-    buffer = Buffer()
-    loop = RolloutLoop(
-        cast("EpisodeRunner", BreakingRunner(error)),
-        actor_id="rollout-0",
+
+def make_loop(buffer: Buffer, end: Callable[[GroupLease], Exception | str | None]) -> RolloutLoop:
+    return RolloutLoop(
+        cast("EpisodeRunner", Runner(end)),
+        actor_id="a",
         engine=cast("Engine", IdleEngine()),
         buffer=buffer,
-        num_groups=2,
+        num_groups=8,
     )
-    with pytest.raises(type(error)) as raised:
-        asyncio.run(asyncio.wait_for(loop.run(), timeout=5))
+
+
+def run_until(buffer: Buffer, loop: RolloutLoop, condition: Callable[[], bool]) -> None:
+    async def scenario() -> None:
+        running = asyncio.create_task(loop.run())
+        while not condition() and not running.done():
+            await asyncio.sleep(0.002)
+        loop.stop()
+        await running
+
+    asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
+
+
+def test_a_newer_lease_of_a_group_ends_the_older_try_and_only_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "RENEW_EVERY_S", 0.01)
+    old, new, other = make_lease(0), make_lease(0, grant=2), make_lease(1)
+    buffer = Buffer([old, other], [new])
+    loop = make_loop(buffer, lambda lease: "done" if lease is new else None)
+    run_until(buffer, loop, lambda: bool(buffer.told) and buffer.renewed[-1:] == [other.key])
+    assert buffer.told == [("accepted", new.key)]
+
+
+def test_a_lost_lease_ends_its_own_try_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "RENEW_EVERY_S", 0.01)
+    lost, kept = make_lease(0), make_lease(1)
+    buffer = Buffer([lost, kept])
+    buffer.gone = [lost.key]
+    run_until(buffer, make_loop(buffer, lambda _: None), lambda: buffer.renewed[-2:] == [kept.key, kept.key])
+    assert buffer.told == []
+
+
+def test_one_failed_pass_is_one_failure_however_many_groups_were_in_it() -> None:
+    failed = EnginePassError("a forward pass failed: OutOfMemoryError()")
+    buffer = Buffer([make_lease(number) for number in range(8)], [make_lease(8)])
+    loop = make_loop(buffer, lambda lease: "done" if lease.group_id == "1-8" else failed)
+    run_until(buffer, loop, lambda: len(buffer.told) == 9)
+    assert sorted(what for what, _ in buffer.told) == ["accepted"] + ["back"] * 8  # nobody's fault: no attempt is used
+
+
+def test_an_engine_that_never_comes_through_is_said_to_be_broken() -> None:
+    rounds = [[make_lease(4 * start + number) for number in range(4)] for start in range(200)]
+    buffer = Buffer(*rounds)
+    loop = make_loop(buffer, lambda lease: EnginePassError(f"a forward pass failed: {lease.group_id}"))
+    with pytest.raises(EngineBrokenError, match=r"4 bursts of groups broke in actor a .*a forward pass failed: 1-"):
+        run_until(buffer, loop, lambda: False)
+    assert {what for what, _ in buffer.told} == {"back"}
+
+
+def test_bursts_with_groups_between_that_come_through_go_on() -> None:
+    rounds = [[make_lease(number)] for number in range(40)]
+    buffer = Buffer(*rounds)
+    loop = make_loop(buffer, lambda lease: LookupError("x") if int(lease.group_id[2:]) % 3 else "done")
+    run_until(buffer, loop, lambda: len(buffer.told) == 40)
+    assert sum(what == "invalid" for what, _ in buffer.told) == 26
+
+
+def test_a_group_that_the_buffer_refuses_is_counted_and_the_loop_goes_on() -> None:
+    buffer = Buffer([make_lease(0)], [make_lease(1)], outcome="invalid")
+    run_until(buffer, make_loop(buffer, lambda _: "done"), lambda: len(buffer.told) == 2)
+    buffer = Buffer(*[[make_lease(number)] for number in range(200)], outcome="invalid")
+    with pytest.raises(RunFailure, match=r"4 bursts .*the buffer refused group"):
+        run_until(buffer, make_loop(buffer, lambda _: "done"), lambda: False)
+
+
+def test_a_mistake_of_the_users_that_all_groups_meet_is_told_as_such() -> None:
+    buffer = Buffer(*[[make_lease(number)] for number in range(200)])
+    loop = make_loop(buffer, lambda _: ConfigError("reward.kind = 'mine:reward' returned nan"))
+    with pytest.raises(ConfigError, match="returned nan"):
+        run_until(buffer, loop, lambda: False)
+
+
+def test_an_outage_of_the_retriever_is_not_counted() -> None:
+    buffer = Buffer(*[[make_lease(number)] for number in range(200)])
+
+    class FailingRunner:
+        async def run_group(self, lease: GroupLease, *, on_progress: object = None) -> TrajectoryGroup:
+            raise GroupFailedError("0 of 5 targets ended without an outage")
+
+    loop = make_loop(buffer, lambda _: None)
+    loop._runner = cast("EpisodeRunner", FailingRunner())
+    run_until(buffer, loop, lambda: len(buffer.told) == 200)
+    assert {what for what, _ in buffer.told} == {"env_error"}
+
+
+def test_a_wrong_set_up_ends_the_run_at_once() -> None:
+    error = RetrieverSetupError("http://x/retrieve: status 401 (who?)")
+    buffer = Buffer([make_lease(0)])
+    with pytest.raises(RetrieverSetupError) as raised:
+        run_until(buffer, make_loop(buffer, lambda _: error), lambda: False)
     assert raised.value is error
-    assert buffer.failed == []
+    assert buffer.told == []

@@ -25,11 +25,11 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
     for lease in leases:
         try:
-            state.append("a", group_id=lease.group_id, ipc=make_ipc(lease))
+            state.append("a", lease=lease.key, ipc=make_ipc(lease))
         except LogWriteError as error:
             said["error"] = str(error)
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            said["retried"] = state.append("a", group_id=lease.group_id, ipc=make_ipc(lease))
+            said["retried"] = state.append("a", lease=lease.key, ipc=make_ipc(lease))
         acknowledged.append(lease.group_id)
         if "error" in said and len(acknowledged) % 10 == 0:
             break

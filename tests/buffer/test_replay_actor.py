@@ -16,7 +16,7 @@ from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.errors import UnknownLeaseError
-from rexrag.types import GroupLease, WeightVersion
+from rexrag.types import GroupLease, LeaseKey, WeightVersion
 
 FIRST = WeightVersion(incarnation="run", step=0)
 
@@ -49,7 +49,7 @@ def lease(handle: Handle, num: int) -> list[GroupLease]:
 
 
 def append(handle: Handle, item: GroupLease) -> str:
-    answer: str = get(handle.append.remote("a", group_id=item.group_id, ipc=make_ipc(item)))
+    answer: str = get(handle.append.remote("a", lease=item.key, ipc=make_ipc(item)))
     return answer
 
 
@@ -103,9 +103,8 @@ def test_polls_wait_and_are_woken(buffer: Handle) -> None:
 def test_errors_reach_the_caller_as_what_they_are(buffer: Handle, tmp_path: Path) -> None:
     (item,) = lease(buffer, 1)
     with pytest.raises(UnknownLeaseError, match="9-9"):
-        get(buffer.append.remote("a", group_id="9-9", ipc=make_ipc(item)))
-    with pytest.raises(ValueError, match="not a valid group"):
-        get(buffer.append.remote("a", group_id=item.group_id, ipc=b"nothing"))
+        get(buffer.append.remote("a", lease=LeaseKey("9-9", 1), ipc=make_ipc(item)))
+    assert get(buffer.append.remote("a", lease=item.key, ipc=b"nothing")) == "invalid"
     assert accounting_from_log(tmp_path)["dropped"] == {"invalid": 1}
 
 

@@ -17,7 +17,7 @@ from rexrag.buffer.ledger import GroupState, Ledger
 from rexrag.buffer.log import LogWriteError
 from rexrag.buffer.records import Assign, Begin, Drop, DropReason, Finish, Issue, Outcome, Then
 from rexrag.errors import UnknownLeaseError
-from rexrag.types import GroupLease, WeightVersion
+from rexrag.types import GroupLease, LeaseKey, WeightVersion
 
 ACTORS = st.sampled_from(["a", "b", "c"])
 
@@ -84,8 +84,7 @@ class BufferMachine(RuleBasedStateMachine):
         leases = self.state.lease(actor, num=num, held=self.version)
         self.work += [Work(actor, lease) for lease in leases]
         for work in self.work[len(self.work) - len(leases) + num_left :]:
-            group_id = work.lease.group_id
-            assert self.state.append(actor, group_id=group_id, ipc=make_ipc(work.lease)) == "accepted"
+            assert self.state.append(actor, lease=work.lease.key, ipc=make_ipc(work.lease)) == "accepted"
 
     @rule(is_published=st.booleans())
     def learn(self, is_published: bool) -> None:
@@ -101,18 +100,18 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule(actor=ACTORS, progress=st.integers(0, 50))
     def renew(self, actor: str, progress: int) -> None:
-        mine = {work.lease.group_id: progress for work in self.work if work.actor_id == actor}
-        gone = set(self.state.renew(actor, progress={**mine, "never": 1}))
-        assert "never" in gone
+        mine = {work.lease.key: progress for work in self.work if work.actor_id == actor}
+        gone = set(self.state.renew(actor, progress={**mine, LeaseKey("never", 1): 1}))
+        assert LeaseKey("never", 1) in gone
         open_groups = self.ledger.in_state(GroupState.OPEN)
-        assert all(key in gone for key in mine if key not in open_groups)
+        assert all(key in gone for key in mine if key.group_id not in open_groups)
 
     @rule(actor=ACTORS)
     def release(self, actor: str) -> None:
         self.is_disturbed |= any(work.actor_id == actor and not work.appended for work in self.work)
         self.state.release(actor)
         self.state.release(actor)
-        held = {work.lease.group_id: 1 for work in self.work if work.actor_id == actor}
+        held = {work.lease.key: 1 for work in self.work if work.actor_id == actor}
         assert set(self.state.renew(actor, progress=held)) == set(held)
 
     @precondition(lambda self: self.work)
@@ -124,13 +123,13 @@ class BufferMachine(RuleBasedStateMachine):
         versions = (first, self.learner_step) if is_mixed else (first,)
         before = self.ledger.groups[group_id]
         try:
-            answer = self.state.append(work.actor_id, group_id=group_id, ipc=make_ipc(work.lease, versions=versions))
+            answer = self.state.append(work.actor_id, lease=work.lease.key, ipc=make_ipc(work.lease, versions=versions))
         except UnknownLeaseError:
             assert before.state is GroupState.DROPPED
             return
         assert answer == ("duplicate" if before.was_finished else "accepted")
         work.appended = True
-        assert self.state.append("z", group_id=group_id, ipc=b"anything") == "duplicate"
+        assert self.state.append("z", lease=LeaseKey(group_id, 0), ipc=b"anything") == "duplicate"
 
     @precondition(lambda self: self.work)
     @rule(data=st.data(), kind=st.sampled_from(["garbage", "future", "other group"]))
@@ -139,23 +138,34 @@ class BufferMachine(RuleBasedStateMachine):
         group = self.ledger.groups[work.lease.group_id]
         if group.state is not GroupState.OPEN:
             return
-        held = not self.state.renew(work.actor_id, progress={group.group_id: 0})
+        held = not self.state.renew(work.actor_id, progress={work.lease.key: 0})
         bad = {
             "garbage": b"\x00" * 40,
             "future": make_ipc(work.lease, versions=(self.learner_step + 2,)),
             "other group": make_ipc(dataclasses.replace(work.lease, group_id="0-0")),
         }[kind]
-        with pytest.raises(ValueError):
-            self.state.append(work.actor_id, group_id=group.group_id, ipc=bad)
+        assert self.state.append(work.actor_id, lease=work.lease.key, ipc=bad) == "invalid"
         assert (self.ledger.groups[group.group_id].state is GroupState.DROPPED) == held
+
+    @precondition(lambda self: self.work)
+    @rule(data=st.data())
+    def hand_back(self, data: st.DataObject) -> None:
+        work = data.draw(st.sampled_from(self.work))
+        self.is_disturbed |= not work.appended
+        counts = self.state.accounting()
+        self.state.hand_back(work.actor_id, lease=work.lease.key)
+        assert self.state.renew(work.actor_id, progress={work.lease.key: 1}) == [work.lease.key]
+        assert self.state.accounting() == counts
 
     @precondition(lambda self: self.work)
     @rule(data=st.data(), reason=st.sampled_from(["env_error", "invalid"]))
     def fail(self, data: st.DataObject, reason: str) -> None:
         work = data.draw(st.sampled_from(self.work))
-        self.state.fail(work.actor_id, group_id=work.lease.group_id, reason=reason)
+        held = not self.state.renew(work.actor_id, progress={work.lease.key: 0})
+        self.state.fail(work.actor_id, lease=work.lease.key, reason=reason)
+        assert (self.ledger.groups[work.lease.group_id].state is GroupState.DROPPED) >= held
         counts = self.state.accounting()
-        self.state.fail(work.actor_id, group_id=work.lease.group_id, reason=reason)
+        self.state.fail(work.actor_id, lease=work.lease.key, reason=reason)
         assert self.state.accounting() == counts
 
     @rule(rho=st.sampled_from([None, 0.1]))
@@ -205,7 +215,7 @@ class BufferMachine(RuleBasedStateMachine):
         for work in self.work:
             if self.ledger.groups[work.lease.group_id].state is GroupState.OPEN:
                 with pytest.raises(LogWriteError):
-                    self.state.append(work.actor_id, group_id=work.lease.group_id, ipc=make_ipc(work.lease))
+                    self.state.append(work.actor_id, lease=work.lease.key, ipc=make_ipc(work.lease))
         self.journal.is_full = False
         assert len(self.journal.records) == before
 
@@ -276,7 +286,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.publish()
         for _ in range(50):
             for lease in self.state.lease("last", num=2, held=self.version):
-                self.state.append("last", group_id=lease.group_id, ipc=make_ipc(lease))
+                self.state.append("last", lease=lease.key, ipc=make_ipc(lease))
             if self.state.assign(self.learner_step + 1, rho=None):
                 break
         else:

@@ -12,12 +12,12 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from replay_helpers import Clock, make_ipc, make_settings
+from replay_helpers import Clock, make_ipc, make_questions, make_settings
 
 from rexrag.arrow import group_from_ipc
 from rexrag.buffer.ledger import GroupState, Ledger
 from rexrag.buffer.log import Damage, read_log, segments
-from rexrag.buffer.recovery import accounting_from_log, open_buffer
+from rexrag.buffer.recovery import accounting_from_log, books_from_log, check_questions, open_buffer
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.state import ReplayState
 from rexrag.errors import RunFolderError
@@ -39,7 +39,7 @@ def version_of(state: ReplayState, step: int) -> WeightVersion:
 def produce(state: ReplayState, step: int, num: int) -> list[GroupLease]:
     leases = state.lease("a", num=num, held=version_of(state, step))
     for lease in leases:
-        state.append("a", group_id=lease.group_id, ipc=make_ipc(lease))
+        state.append("a", lease=lease.key, ipc=make_ipc(lease))
     return leases
 
 
@@ -144,6 +144,16 @@ def test_other_questions_are_refused(tmp_path: Path) -> None:
         begin(make_settings(tmp_path, num_questions=6), resume_step=3)
 
 
+def test_other_questions_are_noticed_without_opening_the_log(tmp_path: Path) -> None:
+    check_questions(tmp_path, make_questions(6))
+    make_run(tmp_path)
+    before = {path: path.read_bytes() for path in segments(tmp_path)}
+    check_questions(tmp_path, make_questions(7))
+    with pytest.raises(RunFolderError, match="is of 7 other questions than the 6 given"):
+        check_questions(tmp_path, make_questions(6))
+    assert before == {path: path.read_bytes() for path in segments(tmp_path)}
+
+
 def test_a_damaged_group_is_corrupt_and_its_question_asked_again(tmp_path: Path) -> None:
     replay = make_run(tmp_path)
     group = fold(tmp_path).groups["1-7"]
@@ -154,7 +164,9 @@ def test_a_damaged_group_is_corrupt_and_its_question_asked_again(tmp_path: Path)
         path.write_bytes(data.replace(payload, payload[:-9] + b"\x01" + payload[-8:]))
     state = begin(replay, resume_step=3)
     assert state.accounting()["dropped"] == {"corrupt": 1}
-    assert [damage.group_id for damage in state.position().damages] == ["1-7"]
+    damaged, dropped = state.position().damages
+    assert "the bytes of group 1-7" in damaged
+    assert dropped.startswith("1 group of the replay log that cannot be vouched for")
     waiting, again = state.lease("a", num=2, held=version_of(state, 3))
     assert waiting.group_id == "1-8"
     assert (again.question.key, again.attempt) == (group.question, 1)
@@ -171,7 +183,7 @@ def test_a_group_whose_drop_is_damaged_gives_way_to_the_one_asked_again(tmp_path
     replay = make_settings(tmp_path, groups_per_step=1)
     state = begin(replay)
     (first,) = state.lease("a", num=1, held=version_of(state, 0))
-    state.fail("a", group_id=first.group_id, reason="env_error")
+    state.fail("a", lease=first.key, reason="env_error")
     (again,) = produce(state, 0, 1)
     assert again.question == first.question
     damage_header(tmp_path, b'"reason":"env_error"')
@@ -185,7 +197,7 @@ def test_a_group_whose_issue_is_damaged_is_counted_and_its_question_asked(tmp_pa
     replay = make_settings(tmp_path, num_questions=3, groups_per_step=1)
     state = begin(replay)
     hidden, _, last = state.lease("a", num=3, held=version_of(state, 0))
-    state.append("a", group_id=last.group_id, ipc=make_ipc(last))
+    state.append("a", lease=last.key, ipc=make_ipc(last))
     damage_header(tmp_path, b'"type":"issue","group_id":"1-0"')
     state = begin(replay, resume_step=0)
     assert state.accounting() == {"issued": 3, "consumed": 0, "dropped": {"corrupt": 1}, "pending": 2, "given_up": 0}
@@ -203,6 +215,87 @@ def test_a_segment_of_zeros_costs_no_balance_and_no_group_is_trained_on_twice(tm
         paths[number].write_bytes(bytes(paths[number].stat().st_size))
         state = begin(replay, resume_step=3)
         assert_goes_on(state, replay, step=3, trained=trained)
+
+
+def test_missing_segments_are_told_and_no_group_is_trained_on_twice(tmp_path: Path) -> None:
+    """Any run of segments, the last ones included."""
+    make_run(tmp_path / "whole")
+    num_segments = len(segments(tmp_path / "whole"))
+    assert num_segments >= 4
+    for first in range(num_segments):
+        for last in range(first, num_segments):
+            folder = tmp_path / f"{first}-{last}"
+            shutil.copytree(tmp_path / "whole", folder)
+            trained = set(fold(folder).in_state(GroupState.CONSUMED))
+            for path in segments(folder)[first : last + 1]:
+                path.unlink()
+            replay = make_settings(folder, num_questions=7, segment_bytes=9000)
+            state = begin(replay, resume_step=3)
+            assert state.position().damages or last == num_segments - 1
+            if (first, last) == (0, num_segments - 1):
+                assert "is missing: which groups were trained on is not known" in state.position().damages[0]
+                continue  # nothing is left to tell a group by
+            assert_goes_on(state, replay, step=3, trained=trained)
+            assert any("segment-000001" in told for told in books_from_log(folder)[1]) == (first == 0)
+
+
+def test_a_log_that_ends_before_the_checkpoint_is_told_and_no_group_is_trained_on_twice(tmp_path: Path) -> None:
+    """As a copy of a live run leaves it: cut between two records, or within one."""
+    make_run(tmp_path / "whole")
+    whole = [path.read_bytes() for path in segments(tmp_path / "whole")]
+    trained = set(fold(tmp_path / "whole").in_state(GroupState.CONSUMED))
+    num_told = 0
+    for number, data in enumerate(whole):
+        for cut in [*(at for at in range(16, len(data)) if data.startswith(b"RX\xff\xfe", at)), len(data) - 3]:
+            folder = tmp_path / f"{number}-{cut}"
+            folder.mkdir()
+            for kept in range(number + 1):
+                content = whole[kept] if kept < number else data[:cut]
+                (folder / f"segment-{kept + 1:06d}.log").write_bytes(content)
+            replay = make_settings(folder, num_questions=7, segment_bytes=9000)
+            knows_all = {1, 2, 3} <= {group.step for group in fold(folder).groups.values()}
+            state = begin(replay, resume_step=3)
+            told = " ".join(state.position().damages)
+            assert knows_all or "does not say which groups step" in told or "is missing" in told
+            num_told += not knows_all
+            counts = state.accounting()
+            assert counts["issued"] == counts["consumed"] + sum(counts["dropped"].values()) + counts["pending"]
+            if not knows_all:
+                assert counts["pending"] == 0
+            assert_goes_on(state, replay, step=3, trained=set(trained))
+    assert num_told > 10
+
+
+def test_a_hole_costs_the_groups_of_its_time_once(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    for path in segments(tmp_path)[-2:]:
+        path.unlink()
+    replay = make_settings(tmp_path, num_questions=7, segment_bytes=9000)
+    state = begin(replay, resume_step=3)
+    assert state.accounting()["pending"] == 0
+    lost = state.accounting()["dropped"]
+    produce(state, 3, 4)
+    again = begin(replay, resume_step=3)
+    assert again.accounting()["dropped"] == lost
+    assert (again.accounting()["pending"], again.status().finished) == (4, 4)
+    assert "does not say which groups" in books_from_log(tmp_path)[1][0]
+
+
+def test_a_batch_that_an_earlier_start_trained_on_is_missed_too(tmp_path: Path) -> None:
+    replay = make_settings(tmp_path, num_questions=9)
+    state = begin(replay)
+    produce(state, 0, 4)
+    trained = learn(state, 1)
+    state = begin(replay, resume_step=1)
+    damage = tmp_path / "segment-000001.log"
+    data = damage.read_bytes()
+    for kind in (b'"type":"assign"', b'"type":"outcome"'):
+        data = data.replace(kind, kind[:-2] + b'?"')
+    damage.write_bytes(data)
+    state = begin(replay, resume_step=1)
+    assert any("step 1 trained on" in told for told in state.position().damages)
+    produce(state, 1, 4)
+    assert not set(trained) & set(learn(state, 2))
 
 
 @given(at=st.integers(0, 10**6), junk=st.binary(min_size=1, max_size=400), segment=st.integers(0, 10))
@@ -259,5 +352,5 @@ def test_an_append_takes_milliseconds(tmp_path: Path) -> None:
     ipcs = [make_ipc(lease, num_rows=5, num_tokens=300) for lease in leases]
     started = time.perf_counter()
     for lease, ipc in zip(leases, ipcs, strict=True):
-        state.append("a", group_id=lease.group_id, ipc=ipc)
+        state.append("a", lease=lease.key, ipc=ipc)
     assert (time.perf_counter() - started) / len(leases) < 0.05

@@ -15,7 +15,7 @@ from rexrag.buffer.ledger import GroupState
 from rexrag.buffer.records import Assign, Issue
 from rexrag.buffer.schedule import Candidate, issue_order, select_batch
 from rexrag.errors import DataError, UnknownLeaseError
-from rexrag.types import GroupLease, WeightVersion
+from rexrag.types import GroupLease, LeaseKey, WeightVersion
 
 
 class Rig:
@@ -35,7 +35,7 @@ class Rig:
         return self.state.lease(actor, num=num, held=self.version)
 
     def append(self, lease: GroupLease, *, actor: str = "a", versions: tuple[int, ...] | None = None) -> str:
-        return self.state.append(actor, group_id=lease.group_id, ipc=make_ipc(lease, versions=versions))
+        return self.state.append(actor, lease=lease.key, ipc=make_ipc(lease, versions=versions))
 
     def step(self, step: int) -> tuple[str, ...]:
         """Take, consume and publish a step; its group ids."""
@@ -54,8 +54,8 @@ def test_a_group_lives_from_lease_to_consumption() -> None:
     first, second = rig.lease(2)
     assert (first.group_id, second.group_id, first.attempt, first.epoch) == ("1-0", "1-1", 0, 0)
     ipc = make_ipc(first)
-    assert rig.state.append("a", group_id="1-0", ipc=ipc) == "accepted"
-    assert rig.state.append("a", group_id="1-0", ipc=ipc) == "duplicate"
+    assert rig.state.append("a", lease=LeaseKey("1-0", 1), ipc=ipc) == "accepted"
+    assert rig.state.append("a", lease=LeaseKey("1-0", 1), ipc=ipc) == "duplicate"
     assert not rig.state.assign(1, rho=0.18)
     rig.append(second)
     assert rig.state.assign(1, rho=0.18)
@@ -105,14 +105,14 @@ def test_a_silent_lease_goes_to_the_next_actor_under_the_same_id() -> None:
     rig = Rig(lease_timeout_s=10.0)
     lost, kept = rig.lease(2)
     rig.clock.now = 9.0
-    assert rig.state.renew("a", progress={lost.group_id: 0, kept.group_id: 5}) == []
+    assert rig.state.renew("a", progress={lost.key: 0, kept.key: 5}) == []
     rig.clock.now = 12.0
-    assert rig.state.renew("a", progress={lost.group_id: 9, kept.group_id: 5}) == [lost.group_id]
+    assert rig.state.renew("a", progress={lost.key: 9, kept.key: 5}) == [lost.key]
     (again, fresh) = rig.lease(2, actor="b")
     assert (again.group_id, again.question, again.attempt) == (lost.group_id, lost.question, 0)
     assert fresh.group_id == "1-2"
     assert rig.append(lost, actor="a") == "accepted"  # the first durable one wins
-    assert rig.state.renew("b", progress={again.group_id: 3, fresh.group_id: 3}) == [again.group_id]
+    assert rig.state.renew("b", progress={again.key: 3, fresh.key: 3}) == [again.key]
     assert rig.append(again, actor="b") == "duplicate"
 
 
@@ -121,9 +121,9 @@ def test_the_deadline_ends_a_lease_that_still_makes_progress() -> None:
     (lease,) = rig.lease(1)
     for now in (8.0, 16.0, 24.0):
         rig.clock.now = now
-        assert rig.state.renew("a", progress={lease.group_id: int(now)}) == []
+        assert rig.state.renew("a", progress={lease.key: int(now)}) == []
     rig.clock.now = 25.0
-    assert rig.state.renew("a", progress={lease.group_id: 99}) == [lease.group_id]
+    assert rig.state.renew("a", progress={lease.key: 99}) == [lease.key]
 
 
 def test_release_frees_the_groups_of_a_dead_actor_only() -> None:
@@ -132,7 +132,7 @@ def test_release_frees_the_groups_of_a_dead_actor_only() -> None:
     other = rig.lease(1, actor="b")
     rig.state.release("a")
     rig.state.release("a")
-    assert rig.state.renew("b", progress={other[0].group_id: 1}) == []
+    assert rig.state.renew("b", progress={other[0].key: 1}) == []
     assert [lease.group_id for lease in rig.lease(2, actor="c")] == [lease.group_id for lease in mine]
 
 
@@ -141,12 +141,11 @@ def test_broken_groups_are_asked_again_and_given_up_in_the_end() -> None:
     (lease,) = rig.lease(1)
     question = lease.question
     for attempt in (1, 2):
-        rig.state.fail("a", group_id=lease.group_id, reason="env_error")
-        rig.state.fail("a", group_id=lease.group_id, reason="env_error")
+        rig.state.fail("a", lease=lease.key, reason="env_error")
+        rig.state.fail("a", lease=lease.key, reason="env_error")
         (lease,) = rig.lease(1)
         assert (lease.question, lease.attempt) == (question, attempt)
-    with pytest.raises(ValueError, match="not a valid group"):
-        rig.state.append("a", group_id=lease.group_id, ipc=b"not arrow")
+    assert rig.state.append("a", lease=lease.key, ipc=b"not arrow") == "invalid"
     counts = rig.state.accounting()
     assert (counts["issued"], counts["pending"], counts["given_up"]) == (3, 0, 1)
     assert counts["dropped"] == {"env_error": 2, "invalid": 1}
@@ -165,7 +164,7 @@ def test_refilling_drops_groups_without_a_signal_and_asks_other_questions() -> N
         rig.append(flat)
     (other,) = rig.lease(1)
     assert other.question.key != flat.question.key
-    assert rig.state.append("a", group_id=other.group_id, ipc=with_two_rewards(other)) == "accepted"
+    assert rig.state.append("a", lease=other.key, ipc=with_two_rewards(other)) == "accepted"
     assert rig.step(1) == (other.group_id,)
     again = restart(rig.settings, rig.journal, clock=rig.clock, incarnation="2", resume_step=1)
     assert again.accounting()["dropped"] == {"flat": 1}
@@ -181,11 +180,11 @@ def test_unknown_groups_and_reasons_are_refused() -> None:
     rig = Rig()
     (lease,) = rig.lease(1)
     with pytest.raises(UnknownLeaseError, match="9-9"):
-        rig.state.append("a", group_id="9-9", ipc=make_ipc(lease))
+        rig.state.append("a", lease=LeaseKey("9-9", 1), ipc=make_ipc(lease))
     with pytest.raises(UnknownLeaseError):
-        rig.state.fail("a", group_id="9-9", reason="invalid")
+        rig.state.fail("a", lease=LeaseKey("9-9", 1), reason="invalid")
     with pytest.raises(ValueError, match="boredom"):
-        rig.state.fail("a", group_id=lease.group_id, reason="boredom")
+        rig.state.fail("a", lease=lease.key, reason="boredom")
     with pytest.raises(ValueError, match="cannot be assigned: the next one is 1"):
         rig.state.assign(2, rho=None)
     with pytest.raises(ValueError, match="step 1 has no batch"):
@@ -199,10 +198,38 @@ def test_one_actor_cannot_fail_the_group_of_another() -> None:
     (lease,) = rig.lease(1, actor="a")
     rig.state.release("a")
     rig.lease(1, actor="b")
-    rig.state.fail("a", group_id=lease.group_id, reason="invalid")
-    with pytest.raises(ValueError):
-        rig.state.append("a", group_id=lease.group_id, ipc=b"")
+    rig.state.fail("a", lease=lease.key, reason="invalid")
+    assert rig.state.append("a", lease=lease.key, ipc=b"") == "invalid"
     assert rig.append(lease, actor="b") == "accepted"
+
+
+@pytest.mark.parametrize("how", ["fail", "append", "renew", "hand_back"])
+def test_an_actor_that_gets_its_own_group_again_keeps_it_whatever_its_first_try_does(how: str) -> None:
+    rig = Rig()
+    (orphan,) = rig.lease(1)
+    rig.clock.now = 10.0
+    (live,) = rig.lease(1)
+    assert (live.group_id, orphan.grant, live.grant) == (orphan.group_id, 1, 2)
+    if how == "fail":
+        rig.state.fail("a", lease=orphan.key, reason="env_error")
+    elif how == "append":
+        assert rig.state.append("a", lease=orphan.key, ipc=b"torn") == "invalid"
+    elif how == "hand_back":
+        rig.state.hand_back("a", lease=orphan.key)
+    rig.clock.now = 19.0
+    assert rig.state.renew("a", progress={orphan.key: 99}) == [orphan.key]
+    assert rig.state.renew("a", progress={live.key: 1}) == []
+    assert rig.append(live) == "accepted"
+    assert rig.state.accounting()["dropped"] == {}
+
+
+def test_a_group_that_is_handed_back_goes_to_others_as_the_same_attempt() -> None:
+    rig = Rig()
+    (lease,) = rig.lease(1)
+    rig.state.hand_back("a", lease=lease.key)
+    (again,) = rig.lease(1, actor="b")
+    assert (again.group_id, again.attempt, again.grant) == (lease.group_id, 0, 2)
+    assert rig.state.accounting()["issued"] == 1
 
 
 @pytest.mark.parametrize(
@@ -213,13 +240,15 @@ def test_one_actor_cannot_fail_the_group_of_another() -> None:
         ({"versions": (0, 1)}, "tokens of version 1"),
     ],
 )
-def test_a_group_must_be_what_was_leased(change: dict[str, object], message: str) -> None:
+def test_a_group_must_be_what_was_leased(
+    change: dict[str, object], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     rig = Rig()
     (lease,) = rig.lease(1)
     values: dict[str, object] = {"group_id": lease.group_id, "question": lease.question.key, **change}
     group = make_group(**values)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=message):
-        rig.state.append("a", group_id=lease.group_id, ipc=group_to_ipc(group))
+    assert rig.state.append("a", lease=lease.key, ipc=group_to_ipc(group)) == "invalid"
+    assert message in caplog.text
     assert rig.state.accounting()["dropped"] == {"invalid": 1}
 
 
@@ -230,12 +259,9 @@ def test_damaged_bytes_are_refused_or_a_valid_group(position: int, value: int) -
     (lease,) = rig.lease(1)
     ipc = bytearray(make_ipc(lease))
     ipc[position % len(ipc)] = value
-    try:
-        answer = rig.state.append("a", group_id=lease.group_id, ipc=bytes(ipc))
-    except ValueError:
-        assert rig.state_of(lease.group_id) is GroupState.DROPPED
-    else:
-        assert answer == "accepted"
+    answer = rig.state.append("a", lease=lease.key, ipc=bytes(ipc))
+    expected = {"accepted": GroupState.FINISHED, "invalid": GroupState.DROPPED}
+    assert rig.state_of(lease.group_id) is expected[answer]
 
 
 def test_a_late_group_that_is_too_old_is_dropped_when_it_would_be_consumed() -> None:
@@ -409,7 +435,7 @@ def test_status_names_who_holds_what() -> None:
     rig = Rig(groups_per_step=2, max_staleness=1)
     first, _ = rig.lease(2, actor="a")
     rig.clock.now = 4.0
-    rig.state.renew("a", progress={first.group_id: 7})
+    rig.state.renew("a", progress={first.key: 7})
     rig.lease(1, actor="b")
     rig.clock.now = 6.0
     rig.append(first)

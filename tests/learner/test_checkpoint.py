@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from learner_builders import POOL, core, random_groups, solved_group, step_batch
 from plain_settings import correction_settings, learner_settings, loss_settings, optimizer_settings, probe_settings
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from rexrag.errors import RunFolderError
+from rexrag.errors import RunFailure, RunFolderError
 from rexrag.learner.checkpoint import COMMIT, list_checkpoints, load_checkpoint, prune, save_checkpoint
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec
 from rexrag.learner.probe_filter import INITIAL_SUCCESS
@@ -170,3 +172,19 @@ def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
     assert other.rho() == actor.rho()
     ours, theirs = actor.export("float32"), other.export("float32")
     assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+@pytest.mark.parametrize("num_bytes", [200, 20_000])
+def test_a_full_disk_is_told_with_the_path_and_leaves_no_half_checkpoint(tmp_path: Path, num_bytes: int) -> None:
+    """Files may not grow beyond a limit; the model's is the first of them, or the tokenizer's."""
+    learner = core(tmp_path, settings=SETTINGS)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        with pytest.raises(RunFailure, match=r"checkpoint .*step-000000 cannot be written: .*; free space and resume"):
+            save(learner, tmp_path / "checkpoints")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert (save(learner, tmp_path / "checkpoints") / COMMIT).is_file()

@@ -8,7 +8,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from rexrag.reporting.board import Board, log_to
+from rexrag.reporting.board import Board
+from rexrag.reporting.log_file import log_to
 from rexrag.run_folder import RunFolder, read_jsonl
 from rexrag.types import Sample
 

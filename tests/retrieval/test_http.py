@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from search_servers import Answer, Request, passages, serve
 
 from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError
-from rexrag.retrieval import answers, http
+from rexrag.retrieval import answers, backoff
 from rexrag.retrieval.http import HttpRetriever
 from rexrag.types import Passage
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_BACKOFF_FIRST_S", 0.01)
+    monkeypatch.setattr(backoff, "FIRST_S", 0.01)
 
 
 def search(
@@ -325,7 +325,7 @@ def test_a_trickling_server_is_left_after_the_time_out() -> None:
 
 
 def test_the_whole_wait_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_BACKOFF_FIRST_S", 0.25)
+    monkeypatch.setattr(backoff, "FIRST_S", 0.25)
     assert HttpRetriever("http://x", timeout_s=10, max_retries=5).max_wait_s == 60 + 0.25 + 0.5 + 1 + 2 + 4
     assert HttpRetriever("http://x", timeout_s=1, max_retries=100).max_wait_s < 101 + 100 * 10
 

@@ -21,7 +21,6 @@ from rexrag.types import (
     EndReason,
     EpisodeScore,
     FleetReport,
-    GroupLease,
     Question,
     StepBatch,
     StepResult,
@@ -169,7 +168,7 @@ class LocalFleet:
             self.num_replaced += 1
             asyncio.run(self._buffer.release("a"))
         for lease in asyncio.run(self._buffer.lease("a", num=100, held=self._held, wait_s=0.0)):
-            asyncio.run(self._buffer.append("a", group_id=lease.group_id, ipc=_group(lease)))
+            asyncio.run(self._buffer.append("a", lease=lease.key, ipc=make_ipc(lease)))
 
 
 class LocalSupervisor:
@@ -221,10 +220,6 @@ class LocalReporter:
     def evaluation(self, scores: Sequence[EpisodeScore], *, split: str, step: int, seconds: float) -> None:
         self.evaluations.append((split, step, len(scores)))
         self._on_evaluation(split, step)
-
-
-def _group(lease: GroupLease) -> bytes:
-    return make_ipc(lease)
 
 
 def _score(question: Question, version: WeightVersion) -> EpisodeScore:

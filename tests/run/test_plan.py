@@ -7,6 +7,7 @@ import pytest
 
 from rexrag.errors import ConfigError, Interrupted, RunFolderError
 from rexrag.recipe import load_recipe
+from rexrag.run.identity import note_precision, origin_of
 from rexrag.run.plan import Plan, open_run, plan_run
 from rexrag.run_folder import RunFolder, read_jsonl
 
@@ -58,7 +59,7 @@ def train_to(plan: Plan, *steps: int, interrupt: bool = False) -> RunFolder:
                 raise Interrupted("stopped")
     except Interrupted:
         pass
-    return RunFolder(plan.root)
+    return request.run
 
 
 def test_a_new_run_with_a_default_name(recipe: Path, tmp_path: Path) -> None:
@@ -115,6 +116,80 @@ def test_what_may_change_on_resume_is_written_down(recipe: Path, tmp_path: Path)
         assert request.config.learner.micro_batch_tokens == 64
     stored = load_recipe(root / "config.toml").config
     assert (stored.train.steps, stored.train.checkpoint_every, stored.eval.every) == (20, 5, 2)
+
+
+def test_all_that_leaves_a_steps_meaning_alone_may_change(recipe: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    train_to(plan(recipe, run_dir=root), 4, interrupt=True)
+    words = ["rollout.threads_per_actor=2", "rollout.num_gpus=0.5", "rollout.episodes_per_actor=7", "learner.threads=3"]
+    words += ["learner.num_gpus=1", "replay.lease_timeout_s=400", "replay.lease_deadline_s=4000", "replay.segment_mb=8"]
+    words += ["retriever.timeout_s=20", "retriever.max_retries=2", "retriever.url=http://10.0.0.1:8000"]
+    words += ["train.keep_checkpoints=9", "train.stall_timeout_s=60", "learner.max_bad_steps=9"]
+    with open_run(plan(None, *words, run_dir=root)) as request:
+        assert request.config.retriever.url == "http://10.0.0.1:8000"
+        assert request.config.replay.segment_mb == 8
+
+
+def with_files(tmp_path: Path) -> list[str]:
+    (tmp_path / "hints.txt").write_text("think again\n")
+    (tmp_path / "prompt.txt").write_text("Q: {question}")
+    (tmp_path / "my_rewards").mkdir()
+    (tmp_path / "my_rewards" / "__init__.py").touch()
+    (tmp_path / "my_rewards" / "strict.py").write_text("def reward(prediction, golds, row): return 1.0\n")
+    return ["probe.hints=hints.txt", "env.prompt_file=prompt.txt", "reward.kind=my_rewards.strict:reward"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("hints.txt", "probe.hints"),
+        ("prompt.txt", "env.prompt_file"),
+        ("my_rewards/strict.py", "reward.kind"),
+    ],
+)
+def test_a_resume_with_another_content_of_a_named_file_is_refused(
+    recipe: Path, tmp_path: Path, name: str, key: str
+) -> None:
+    root = tmp_path / "run"
+    train_to(plan(recipe, *with_files(tmp_path), run_dir=root), 4, interrupt=True)
+    assert plan(None, run_dir=root).start_step == 4
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "# other\n")
+    with pytest.raises(ConfigError) as caught:
+        plan(None, run_dir=root)
+    assert f"{key} = {tmp_path / name}: its content is not what the run was begun with" in str(caught.value)
+    assert str(caught.value).count("its content") == 1
+
+
+def test_another_precision_on_other_hardware_is_told_once(recipe: Path, tmp_path: Path) -> None:
+    with open_run(plan(recipe, run_dir=tmp_path / "run")) as request:
+        assert note_precision(request.run, {"learner.autocast": "float32"}) == []
+    run = RunFolder(tmp_path / "run")
+    (told,) = note_precision(run, {"learner.autocast": "bfloat16"})
+    assert told.startswith("learner.autocast is bfloat16 on this hardware, and was float32")
+    assert note_precision(run, {"learner.autocast": "bfloat16"}) == []
+    assert origin_of(run) == (None, 0)
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(recipe: Path) -> None:
+    plans = [plan(recipe) for _ in range(3)]
+    roots = [train_to(one).root for one in plans]
+    assert len(set(roots)) == 3
+    for root in roots:
+        assert load_recipe(root / "config.toml").config.model.path == str(root / "prepared" / "warmstart")
+
+
+def test_a_fork_that_is_resumed_before_its_first_checkpoint_begins_where_it_began(recipe: Path, tmp_path: Path) -> None:
+    root, fork = tmp_path / "run", tmp_path / "fork"
+    train_to(plan(recipe, run_dir=root), 4, 8, interrupt=True)
+    older = root / "checkpoints" / "step-000004"
+    train_to(plan(None, resume=str(older), run_dir=fork), interrupt=True)
+    again = plan(None, run_dir=fork)
+    assert (again.is_new, again.start_step, again.checkpoint) == (False, 4, older)
+    with open_run(again) as request:
+        assert (request.start_step, request.resumed) == (4, True)
+    (older / "COMMIT").unlink()
+    with pytest.raises(ConfigError, match="is gone"):
+        plan(None, run_dir=fork)
 
 
 @pytest.mark.parametrize("word", ["train.seed=1", "probe.rate=0.25", "method=grpo", "train.groups_per_step=9"])
