@@ -35,6 +35,7 @@ def make_settings(folder: Path, **changes: float | None) -> ReplaySettings:
         "segment_bytes": 1 << 20,
         "num_steps": None,
         "refill": False,
+        "log_file": None,
         **changes,
     }
     return ReplaySettings(folder=folder, questions=make_questions(num_questions), **values)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ class RolloutSettings:
     reward_kind: str
     format_weight: float
     hints_file: Path | None
-    log_file: Path | None = None
+    log_file: Path | None
 
 
 def longest_sequence(episodes: EpisodeSettings, hints: HintPool) -> int:
