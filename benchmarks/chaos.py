@@ -81,11 +81,6 @@ SERVER_FAULTS: Final = {
     "server hangs": "hang",
     "server vanishes": "drop",
 }
-    "server refuses": "422",
-    "server fails": "500",
-    "server hangs": "hang",
-    "server vanishes": "drop",
-}
 FAULTS: Final = (*KILLED, "driver", *SERVER_FAULTS)
 SERVER_FAULT_S: Final = 4.0
 POLL_S: Final = 0.1
