@@ -172,7 +172,13 @@ def make_parts(folder: Path) -> None:
     build_bm25(files.corpus, folder / "index")
     make_tiny_model(world_texts(files.folder), folder / "untrained", seed=1, width=32, num_layers=2, feed_forward=64)
     warm_start(
-        folder / "untrained", demonstrations=files.demonstrations, out=folder / "model", learning_rate=5e-3, threads=2
+        folder / "untrained",
+        demonstrations=files.demonstrations,
+        out=folder / "model",
+        learning_rate=5e-3,
+        batch_size=16,
+        epochs=1,
+        threads=2,
     )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from rexrag.config import Config
+from rexrag.config import Config, PrepareConfig
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError
 
 if TYPE_CHECKING:
@@ -192,7 +192,17 @@ def warmstart(
         def show(state: WarmstartProgress) -> None:
             progress.advance_to(state.update / state.num_updates)
 
-        result = warm_start(model, demonstrations=demonstrations, out=out, seed=seed, progress=show)
+        settings = PrepareConfig()
+        result = warm_start(
+            model,
+            demonstrations=demonstrations,
+            out=out,
+            seed=seed,
+            learning_rate=settings.warmstart_learning_rate,
+            batch_size=settings.warmstart_batch_size,
+            epochs=settings.warmstart_epochs,
+            progress=show,
+        )
     STDOUT.print(f"{result.folder}: {result.num_demonstrations} demonstrations, last loss {result.losses[-1]:.3f}")
     if result.depth is not None:
         STDOUT.print(f"the dead end: {result.depth}")

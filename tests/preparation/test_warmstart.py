@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,15 @@ from rexrag.preparation.warmstart import (
     WarmstartProgress,
     WarmstartResult,
     tokenize_demonstration,
-    warm_start,
 )
+from rexrag.preparation.warmstart import warm_start as warm_start_with
 
 NAMES = ("Ano", "Bel", "Cid", "Dor", "Eva", "Fox", "Gus", "Hal")
 PROMPT = PromptSettings(template="{question}")
+
+
+def warm_start(model: Path, **changes: Any) -> WarmstartResult:  # noqa: ANN401
+    return warm_start_with(model, **{"learning_rate": 1e-4, "batch_size": 16, "epochs": 1, **changes})
 
 
 def early(name: str) -> Demonstration:

@@ -27,6 +27,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out=folder / "model",
         learning_rate=5e-3,
         batch_size=16,
+        epochs=1,
         threads=2,
     )
     path = folder / "small.toml"
