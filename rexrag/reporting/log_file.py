@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from rexrag.errors import Interrupted
 from rexrag.files import append_line
 
 LOG = logging.getLogger(__name__)
@@ -71,5 +72,7 @@ class _JsonlHandler(logging.Handler):
 
 def _record_of(error: Exception) -> logging.LogRecord:
     message = f"ended with {type(error).__name__}: {error}"
+    if isinstance(error, Interrupted):  # as it was asked to
+        return logging.LogRecord("rexrag", logging.INFO, __file__, 0, message, None, None)
     info = (type(error), error, error.__traceback__)
     return logging.LogRecord("rexrag", logging.ERROR, __file__, 0, message, None, info)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from rexrag.errors import Interrupted
 from rexrag.reporting.log_file import log_instead, log_to
 
 PART = """
 import logging, sys
 from pathlib import Path
+from rexrag.errors import Interrupted
 from rexrag.reporting.log_file import log_process
 log_process(Path(sys.argv[1]), part=sys.argv[2])
 for number in range(300):
@@ -37,6 +39,14 @@ def test_what_ends_the_block_is_in_the_log_with_its_traceback(tmp_path: Path) ->
     (line,) = [json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert (line["part"], line["level"], line["message"]) == ("driver", "ERROR", "ended with LookupError: gone")
     assert "Traceback" in line["traceback"]
+
+
+def test_a_stop_that_was_asked_for_is_no_error(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted), log_to(tmp_path / "log.jsonl"):
+        raise Interrupted("stopped by SIGTERM")
+    (line,) = [json.loads(text) for text in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert line["level"] == "INFO"
+    assert "traceback" not in line
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
