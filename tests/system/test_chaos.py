@@ -1,0 +1,36 @@
+"""A short run that is hurt once in each way: all steps in the end, nothing lost, nothing trained twice."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def chaos(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("chaos", BENCHMARKS / "chaos.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "chaos", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run_that_is_hurt_in_each_way_loses_nothing(chaos: ModuleType, tmp_path: Path) -> None:
+    faults = ("rollout actor", "learner", "driver", "server refuses", "server vanishes")
+    report = chaos.play(tmp_path, steps=24, faults=faults, seed=1, timeout_s=800.0)
+    assert report.steps == 24
+    assert (report.lost, report.trained_twice) == (0, 0)
+    assert report.starts >= 2, "a dead learner or driver ends a start"
+    accounting = report.accounting
+    assert accounting["issued"] == accounting["consumed"] + sum(accounting["dropped"].values()) + accounting["pending"]
+    assert accounting["consumed"] == 24 * chaos.GROUPS_PER_STEP
