@@ -128,9 +128,10 @@ class ProbeConfig(Section):
 
 
 class CorrectionConfig(Section):
-    mixture: Literal["token", "sequence", "none"] = Field(
+    mixture: Literal["token", "sequence", "normalized", "none"] = Field(
         "none",
-        description="Weights for probe mixing: the paper's per token, the exact ones per trajectory, or none.",
+        description="Weights for probe mixing: the paper's per token, the exact ones per trajectory, these as shares "
+        "of their question's in the advantage, or none.",
     )
     bound: Literal["truncate", "mask", "none"] = Field(
         "truncate", description="What is done with large staleness weights."
@@ -354,8 +355,14 @@ def _estimator_problems(config: Config) -> list[str]:
         )
     if config.replay.refill and loss.preserve > 0:
         problems.append(f"loss.preserve = {loss.preserve}: must be 0 with replay.refill, which drops solved groups.")
-    if config.correction.mixture != "sequence":
+    mixture = config.correction.mixture
+    if mixture not in ("sequence", "normalized"):
         return problems
+    if mixture == "normalized" and loss.baseline != "joint":
+        problems.append(
+            f'loss.baseline = "{loss.baseline}": has no effect with correction.mixture = "normalized", which compares '
+            'a row with its share of the weights; set loss.baseline = "joint", or another mixture.'
+        )
     needed: dict[str, tuple[object, object]] = {
         "probe.dead_end": (probe.dead_end, "rollout"),
         "probe.filter": (probe.filter, "none"),
@@ -363,8 +370,8 @@ def _estimator_problems(config: Config) -> list[str]:
         "loss.train_prefix": (loss.train_prefix, True),
     }
     return problems + [
-        f'{key} = {value!r}: must be {wanted!r} with correction.mixture = "sequence", whose weights are those of whole '
-        "trajectories; set it, or another mixture."
+        f'{key} = {value!r}: must be {wanted!r} with correction.mixture = "{mixture}", whose weights are those of '
+        "whole trajectories; set it, or another mixture."
         for key, (value, wanted) in needed.items()
         if value != wanted
     ]

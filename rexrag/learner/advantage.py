@@ -57,3 +57,50 @@ def _leave_family_out(rewards: npt.NDArray[np.float64], family: npt.NDArray[np.i
     count = others.sum(axis=1)
     mean = np.divide(others @ rewards, count, out=np.zeros(len(rewards)), where=count > 0)
     return np.where(count > 0, rewards - mean, 0.0)
+
+
+def likelihood_advantages(
+    rewards: npt.NDArray[np.float64], *, log_weights: npt.NDArray[np.float64], num_targets: int
+) -> npt.NDArray[np.float64]:
+    """One advantage per row of a question, for the gradient of the log-likelihood of being right (§7b).
+
+    A_i = n·(w_i·R_i / Σ w·R − w_i / Σ w): self-normalised importance sampling of ∇log E_π[R] from rows that were drawn
+    from another density. With equal weights it is (R − mean)/mean, maximum-likelihood reinforcement learning
+    (arXiv 2602.02710). Computed from log-weights with the largest taken out: rows whose weights are as small as
+    e^−700 count by their shares.
+
+    Args:
+        rewards: [R], at least 0.
+        log_weights: [R] log w of each row, −∞ where the policy cannot write it.
+        num_targets: n, targets among the rows.
+
+    Returns:
+        [R], all 0 where no row that the policy can write has a reward, or all rewards are equal.
+
+    Raises:
+        ValueError: a reward below 0, which has no log-likelihood, lengths that differ, or a weight that is NaN or +∞.
+    """
+    if len(rewards) != len(log_weights):
+        raise ValueError(f"rewards has {len(rewards)} entries, log_weights {len(log_weights)}: one for each row")
+    if (rewards < 0).any():
+        raise ValueError(
+            f'a reward is {rewards.min():g}, with correction.mixture = "normalized" it must be at least 0: shift '
+            "reward.kind, or take another mixture"
+        )
+    if np.isnan(log_weights).any() or np.isposinf(log_weights).any():
+        raise ValueError("log_weights must be below +inf and not NaN")
+    right = _shares(np.where(rewards > 0, log_weights, -np.inf), rewards)
+    if right is None or tell_nothing(rewards):
+        return np.zeros(len(rewards))
+    every = _shares(log_weights, np.ones(len(rewards)))
+    assert every is not None, "a row that is right is a row"
+    return num_targets * (right - every)
+
+
+def _shares(log_weights: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
+    """[R] w·v / Σ w·v; None where the sum is 0."""
+    largest = log_weights.max(initial=-np.inf)
+    if not np.isfinite(largest):
+        return None
+    terms: npt.NDArray[np.float64] = np.exp(log_weights - largest) * values
+    return terms / terms.sum()

@@ -19,7 +19,7 @@ from rexrag.learner.shapes import require_shape
 from rexrag.learner.trained_tokens import Transfer, hint_span
 from rexrag.types import FloatArray, Kind, Trajectory
 
-Mixture = Literal["token", "sequence", "none"]
+Mixture = Literal["token", "sequence", "normalized", "none"]
 Bound = Literal["truncate", "mask", "none"]
 
 
@@ -29,7 +29,8 @@ class CorrectionSettings:
 
     Attributes:
         mixture: `token`, the paper's mixture of targets and probes per token; `sequence`, one exact weight for a
-            whole trajectory; `none`, every weight of it 1.
+            whole trajectory; `normalized`, that weight as a share of its question's, in the advantage (§7b); `none`,
+            every weight of it 1.
         bound, cap, low, high: what `importance_weight` does with the staleness weight.
     """
 
@@ -38,6 +39,11 @@ class CorrectionSettings:
     cap: float
     low: float
     high: float
+
+    @property
+    def weighs_trajectories(self) -> bool:
+        """Whether weights are those of whole trajectories, with all of their decompositions."""
+        return self.mixture in ("sequence", "normalized")
 
 
 def mixture_logprob(behavior_logprob: Tensor, probe_logprob: Tensor, alpha: float) -> Tensor:

@@ -32,9 +32,9 @@ class ProbeSettings:
 
 
 class MixtureWeigher:
-    """Weights of the rows of one step. With `sequence`, `weigh_sequences` comes before `weights`.
+    """Weights of the rows of one step. Where they are those of trajectories, `weigh_sequences` comes before the others.
 
-    `alpha` is α: of the step's rows with `token`, that which p implies with `sequence`.
+    `alpha` is α: of the step's rows with `token`, that which p implies with `sequence` and `normalized`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class MixtureWeigher:
         self._probe = probe
         self._hints = hints
         self._sequences: dict[Trajectory, float] = {}
-        if correction.mixture == "sequence":
+        if correction.weighs_trajectories:
             self.alpha = probe.rate / (1.0 + probe.rate)
         else:
             self.alpha = num_probes / (num_probes + num_targets) if num_probes else 0.0
@@ -62,6 +62,10 @@ class MixtureWeigher:
             rows, probe_rate=probe.rate, hints=self._hints, branch=probe.branch, transfer=probe.transfer, rates=rates
         )
         self._sequences = dict(zip(rows, log_weights.tolist(), strict=True))
+
+    def log_weight(self, row: Trajectory) -> float:
+        """Log w of the whole trajectory, −∞ where no target could have written it."""
+        return self._sequences[row]
 
     def tokens_of(self, row: Trajectory, loss: LossSettings) -> TrainedTokens:
         return trained_tokens(
@@ -79,7 +83,7 @@ class MixtureWeigher:
 
     def _log_ratio(self, row: Trajectory, tokens: TrainedTokens) -> torch.Tensor:
         behavior = torch.from_numpy(tokens.behavior_logprob)
-        if self._correction.mixture == "none":
+        if self._correction.mixture in ("none", "normalized"):  # the latter's are in the advantages
             return torch.zeros_like(behavior)
         if self._correction.mixture == "sequence":
             return torch.full_like(behavior, self._sequences[row])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from rexrag.errors import StaleGroupError
 from rexrag.hints import HintPool
-from rexrag.learner.advantage import group_advantages, tell_nothing
+from rexrag.learner.advantage import group_advantages, likelihood_advantages, tell_nothing
 from rexrag.learner.branches import BranchRates
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
@@ -118,12 +118,12 @@ def prepare_step(
     weigher = MixtureWeigher(
         correction=correction, probe=probe, hints=hints, num_probes=len(kept), num_targets=len(targets)
     )
-    if correction.mixture == "sequence":
+    if correction.weighs_trajectories:
         rates.observe(targets, branch=probe.branch)
         weigher.weigh_sequences([groups[g].trajectories[i] for g, rows in enumerate(remaining) for i in rows], rates)
     rows: list[PreparedRow] = []
     for g, indices in enumerate(remaining):
-        rows += _prepare_group(groups[g], g, indices, weigher=weigher, loss=loss)
+        rows += _prepare_group(groups[g], g, indices, weigher=weigher, correction=correction, loss=loss)
     return PreparedStep(
         rows=tuple(rows),
         alpha=weigher.alpha,
@@ -144,16 +144,41 @@ def _rewards(group: TrajectoryGroup, rows: Sequence[int]) -> npt.NDArray[np.floa
     return np.array([group.trajectories[i].reward for i in rows], np.float64)
 
 
-def _prepare_group(
-    group: TrajectoryGroup, group_index: int, indices: Sequence[int], *, weigher: MixtureWeigher, loss: LossSettings
-) -> list[PreparedRow]:
+def _advantages(
+    group: TrajectoryGroup,
+    indices: Sequence[int],
+    *,
+    weigher: MixtureWeigher,
+    correction: CorrectionSettings,
+    loss: LossSettings,
+) -> npt.NDArray[np.float64]:
     rows = [group.trajectories[i] for i in indices]
-    advantages = group_advantages(
+    is_probe = np.array([row.kind is Kind.PROBE for row in rows], bool)
+    if correction.mixture == "normalized":
+        return likelihood_advantages(
+            _rewards(group, indices),
+            log_weights=np.array([weigher.log_weight(row) for row in rows], np.float64),
+            num_targets=int((~is_probe).sum()),
+        )
+    return group_advantages(
         _rewards(group, indices),
-        is_probe=np.array([row.kind is Kind.PROBE for row in rows], bool),
+        is_probe=is_probe,
         family=[i if row.parent is None else row.parent for i, row in zip(indices, rows, strict=True)],
         baseline=loss.baseline,
     )
+
+
+def _prepare_group(
+    group: TrajectoryGroup,
+    group_index: int,
+    indices: Sequence[int],
+    *,
+    weigher: MixtureWeigher,
+    correction: CorrectionSettings,
+    loss: LossSettings,
+) -> list[PreparedRow]:
+    rows = [group.trajectories[i] for i in indices]
+    advantages = _advantages(group, indices, weigher=weigher, correction=correction, loss=loss)
     prepared = []
     for i, row, advantage in zip(indices, rows, advantages, strict=True):
         tokens = weigher.tokens_of(row, loss)

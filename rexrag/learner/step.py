@@ -349,8 +349,8 @@ class LearnerCore:
             return token_logprobs(self.model, micro)
 
     def _denominator(self, prepared: PreparedStep) -> float:
-        """N of §7. With `sequence` it must not depend on what was drawn: (1 + p)·targets·(a constant of the run)."""
-        if self._settings.correction.mixture != "sequence":
+        """N of §7. With weights of trajectories it must not depend on what was drawn: (1 + p)·targets·(a constant)."""
+        if not self._settings.correction.weighs_trajectories:
             return prepared.denominator
         if self._mean_tokens is None and prepared.rows:
             self._mean_tokens = max(1.0, prepared.denominator / len(prepared.rows))

@@ -153,7 +153,7 @@ def _scored(config: Config) -> Literal["none", "probes", "all"]:
     """Rollouts that hint-free transfer needs scored: exact weights compare targets with probes, too."""
     if config.probe.transfer == "hinted" or config.probe.rate == 0:
         return "none"
-    return "all" if config.correction.mixture == "sequence" else "probes"
+    return "all" if config.correction.mixture in ("sequence", "normalized") else "probes"
 
 
 def rollout_settings(

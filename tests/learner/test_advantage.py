@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rexrag.learner.advantage import Baseline, group_advantages
+from rexrag.learner.advantage import Baseline, group_advantages, likelihood_advantages
 
 
 def advantages(
@@ -43,3 +45,61 @@ def test_one_family_has_no_baseline() -> None:
 @pytest.mark.parametrize("rewards", [[0.7], [0.1, 0.1, 0.1]])
 def test_flat_groups_have_none(rewards: list[float], baseline: Baseline) -> None:
     assert advantages(rewards, [False] * len(rewards), list(range(len(rewards))), baseline) == [0.0] * len(rewards)
+
+
+def likelihood(rewards: list[float], log_weights: list[float], *, num_targets: int) -> list[float]:
+    found = likelihood_advantages(np.array(rewards), log_weights=np.array(log_weights), num_targets=num_targets)
+    return [float(value) for value in found]
+
+
+def test_shares_of_weights_by_hand() -> None:
+    """W = (1, 2, 1), R = (0, 1, 1): Σ w·R = 3, Σ w = 4; A = 2·(w·R/3 − w/4)."""
+    found = likelihood([0.0, 1.0, 1.0], [0.0, math.log(2.0), 0.0], num_targets=2)
+    assert found == pytest.approx([-0.5, 2 * (2 / 3 - 1 / 2), 2 * (1 / 3 - 1 / 4)])
+
+
+def test_with_equal_weights_it_is_maximum_likelihood_reinforcement_learning() -> None:
+    rewards = [0.0, 1.0, 0.0, 0.25]
+    mean = sum(rewards) / 4
+    found = likelihood(rewards, [-3.0] * 4, num_targets=4)
+    assert found == pytest.approx([(reward - mean) / mean for reward in rewards])
+
+
+def test_with_one_right_row_its_advantage_is_what_its_weight_leaves() -> None:
+    log_weights = [0.0, -0.7, -92.0, 0.4]
+    share = math.exp(-92.0) / sum(map(math.exp, log_weights))
+    found = likelihood([0.0, 0.0, 1.0, 0.0], log_weights, num_targets=3)
+    assert found[2] == pytest.approx(3 * (1 - share))
+    assert sum(found) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "log_weights"),
+    [
+        ([0.0, 0.0], [0.0, 0.0]),
+        ([1.0, 1.0], [0.0, -5.0]),
+        ([0.0, 1.0], [0.0, -math.inf]),
+        ([1.0], [0.0]),
+    ],
+)
+def test_nothing_to_learn_is_zero(rewards: list[float], log_weights: list[float]) -> None:
+    assert likelihood(rewards, log_weights, num_targets=1) == [0.0] * len(rewards)
+
+
+@given(
+    rows=st.lists(st.tuples(st.sampled_from([0.0, 0.2, 0.5, 1.0]), st.floats(-700.0, 50.0)), min_size=2, max_size=64),
+    shift=st.floats(-600.0, 600.0),
+)
+def test_shares_are_finite_sum_to_zero_and_know_no_scale(rows: list[tuple[float, float]], shift: float) -> None:
+    rewards, log_weights = [list(column) for column in zip(*rows, strict=True)]
+    found = likelihood(rewards, log_weights, num_targets=4)
+    assert all(math.isfinite(value) for value in found)
+    assert sum(found) == pytest.approx(0.0, abs=1e-9)
+    moved = likelihood(rewards, [weight + shift for weight in log_weights], num_targets=4)
+    assert moved == pytest.approx(found, abs=1e-6)
+    assert all(-4.0 <= value <= 4.0 for value in found)
+
+
+def test_a_reward_below_zero_has_no_likelihood() -> None:
+    with pytest.raises(ValueError, match=r"a reward is -0\.5, .* at least 0"):
+        likelihood([1.0, -0.5], [0.0, 0.0], num_targets=2)
