@@ -5,9 +5,11 @@ Legend: E trained tokens of a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rexrag.env.branch import Branch
@@ -78,14 +80,15 @@ class MixtureWeigher:
 
     def weights(self, row: Trajectory, tokens: TrainedTokens) -> FloatArray:
         """[E] w_mix, unbounded: it is at most 1/(1−α)."""
-        weight: FloatArray = importance_weight(self._log_ratio(row, tokens), bound="none").numpy()
-        return weight
+        if self._correction.mixture == "token":
+            weight: FloatArray = importance_weight(self._log_ratio(row, tokens), bound="none").numpy()
+            return weight
+        # Those of `normalized` are in the advantages.
+        same = math.exp(self._sequences[row]) if self._correction.mixture == "sequence" else 1.0
+        return np.full(len(tokens.trained), same, np.float32)
 
     def _log_ratio(self, row: Trajectory, tokens: TrainedTokens) -> torch.Tensor:
+        """[E] log π_v/q_t of the `token` mixture."""
         behavior = torch.from_numpy(tokens.behavior_logprob)
-        if self._correction.mixture in ("none", "normalized"):  # the latter's are in the advantages
-            return torch.zeros_like(behavior)
-        if self._correction.mixture == "sequence":
-            return torch.full_like(behavior, self._sequences[row])
         log_mu = token_probe_logprob(row, hints=self._hints, transfer=self._probe.transfer)[tokens.source]
         return behavior - mixture_logprob(behavior, torch.from_numpy(log_mu), self.alpha)

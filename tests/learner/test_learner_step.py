@@ -102,10 +102,16 @@ def test_gradient_is_that_of_the_formulas_however_the_batch_is_cut(tmp_path: Pat
 
 ESTIMATORS = {
     "sequence": settings(correction=correction_settings(mixture="sequence"), loss=loss_settings(train_prefix=True)),
+    "normalized": settings(correction=correction_settings(mixture="normalized"), loss=loss_settings(train_prefix=True)),
     "hint-free": settings(probe=probe_settings(transfer="hint_free", filter="none")),
     "exact hint-free": settings(
         probe=probe_settings(transfer="hint_free", filter="none"),
         correction=correction_settings(mixture="sequence"),
+        loss=loss_settings(train_prefix=True),
+    ),
+    "normalized hint-free": settings(
+        probe=probe_settings(transfer="hint_free", filter="none"),
+        correction=correction_settings(mixture="normalized"),
         loss=loss_settings(train_prefix=True),
     ),
     "preserving": settings(loss=loss_settings(preserve=2.0)),
@@ -393,7 +399,7 @@ def test_exported_weights(tmp_path: Path) -> None:
 
 def test_metrics_are_finite_documented_and_complete(tmp_path: Path) -> None:
     result = core(tmp_path, settings=settings(probe=probe_settings())).step(step_batch(random_groups()))
-    by_controller = {keys.TIME_LEARNER_WAIT, keys.ROLLOUT_TOKENS_PER_S}
+    by_controller = {keys.TIME_LEARNER_WAIT, keys.ROLLOUT_TOKENS_PER_S, keys.ROLLOUT_ACTORS, keys.ROLLOUT_REPLACED}
     histograms = {key for key in keys.DESCRIPTIONS if key.startswith("histogram/")}
     warnings = {key for key in keys.DESCRIPTIONS if key.startswith("warning/")}
     assert set(result.metrics) == set(keys.DESCRIPTIONS) - by_controller - histograms - warnings

@@ -33,3 +33,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "small.toml"
     path.write_text(RECIPE.format(folder=folder))
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs take their time, more of it where other work is going on: they have bounds of their own."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))
