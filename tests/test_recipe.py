@@ -154,7 +154,7 @@ def test_a_folder_of_data_is_found_out_before_a_run(tmp_path: Path) -> None:
         ("probe.dead_end=question", ["probe.dead_end", "'rollout' or 'group'"]),
         ("correction.mixture=trajectory", ["correction.mixture", "'token', 'sequence' or 'none'"]),
         ("loss.preserve=-1", ["loss.preserve = -1", "greater than or equal to 0"]),
-        ("rollout.engine=vllm", ["rollout.engine", "'torch'"]),
+        ("weights.inflight=drop", ["weights.inflight", "'keep' or 'recompute'"]),
         ("method=dapo", ["method", "'grpo', 'rex', 'exact' or 'escape'"]),
     ],
 )

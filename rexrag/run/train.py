@@ -103,11 +103,7 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     # Ray counts the GPUs of a machine whose torch was built for the CPU alone, too.
     gpus = ray.cluster_resources().get("GPU", 0.0) if torch.backends.cuda.is_built() else 0.0  # type: ignore[no-untyped-call]
     layout = plan_layout(config, num_cores=sum(nodes), node_cores=max(nodes), num_gpus=float(gpus))
-    learner_dtype = learner_settings(config, device=device_of(layout.learner_gpus)).autocast
-    precision = {"learner.autocast": learner_dtype, "rollout.dtype": loop_settings(config).transfer_dtype}
-    for sentence in note_precision(run, precision):
-        progress.note(f"warning: {sentence}")
-        LOG.warning("%s", sentence)
+    _tell_precision(request, layout=layout, progress=progress)
     progress.stage("starting the learner and the rollout actors")
     buffer = start_replay_actor(inputs.replay, resume_step=request.start_step, is_new=not request.resumed)
     learner = start_learner(
@@ -158,6 +154,16 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         raise
     _write_accounting(run)
     fleet.stop()
+
+
+def _tell_precision(request: TrainRequest, *, layout: Layout, progress: Progress) -> None:
+    """What `auto` comes to here, where it is not what the run began with."""
+    config = request.config
+    learner_dtype = learner_settings(config, device=device_of(layout.learner_gpus)).autocast
+    precision = {"learner.autocast": learner_dtype, "rollout.dtype": loop_settings(config).transfer_dtype}
+    for sentence in note_precision(request.run, precision):
+        progress.note(f"warning: {sentence}")
+        LOG.warning("%s", sentence)
 
 
 def _run(controller: Controller) -> None:
