@@ -152,7 +152,7 @@ def test_a_folder_of_data_is_found_out_before_a_run(tmp_path: Path) -> None:
         ("optimizer.learning_rate=nan", ["optimizer.learning_rate = nan", "finite"]),
         ("probe.transfer=free", ["probe.transfer", "'hinted' or 'hint_free'"]),
         ("probe.dead_end=question", ["probe.dead_end", "'rollout' or 'group'"]),
-        ("correction.mixture=trajectory", ["correction.mixture", "'token', 'sequence' or 'none'"]),
+        ("correction.mixture=trajectory", ["correction.mixture", "'token', 'sequence', 'normalized' or 'none'"]),
         ("loss.preserve=-1", ["loss.preserve = -1", "greater than or equal to 0"]),
         ("weights.inflight=drop", ["weights.inflight", "'keep' or 'recompute'"]),
         ("method=dapo", ["method", "'grpo', 'rex', 'exact' or 'escape'"]),

@@ -103,4 +103,5 @@ def _shares(log_weights: npt.NDArray[np.float64], values: npt.NDArray[np.float64
     if not np.isfinite(largest):
         return None
     terms: npt.NDArray[np.float64] = np.exp(log_weights - largest) * values
-    return terms / terms.sum()
+    shares: npt.NDArray[np.float64] = terms / terms.sum()
+    return shares
