@@ -87,6 +87,11 @@ def build_bm25(corpus: str | Path, out: str | Path) -> Manifest:
     return manifest
 
 
+INLINE_PASSAGES: Final = 50_000
+"""Up to so many a search takes less than a pass of an engine, and is done where it is asked for: episodes then go on in
+one order, and a synchronous run is the same each time, bit for bit."""
+
+
 class BM25Retriever:
     """Searches an index folder in this process, in threads of its own: the event loop goes on meanwhile.
 
@@ -132,6 +137,8 @@ class BM25Retriever:
             RetrievalIndexError: the corpus changed under the index.
         """
         assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
+        if len(self._corpus) <= INLINE_PASSAGES:
+            return self._lookup(query, top_k)
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._lookup, query, top_k)
 
     async def close(self) -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from rexrag.data.corpus import iter_corpus
 from rexrag.errors import DataError, RetrievalIndexError
+from rexrag.retrieval import bm25
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
 from rexrag.retrieval.manifest import read_manifest
 from rexrag.types import Passage
@@ -212,6 +213,7 @@ def test_a_closed_index_lets_go_of_its_files(tmp_path: Path) -> None:
 
 
 def test_a_search_does_not_hold_up_the_event_loop(countries: BM25Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bm25, "INLINE_PASSAGES", 0)
     in_search, go_on = threading.Event(), threading.Event()
 
     def slow(query: str, top_k: int) -> tuple[Passage, ...]:
