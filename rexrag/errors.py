@@ -69,3 +69,8 @@ class UnknownLeaseError(RexragError):
 
 class StaleGroupError(RexragError):
     """A group older than the staleness bound reached the learner: an invariant is broken."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, its kind where it says nothing: libraries follow it with pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

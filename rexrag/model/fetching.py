@@ -23,7 +23,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from rexrag.errors import ModelError
+from rexrag.errors import ModelError, first_line
 from rexrag.files import sha256_file
 from rexrag.model.saving import save_model
 
@@ -84,10 +84,9 @@ def _from_hub(name: str) -> Path:
             )
         )
     except Exception as error:  # fault boundary: the hub's client and its transport raise what they like
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"model.path = {name} is no path here, and as a hub id it cannot be fetched ({first}); correct the path, "
-            "or fetch the model where there is a network (hf download) and name its folder"
+            f"model.path = {name} is no path here, and as a hub id it cannot be fetched ({first_line(error)}); correct "
+            "the path, or fetch the model where there is a network (hf download) and name its folder"
         ) from error
 
 
@@ -135,8 +134,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     except ImportError as error:
         raise ModelError(f"reading {gguf.name} needs the package gguf: pip install 'rexrag[quickstart]'") from error
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"no model could be read from {gguf}: {first}; use another file") from error
+        raise ModelError(f"no model could be read from {gguf}: {first_line(error)}; use another file") from error
     found = model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from rexrag.errors import ModelError
+from rexrag.errors import ModelError, first_line
 from rexrag.model.fetching import resolve_model
 from rexrag.model.stored_weights import refuse_lfs_pointers, stored_tensors
 from rexrag.model.supported import MODEL_TYPES, refuse_quantized
@@ -203,8 +203,7 @@ def _repair_generation(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _refusal(source: Path, what: str, error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
-        f"no {what} could be loaded from {source}: {first}; "
+        f"no {what} could be loaded from {source}: {first_line(error)}; "
         "name a folder with config.json, safetensors and tokenizer.json"
     )
