@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-import numpy as np
 import pytest
+from replay_helpers import make_group
 
 import rexrag.actors.rollout_loop as loop_module
 from rexrag.actors.rollout_loop import RolloutLoop
@@ -16,13 +16,9 @@ from rexrag.engine.protocol import Engine, EngineStats
 from rexrag.errors import ConfigError, EngineBrokenError, EnginePassError, RetrieverSetupError, RunFailure
 from rexrag.types import (
     AppendOutcome,
-    EndReason,
     GroupLease,
-    Kind,
     LeaseKey,
-    Origin,
     Question,
-    Trajectory,
     TrajectoryGroup,
     WeightVersion,
 )
@@ -34,32 +30,6 @@ TIMEOUT_S = 10.0
 def make_lease(number: int, *, grant: int = 1) -> GroupLease:
     question = Question(id=str(number), data_source="world", question="q?", golden_answers=("a",))
     return GroupLease(group_id=f"1-{number}", question=question, epoch=0, attempt=0, version=VERSION, grant=grant)
-
-
-def make_group(lease: GroupLease) -> TrajectoryGroup:
-    row = Trajectory(
-        kind=Kind.TARGET,
-        parent=None,
-        branch_point=None,
-        hint_id=None,
-        reward=1.0,
-        em=1.0,
-        f1=1.0,
-        correct=True,
-        end_reason=EndReason.ANSWER,
-        num_searches=0,
-        num_malformed=0,
-        gold_retrieved=None,
-        prompt_length=1,
-        token_ids=np.arange(3, dtype=np.int32),
-        origin=np.asarray([Origin.PROMPT, Origin.POLICY, Origin.POLICY], np.uint8),
-        behavior_logprob=np.asarray([0.0, -0.5, -0.5], np.float32),
-        policy_version=np.zeros(3, np.int32),
-        action_starts=np.array([1], np.int32),
-    )
-    return TrajectoryGroup(
-        group_id=lease.group_id, question_id=lease.question.key, data_source="world", hops=None, trajectories=(row,)
-    )
 
 
 class Buffer:
@@ -106,7 +76,7 @@ class Runner:
         if isinstance(outcome, Exception):
             await asyncio.sleep(0.002)
             raise ExceptionGroup("of a group's tasks", [outcome])
-        return make_group(lease)
+        return make_group(lease.group_id, lease.question.key)
 
 
 class IdleEngine:
