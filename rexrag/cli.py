@@ -169,9 +169,12 @@ def _print_layout(config: Config) -> None:
     if cluster_address() is not None:
         return
     cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
-    layout = plan_layout(config, num_cores=cores, node_cores=cores, num_gpus=gpus)
+    try:
+        lines = describe_layout(plan_layout(config, num_cores=cores, node_cores=cores, num_gpus=gpus))
+    except ConfigError as error:  # of this machine, not of the recipe: it may be meant for a cluster
+        lines = [f"it would not start: {error}"]
     STDOUT.print(f"\n# On this machine, with {counted(cores, 'core')} and {counted(gpus, 'GPU')}:")
-    for line in describe_layout(layout):
+    for line in lines:
         STDOUT.print(f"# {line}")
 
 

@@ -70,7 +70,17 @@ def test_dry_run_prints_loadable_settings_and_makes_nothing(
     assert tomllib.loads(out)["train"]["steps"] == 3
     assert "steps = 3  # --set" in out
     assert 'world = "geo"  # quickstart.toml' in out
+    assert "# learner: " in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_for_a_larger_machine_can_be_looked_at(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "train", "--dry-run", "--set", "learner.num_gpus=1", "--set", "rollout.num_gpus=1") == 0
+    out = capsys.readouterr().out
+    assert tomllib.loads(out)["learner"]["num_gpus"] == 1
+    assert "# it would not start: " in out or "# learner: " in out
 
 
 @pytest.mark.parametrize(
