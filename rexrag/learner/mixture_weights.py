@@ -85,7 +85,7 @@ class MixtureWeigher:
             return weight
         # Those of `normalized` are in the advantages.
         same = math.exp(self._sequences[row]) if self._correction.mixture == "sequence" else 1.0
-        return np.full(len(tokens.trained), same, np.float32)
+        return np.full(len(tokens.trained), same, tokens.behavior_logprob.dtype)
 
     def _log_ratio(self, row: Trajectory, tokens: TrainedTokens) -> torch.Tensor:
         """[E] log π_v/q_t of the `token` mixture."""
