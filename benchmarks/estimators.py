@@ -95,13 +95,13 @@ WORLDS: Final = {
         jobs=2,
     ),
 }
-NONE: Final = ("method=rex", "correction.mixture=none")
+NONE: Final = ("method=paper", "correction.mixture=none")
 HINT_FREE: Final = ("probe.transfer=hint_free", "probe.filter=none")
 HALF: Final = "optimizer.learning_rate=2e-4"
 METHODS: Final[dict[str, tuple[str, ...]]] = {
     "escape": ("method=escape",),
     "none": NONE,
-    "paper": ("method=rex",),
+    "paper": ("method=paper",),
     "grpo": ("method=grpo",),
     "grpo, as many seconds": ("method=grpo",),
     "grpo, refilled": ("method=grpo", "replay.refill=true", "train.groups_per_step=5"),
@@ -109,19 +109,25 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "exact": ("method=exact",),
     "exact, hint-free": ("method=exact", "probe.transfer=hint_free"),
     "hint-free, preserving": ("method=escape", *PLAIN, *HINT_FREE),
-    "paper, preserving": ("method=rex", *PLAIN),
+    "paper, preserving": ("method=paper", *PLAIN),
     "grpo, preserving": ("method=grpo", *PLAIN),
     "none, baseline target": (*NONE, "loss.baseline=target"),
     "escape, plain penalty": ("method=escape", *PLAIN),
     "escape, each dead rollout": ("method=escape", *PLAIN, "probe.dead_end=rollout"),
     "none, half the learning rate": (*NONE, HALF),
-    "paper, half the learning rate": ("method=rex", HALF),
+    "paper, half the learning rate": ("method=paper", HALF),
     "grpo, half the learning rate": ("method=grpo", HALF),
+    "rex": ("method=rex",),
+    "rex, without preserving": ("method=rex", "loss.preserve=0", "loss.preserve_knee=0"),
+    "maxrl": ("method=maxrl",),
+    "maxrl, preserving": ("method=maxrl", "loss.preserve=1", "loss.preserve_knee=0.5"),
 }
 """Name -> settings over the recipe; {folder} is where the study's own files are."""
 AS_MANY_SECONDS: Final = "grpo, as many seconds"
 """Plain GRPO with as many steps as fit into the time of `OURS`."""
-AS_MANY_ROLLOUTS: Final = frozenset({"grpo", AS_MANY_SECONDS, "grpo, preserving", "grpo, half the learning rate"})
+AS_MANY_ROLLOUTS: Final = frozenset(
+    {"grpo", AS_MANY_SECONDS, "grpo, preserving", "grpo, half the learning rate", "maxrl", "maxrl, preserving"}
+)
 """Methods without probes: their groups grow until they spend in a step what `OURS` spends."""
 
 

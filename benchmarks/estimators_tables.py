@@ -23,7 +23,15 @@ QUICK_START: Final = "2e-4"
 BASELINES: Final = ("grpo", "paper")
 MAIN: Final = (OURS, "none", *BASELINES)
 """Methods that the figures that count are about."""
-AT_ALL_DEPTHS: Final = (*MAIN, "escape, plain penalty", "escape, each dead rollout")
+AT_ALL_DEPTHS: Final = (
+    *MAIN,
+    "escape, plain penalty",
+    "escape, each dead rollout",
+    "rex",
+    "rex, without preserving",
+    "maxrl",
+    "maxrl, preserving",
+)
 OUTCOME: Final = (
     "EM before",
     "EM after",

@@ -259,7 +259,7 @@ class PrepareConfig(Section):
 class Config(Section):
     """All settings of a run."""
 
-    method: Literal["grpo", "rex", "exact", "escape"] = Field(
+    method: Literal["grpo", "maxrl", "paper", "exact", "escape", "rex"] = Field(
         "escape", description="Vetted set of switches; single keys override it."
     )
     model: ModelConfig = ModelConfig()

@@ -15,32 +15,36 @@ _GRPO: Final[dict[str, object]] = {
     "loss.preserve": 0.0,
     "loss.preserve_knee": 0.0,
 }
-_REX: Final = {**_GRPO, "probe.rate": 0.5, "correction.mixture": "token"}
+_PAPER: Final = {**_GRPO, "probe.rate": 0.5, "correction.mixture": "token"}
+_MAXRL: Final = {
+    **_GRPO,
+    "probe.filter": "none",
+    "correction.mixture": "normalized",
+    "loss.train_prefix": True,
+}
 
 METHODS: Final[dict[str, dict[str, object]]] = {
     "grpo": _GRPO,
-    "rex": _REX,
-    "exact": {
-        **_REX,
-        "probe.filter": "none",
-        "correction.mixture": "sequence",
-        "loss.baseline": "loo",
-        "loss.train_prefix": True,
-    },
+    "maxrl": _MAXRL,
+    "paper": _PAPER,
+    "exact": {**_MAXRL, "probe.rate": 0.5, "correction.mixture": "sequence", "loss.baseline": "loo"},
     "escape": {
-        **_REX,
+        **_PAPER,
         "probe.dead_end": "group",
         "correction.mixture": "none",
         "loss.preserve": 1.0,
         "loss.preserve_knee": 0.5,
     },
+    "rex": {**_MAXRL, "probe.rate": 0.5, "loss.preserve": 1.0, "loss.preserve_knee": 0.5},
 }
 """What `method` stands for: dotted key -> value."""
 
 METHOD_ADVICE: Final = {
     "grpo": "Plain GRPO, no probes: where the policy finds right answers by itself now and then.",
-    "rex": "REX-RAG as published: to compare with it.",
-    "exact": "Weights that give the on-policy gradient: where bias matters more than getting out of a dead end.",
-    "escape": "Probes at full weight, and what was right is kept: out of dead ends; also where none is known.",
+    "maxrl": "Maximum-likelihood RL, no probes: as GRPO, with more weight on questions that are seldom right.",
+    "paper": "REX-RAG as published: to compare with it.",
+    "exact": "Weights that give the on-policy gradient of the reward: where its bias matters more than a dead end.",
+    "escape": "Probes at full weight, and what was right is kept: out of dead ends, without a correction.",
+    "rex": "Probes corrected for, towards the likelihood of being right, and what was right is kept: if in doubt.",
 }
 """When to take which method."""
