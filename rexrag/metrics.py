@@ -98,12 +98,33 @@ FILTER_KEPT: Final = _metric("filter/kept", "Probes that the filter kept.")
 WEIGHT_MEAN: Final = _metric("weight/mean", "Mean weight w of §6 over the tokens that were trained on.")
 WEIGHT_P95: Final = _metric("weight/p95", "95th percentile of w.")
 WEIGHT_MAX: Final = _metric("weight/max", "Largest w.")
-WEIGHT_ESS_TARGET: Final = _metric("weight/ess_target", "Effective sample size (Σw)²/(n·Σw²) of the targets' tokens.")
-WEIGHT_ESS_PROBE: Final = _metric("weight/ess_probe", "Effective sample size (Σw)²/(n·Σw²) of the probes' tokens.")
+WEIGHT_ESS_TARGET: Final = _metric(
+    "weight/ess_target", "Effective sample size (Σw)²/(n·Σw²) of the targets' tokens, shares of §7b included."
+)
+WEIGHT_ESS_PROBE: Final = _metric(
+    "weight/ess_probe", "Effective sample size (Σw)²/(n·Σw²) of the probes' tokens, shares of §7b included."
+)
+WEIGHT_BY_MIXTURE: Final = _metric(
+    "weight/by_mixture", "Of what the rows' log-weights amount to, the share that is owed to probe mixing."
+)
+WEIGHT_BY_STALENESS: Final = _metric(
+    "weight/by_staleness", "The share that is owed to tokens of older versions, the engine's arithmetic included."
+)
+WEIGHT_BY_MISMATCH: Final = _metric(
+    "weight/by_mismatch", "The share on tokens of the current version: engine and learner compute differently."
+)
 WEIGHT_TRUNCATED_SHARE: Final = _metric(
     "weight/truncated_share", "Share of tokens whose staleness weight was cut to the cap."
 )
 WEIGHT_MASKED_SHARE: Final = _metric("weight/masked_share", "Share of tokens whose staleness weight was masked.")
+
+GRADIENT_PROBE_SHARE: Final = _metric(
+    "gradient/probe_share",
+    "Of the sizes of A·w, summed over the trained tokens, the share of probes: how much of the gradient they carry.",
+)
+GRADIENT_HINT: Final = _metric(
+    "gradient/hint_n", "The share of the probes with hint n, counted from 0 in the order of the pool."
+)
 
 # Staleness of the step's tokens, in learner steps.
 STALENESS_MEAN: Final = _metric("staleness/mean", "Mean age of policy and hint tokens when consumed.")
@@ -192,6 +213,23 @@ HISTOGRAM_ATTEMPTED_TOKENS: Final = _metric(
 HISTOGRAM_TRAINED_TOKENS: Final = _metric("histogram/trained_tokens", "Tokens of each trained row, prompt included.")
 HISTOGRAM_ATTEMPTED_HOPS: Final = _metric("histogram/attempted_hops", "Hops of each attempted row's question.")
 HISTOGRAM_TRAINED_HOPS: Final = _metric("histogram/trained_hops", "Hops of each trained row's question.")
+
+
+def hint_key(hint_id: int) -> str:
+    """The key of a hint, one of those that `gradient/hint_n` describes."""
+    return GRADIENT_HINT.removesuffix("n") + str(hint_id)
+
+
+def hint_of(key: str) -> int | None:
+    """The hint of such a key."""
+    number = key.removeprefix(GRADIENT_HINT.removesuffix("n"))
+    return int(number) if number != key and number.isdigit() else None
+
+
+def described(key: str) -> str:
+    """The key under which `DESCRIPTIONS` has another."""
+    return key if hint_of(key) is None else GRADIENT_HINT
+
 
 DESCRIPTIONS: Final[Mapping[str, str]] = MappingProxyType(_descriptions)
 """Every key with its line, histograms (`histogram/…`, TensorBoard only) included."""

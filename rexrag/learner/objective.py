@@ -56,6 +56,7 @@ class Objective:
         def per_row(values: Callable[[PreparedRow], float]) -> Tensor:
             return torch.tensor([values(row) for row in rows], device=device).repeat_interleave(counts)
 
+        self._rows = rows
         self._denominator = denominator
         self._correction = correction
         self._loss = loss
@@ -67,12 +68,13 @@ class Objective:
         self._is_policy = per_token(lambda row: row.tokens.is_policy)
         self._is_current = per_token(lambda row: row.tokens.policy_version == version)
         self._mixture = per_token(lambda row: row.mixture_weight)
+        self._relative = per_row(lambda row: row.relative_weight)
+        self._row = torch.arange(len(rows), device=device).repeat_interleave(counts)
         self._row_log_ratio = None
         if proximal_logprob is not None:
-            rows_E = torch.arange(len(rows), device=device).repeat_interleave(counts)
             sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
-            sums.index_add_(0, rows_E, (proximal_logprob - self._behavior).double())
-            self._row_log_ratio = sums[rows_E].to(self._behavior.dtype)
+            sums.index_add_(0, self._row, (proximal_logprob - self._behavior).double())
+            self._row_log_ratio = sums[self._row].to(self._behavior.dtype)
         self.records: list[TokenRecord] = []
 
     def chunk_loss(self, logprob: Tensor, entropy: Tensor, chunk: slice) -> Tensor:
@@ -99,8 +101,14 @@ class Objective:
         mismatch = kl_k3(self._behavior[chunk], reference_logprob=current)
         self.records.append(
             TokenRecord(
+                rows=self._rows,
+                row=self._row[chunk],
                 weight=weight,
+                sample_weight=weight * self._relative[chunk],
+                pull=(weight * self._advantage[chunk]).abs(),
                 stale_ratio=log_ratio.exp(),
+                log_ratio=current - self._behavior[chunk],
+                is_current=self._is_current[chunk],
                 is_probe=self._is_probe[chunk],
                 entropy=entropy.detach(),
                 kl=kl,

@@ -31,6 +31,9 @@ class PreparedRow:
         tokens: what is trained of it.
         group, row: its place in the step.
         mixture_weight: [E] w_mix.
+        log_mixture: log of what all of the row owes to probe mixing, wherever it acts; −∞ where no target could have
+            written it.
+        relative_weight: w_mix of the row over the mean of its question's, where it is in the advantage; else 1.
     """
 
     trajectory: Trajectory
@@ -40,6 +43,8 @@ class PreparedRow:
     hops: int | None
     advantage: float
     mixture_weight: FloatArray
+    log_mixture: float
+    relative_weight: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -179,9 +184,11 @@ def _prepare_group(
 ) -> list[PreparedRow]:
     rows = [group.trajectories[i] for i in indices]
     advantages = _advantages(group, indices, weigher=weigher, correction=correction, loss=loss)
+    relative = weigher.relative_weights(rows)
     prepared = []
-    for i, row, advantage in zip(indices, rows, advantages, strict=True):
+    for i, row, advantage, share in zip(indices, rows, advantages, relative, strict=True):
         tokens = weigher.tokens_of(row, loss)
+        weight = weigher.weights(row, tokens)
         prepared.append(
             PreparedRow(
                 trajectory=row,
@@ -190,7 +197,9 @@ def _prepare_group(
                 row=i,
                 hops=group.hops,
                 advantage=float(advantage),
-                mixture_weight=weigher.weights(row, tokens),
+                mixture_weight=weight,
+                log_mixture=weigher.log_mixture(row, weight),
+                relative_weight=float(share),
             )
         )
     return prepared

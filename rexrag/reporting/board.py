@@ -38,6 +38,8 @@ _CHARTS: Final[Mapping[str, Sequence[str]]] = {
     "exact match: dev, test": ("compare/evaluation_em",),
     "dead ends and rescue": (keys.TARGET_DEAD_END_RATE, keys.GROUP_DEAD_END_RATE, keys.GROUP_RESCUED),
     "effective sample size": ("compare/effective_sample_size",),
+    "gradient from probes": (keys.GRADIENT_PROBE_SHARE,),
+    "what weights are owed to": (keys.WEIGHT_BY_MIXTURE, keys.WEIGHT_BY_STALENESS, keys.WEIGHT_BY_MISMATCH),
     "age, learner steps": (keys.STALENESS_MEAN, keys.STALENESS_MAX),
 }
 _EVAL_SCALARS: Final = ("em", "em_low", "em_high", "f1")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Final
@@ -18,6 +20,8 @@ from rexrag.run_folder import RunFolder, read_jsonl
 Line = dict[str, Any]
 
 _BARS: Final = "▁▂▃▄▅▆▇█"
+NUM_HINTS: Final = 3
+"""Hints that are named."""
 
 
 def print_report(run: RunFolder, *, console: Console) -> None:
@@ -36,6 +40,7 @@ def _parts(run: RunFolder) -> Iterator[RenderableType]:
     ]
     if rates:
         yield Text(f"dead ends among rollouts, step by step: {bars(rates)}  {rates[0]:.0%} to {rates[-1]:.0%}")
+    yield from _weights_at_work(steps)
     yield from _rescue(read_jsonl(run.samples))
     if run.committed_checkpoints():
         yield Text(f"best checkpoint: {run.best_checkpoint()}")
@@ -70,6 +75,26 @@ def bars(shares: Sequence[float]) -> str:
         '▁▅█'
     """
     return "".join(_BARS[min(int(share * len(_BARS)), len(_BARS) - 1)] for share in shares)
+
+
+def _weights_at_work(steps: Sequence[Line]) -> Iterator[RenderableType]:
+    """How much of the gradient came from probes, by which hints, and how many rows carried it."""
+    shares = [float(line[keys.GRADIENT_PROBE_SHARE]) for line in steps if line.get(keys.GRADIENT_PROBE_SHARE)]
+    if not shares:
+        return
+    yield Text(f"gradient from probes, step by step:      {bars(shares)}  {shares[0]:.0%} to {shares[-1]:.0%}")
+    by_hint: Counter[str] = Counter()
+    for line in steps:
+        by_hint.update({key: float(value) for key, value in line.items() if keys.described(key) == keys.GRADIENT_HINT})
+    total = by_hint.total()
+    told = [f"hint {keys.hint_of(key)} {pull / total:.0%}" for key, pull in by_hint.most_common(NUM_HINTS)]
+    yield Text(f"hints that carried it:                   {', '.join(told)} (hints are counted from 0)")
+    sizes = [
+        f"{name} {statistics.median(values):.2f}"
+        for name, key in (("targets", keys.WEIGHT_ESS_TARGET), ("probes", keys.WEIGHT_ESS_PROBE))
+        if (values := [float(line[key]) for line in steps if line.get(key) is not None])
+    ]
+    yield Text(f"effective sample size, median of steps:  {', '.join(sizes)}")
 
 
 def _rescue(samples: Sequence[Line]) -> Iterator[RenderableType]:

@@ -69,8 +69,9 @@ class World:
     def __init__(self) -> None:
         self.toy = Toy()
         self.exact = on_policy(self.toy, lambda reward: reward - MIDDLE)
+        self.weighers: dict[object, MixtureWeigher] = {}
+        """By all that a weight of a whole trajectory depends on."""
         self._rows: dict[tuple[Transfer, bool, bool], list[EnumeratedRow]] = {}
-        self._scored: dict[tuple[Trajectory, int], ScoredTokens] = {}
 
     def rows(self, case: Case) -> list[EnumeratedRow]:
         key = (case.transfer, case.score_by_path, case.hint_in_limits)
@@ -174,7 +175,7 @@ def likelihood_shares(world: World, rows: Sequence[EnumeratedRow], case: Case, w
 
 
 def log_staleness(toy: Toy, row: EnumeratedRow) -> float:
-    """log π_prox/π_v of the whole row as it is trained, hinted."""
+    """Log π_prox/π_v of the whole row as it is trained, hinted."""
     tokens = tuple(row.trajectory.token_ids.tolist())
     written = [i for i, token in enumerate(tokens) if token < ENV]
     scored = ScoredTokens.of(tokens, written)
@@ -187,16 +188,19 @@ def weigher_of(
     toy = world.toy
     probe = probe_settings(rate=toy.probe_rate, transfer=case.transfer, filter="none")
     weigher = MixtureWeigher(correction=correction, probe=probe, hints=toy.hints, num_probes=1, num_targets=1)
-    if correction.weighs_trajectories:
-        switches = {row.trajectory: row.switch for row in rows}
-        rates: dict[str, BranchRates] = {
-            "exact": ExactRates(toy, switches),
-            "one": One(),
-            "estimated": counted(world.rows(Case(name="targets"))),
-        }
-        weigher.weigh_sequences([row.trajectory for row in rows], rates[case.phi])
-    else:
+    if not correction.weighs_trajectories:
         weigher.alpha = num_probes / (1.0 + num_probes)
+        return weigher
+    key = (case.mixture, case.transfer, case.score_by_path, case.hint_in_limits, case.phi, case.keep_hints_above)
+    if key in world.weighers:
+        return world.weighers[key]
+    rates: BranchRates = One()
+    if case.phi == "exact":
+        rates = ExactRates(toy, {row.trajectory: row.switch for row in rows})
+    elif case.phi == "estimated":
+        rates = counted(world.rows(Case(name="targets")))
+    weigher.weigh_sequences([row.trajectory for row in rows], rates)
+    world.weighers[key] = weigher
     return weigher
 
 

@@ -10,7 +10,6 @@ Legend: R rows, U nodes of the integral, K places where targets can be forked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +49,7 @@ def expected_shares(rows: GroupRows, *, num_targets: int) -> Floats:
     return right - (every - wrong)
 
 
-def _expected(
-    rows: GroupRows, value: Floats, *, num_targets: int, only: npt.NDArray[np.bool_] | None = None
-) -> Floats:
+def _expected(rows: GroupRows, value: Floats, *, num_targets: int, only: npt.NDArray[np.bool_] | None = None) -> Floats:
     """[R] E[Σ of the row's value over Σ of all values of its group], over groups of rows in `only`."""
     allowed = np.ones(len(value), bool) if only is None else only
     largest = np.log(60.0 / value[value > 0].min())
@@ -62,6 +59,7 @@ def _expected(
     is_alone = ~rows.is_probe & ~is_parent
     num_places = int(rows.place.max(initial=-1)) + 1
     masses = np.bincount(rows.place[is_parent], rows.probability[is_parent], num_places)
+    masses = np.append(masses, 1.0)  # of the place −1, where nothing is forked
 
     def summed(chosen: npt.NDArray[np.bool_], share: Floats) -> Floats:
         """[K, U] Σ share·e^(−u·value) over the chosen rows of each place."""
@@ -77,13 +75,13 @@ def _expected(
     alone = np.flatnonzero(is_alone & allowed)
     family = rows.probability[alone] @ np.exp(-np.outer(value[alone], nodes)) + (parents * probes).sum(axis=0)
     others = nodes * STEP * family ** (num_targets - 1)
-    beside: Callable[[int], Floats] = lambda row: (  # noqa: E731  (the rest of the row's own family)
-        parents[rows.place[row]] / masses[rows.place[row]]
-        if rows.is_probe[row]
-        else probes[rows.place[row]]
-        if is_parent[row]
-        else np.ones(len(nodes))
-    )
+
+    def beside(row: int) -> Floats:
+        """[U] of the rest of the row's own family."""
+        if rows.is_probe[row]:
+            return parents[rows.place[row]] / masses[rows.place[row]]
+        return probes[rows.place[row]] if is_parent[row] else np.ones(len(nodes))
+
     found = np.zeros(len(value))
     for row in np.flatnonzero(allowed & (value > 0)):
         found[row] = rows.probability[row] * value[row] * (np.exp(-value[row] * nodes) * beside(row) @ others)

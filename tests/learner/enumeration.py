@@ -119,6 +119,15 @@ class Toy:
         return float((sum(words) + len(words)) % 3 == 1)
 
     @cached_property
+    def probability_of_right(self) -> float:
+        """E[R] of the learner's policy without probes."""
+        total = 0.0
+        for tokens, _ in self.targets:
+            written = [i for i, token in enumerate(tokens) if token < ENV]
+            total += self.reward(tokens) * np.exp(sum(self.learner.logprob(tokens[:i], tokens[i]) for i in written))
+        return float(total)
+
+    @cached_property
     def phi(self) -> dict[int, dict[Tokens, float]]:
         """Switch -> tokens up to a position -> P(forked there and failed, given them)."""
         rates: dict[int, dict[Tokens, float]] = {}

@@ -402,6 +402,6 @@ def test_metrics_are_finite_documented_and_complete(tmp_path: Path) -> None:
     by_controller = {keys.TIME_LEARNER_WAIT, keys.ROLLOUT_TOKENS_PER_S, keys.ROLLOUT_ACTORS, keys.ROLLOUT_REPLACED}
     histograms = {key for key in keys.DESCRIPTIONS if key.startswith("histogram/")}
     warnings = {key for key in keys.DESCRIPTIONS if key.startswith("warning/")}
-    assert set(result.metrics) == set(keys.DESCRIPTIONS) - by_controller - histograms - warnings
+    assert set(map(keys.described, result.metrics)) == set(keys.DESCRIPTIONS) - by_controller - histograms - warnings
     assert set(result.histograms) == histograms
     assert all(value is None or math.isfinite(value) for value in result.metrics.values())
