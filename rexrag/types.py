@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
@@ -43,6 +44,9 @@ class Origin(IntEnum):
     POLICY = 1
     HINT = 2
     ENV = 3
+
+
+_POLICY, _HINT = int(Origin.POLICY), int(Origin.HINT)
 
 
 class Kind(StrEnum):
@@ -214,17 +218,18 @@ class Trajectory:
         """Model turns."""
         return len(self.action_starts)
 
-    @property
+    @cached_property
     def turn_starts(self) -> IntArray:
         """[num_turns] first token of each model turn: one with a density after one without."""
         density = self.has_density.astype(np.int8)
         starts: IntArray = (np.flatnonzero(np.diff(density) == 1) + 1).astype(np.int32)
         return starts
 
-    @property
+    @cached_property
     def has_density(self) -> BoolArray:
-        """[T] True on policy and hint tokens."""
-        mask: BoolArray = (self.origin == Origin.POLICY) | (self.origin == Origin.HINT)
+        """[T] True on policy and hint tokens; read-only."""
+        mask: BoolArray = (self.origin == _POLICY) | (self.origin == _HINT)
+        mask.flags.writeable = False
         return mask
 
     @property

@@ -16,6 +16,8 @@ from rexrag.types import BoolArray, FloatArray, IntArray, Kind, Origin, Trajecto
 
 Transfer = Literal["hinted", "hint_free"]
 
+_POLICY = int(Origin.POLICY)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainedTokens:
@@ -63,7 +65,8 @@ def trained_tokens(
     Raises:
         ValueError: a probe's hint is not that of the pool, or hint-free scores of it are missing.
     """
-    mask = trajectory.origin == Origin.POLICY
+    is_policy = trajectory.origin == _POLICY
+    mask = is_policy.copy()
     behavior, version = trajectory.behavior_logprob, trajectory.policy_version
     kept = np.arange(len(trajectory.token_ids))
     if trajectory.kind is Kind.PROBE:
@@ -88,5 +91,5 @@ def trained_tokens(
         source=source,
         behavior_logprob=behavior[source],
         policy_version=version[source],
-        is_policy=trajectory.origin[source] == Origin.POLICY,
+        is_policy=is_policy[source],
     )

@@ -71,6 +71,7 @@ class World:
         self.exact = on_policy(self.toy, lambda reward: reward - MIDDLE)
         self.weighers: dict[object, MixtureWeigher] = {}
         """By all that a weight of a whole trajectory depends on."""
+        self._scored: dict[tuple[Trajectory, int, bytes], ScoredTokens] = {}
         self._rows: dict[tuple[Transfer, bool, bool], list[EnumeratedRow]] = {}
 
     def rows(self, case: Case) -> list[EnumeratedRow]:
@@ -80,6 +81,13 @@ class World:
                 transfer=case.transfer, score_by_path=case.score_by_path, hint_in_limits=case.hint_in_limits
             )
         return self._rows[key]
+
+    def scored(self, row: PreparedRow) -> ScoredTokens:
+        trained = row.tokens.trained
+        key = (row.trajectory, len(row.tokens.token_ids), trained.tobytes())
+        if key not in self._scored:
+            self._scored[key] = ScoredTokens.of(tuple(row.tokens.token_ids.tolist()), trained.tolist())
+        return self._scored[key]
 
     def relative(self, moments: Moments) -> tuple[float, float, float]:
         """Bias and deviation over the length of the exact gradient, and the cosine with it."""
@@ -108,7 +116,7 @@ def estimate(world: World, case: Case) -> Moments:
     loss = loss_settings(train_hints=case.train_hints, train_prefix=case.train_prefix)
     prepared = [prepare(row, weigher, loss, advantage=share(row)) for row in rows]
     pairs = [(row, one) for row, one in zip(rows, prepared, strict=True) if len(one.tokens.trained)]
-    tokens = [tokens_of(one) for _, one in pairs]
+    tokens = [world.scored(one) for _, one in pairs]
     scored = ScoredTokens.join(tokens)
     logprob = torch.tensor(scored.logprobs(toy.learner), requires_grad=True)
     objective = Objective(
@@ -235,11 +243,9 @@ def prepare(row: EnumeratedRow, weigher: MixtureWeigher, loss: LossSettings, *, 
         hops=None,
         advantage=advantage,
         mixture_weight=weigher.weights(row.trajectory, tokens),
+        log_mixture=0.0,
+        relative_weight=1.0,
     )
-
-
-def tokens_of(row: PreparedRow) -> ScoredTokens:
-    return ScoredTokens.of(tuple(row.tokens.token_ids.tolist()), row.tokens.trained.tolist())
 
 
 def shares(toy: Toy, rows: Sequence[EnumeratedRow], case: Case) -> Share:

@@ -43,6 +43,7 @@ class Likelihood:
 
     def __init__(self) -> None:
         self.world = World()
+        self._found: dict[str, tuple[float, float]] = {}
 
     @cached_property
     def wanted(self) -> Floats:
@@ -56,7 +57,10 @@ class Likelihood:
         return float(np.linalg.norm(got - self.wanted)) / size, float(got @ self.wanted / size / np.linalg.norm(got))
 
     def of(self, case: Case) -> tuple[float, float]:
-        return self.relative(estimate(self.world, case).mean)
+        key = repr(case)
+        if key not in self._found:
+            self._found[key] = self.relative(estimate(self.world, case).mean)
+        return self._found[key]
 
 
 @pytest.fixture(scope="module")
