@@ -56,6 +56,19 @@ def test_report_shows_em_dead_ends_and_a_rescue(tmp_path: Path) -> None:
     assert "later" not in text
 
 
+def test_report_shows_the_weights_at_work(tmp_path: Path) -> None:
+    steps = [
+        {"gradient/probe_share": 0.6, "gradient/hint_3": 0.4, "gradient/hint_0": 0.2, "weight/ess_probe": 0.2},
+        {"gradient/probe_share": 0.2, "gradient/hint_3": 0.2, "weight/ess_probe": 0.4, "weight/ess_target": 0.9},
+        {"gradient/probe_share": None, "weight/ess_probe": None, "weight/ess_target": 0.7},
+    ]
+    text = report(tmp_path, eval=[], metrics=[{"target/dead_end_rate": None, **step} for step in steps], samples=[])
+    assert "gradient from probes, step by step:" in text
+    assert "60% to 20%" in text
+    assert "hint 3 75%, hint 0 25%" in text
+    assert "targets 0.80, probes 0.30" in text
+
+
 def test_report_of_a_run_without_figures_names_its_folder(tmp_path: Path) -> None:
     assert str(tmp_path) in report(tmp_path, eval=[], metrics=[], samples=[]).replace("\n", "")
 
