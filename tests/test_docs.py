@@ -101,7 +101,7 @@ def test_method_sets_are_documented_as_the_code_says() -> None:
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     section = text.partition("`method` stands for:")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
-    keys = METHODS["rex"].keys()
+    keys = METHODS["paper"].keys()
     assert rows == [f"| `{key}` | {' | '.join(set_value(method, key) for method in METHODS)} |" for key in keys]
     assert all(values.keys() == keys for values in METHODS.values())
     advice = [f"- `{method}`: {text}" for method, text in METHOD_ADVICE.items()]

@@ -50,11 +50,11 @@ def test_precedence_default_method_recipe_set(tmp_path: Path) -> None:
 
 
 def test_method_on_the_command_line_replaces_the_recipes_keys_of_its_set(tmp_path: Path) -> None:
-    text = 'method = "rex"\n[probe]\nrate = 0.25\n[correction]\nmixture = "sequence"'
+    text = 'method = "paper"\n[probe]\nrate = 0.25\n[correction]\nmixture = "sequence"'
     grpo = load(tmp_path, text, "method=grpo").config
     assert (grpo.probe.rate, grpo.correction.mixture) == (0.0, "none")
-    rex = load(tmp_path, text, "method=rex", "correction.mixture=none").config
-    assert (rex.probe.rate, rex.correction.mixture) == (0.5, "none")
+    paper = load(tmp_path, text, "method=paper", "correction.mixture=none").config
+    assert (paper.probe.rate, paper.correction.mixture) == (0.5, "none")
 
 
 def test_method_sets_hold_known_keys_and_defaults_are_those_of_the_default_method() -> None:
@@ -155,7 +155,7 @@ def test_a_folder_of_data_is_found_out_before_a_run(tmp_path: Path) -> None:
         ("correction.mixture=trajectory", ["correction.mixture", "'token', 'sequence', 'normalized' or 'none'"]),
         ("loss.preserve=-1", ["loss.preserve = -1", "greater than or equal to 0"]),
         ("weights.inflight=drop", ["weights.inflight", "'keep' or 'recompute'"]),
-        ("method=dapo", ["method", "'grpo', 'rex', 'exact' or 'escape'"]),
+        ("method=dapo", ["method", "'grpo', 'maxrl', 'paper', 'exact', 'escape' or 'rex'"]),
     ],
 )
 def test_values_out_of_bounds_are_explained(tmp_path: Path, word: str, parts: list[str]) -> None:

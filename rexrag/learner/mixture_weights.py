@@ -99,8 +99,9 @@ class MixtureWeigher:
         log_weights = np.array([self._sequences.get(row, 0.0) for row in rows], np.float64)
         if self._correction.mixture != "normalized" or not np.isfinite(log_weights).any():
             return np.ones(len(rows))
-        weights: npt.NDArray[np.float64] = np.exp(log_weights - log_weights.max())
-        return weights / weights.mean()
+        weights = np.exp(log_weights - log_weights.max())
+        relative: npt.NDArray[np.float64] = weights / weights.mean()
+        return relative
 
     def _log_ratio(self, row: Trajectory, tokens: TrainedTokens) -> torch.Tensor:
         """[E] log π_v/q_t of the `token` mixture."""

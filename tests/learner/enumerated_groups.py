@@ -79,10 +79,11 @@ def _expected(rows: GroupRows, value: Floats, *, num_targets: int, only: npt.NDA
     def beside(row: int) -> Floats:
         """[U] of the rest of the row's own family."""
         if rows.is_probe[row]:
-            return parents[rows.place[row]] / masses[rows.place[row]]
+            of_parents: Floats = parents[rows.place[row]] / masses[rows.place[row]]
+            return of_parents
         return probes[rows.place[row]] if is_parent[row] else np.ones(len(nodes))
 
     found = np.zeros(len(value))
-    for row in np.flatnonzero(allowed & (value > 0)):
+    for row in np.flatnonzero(allowed & (value > 0)).tolist():
         found[row] = rows.probability[row] * value[row] * (np.exp(-value[row] * nodes) * beside(row) @ others)
     return num_targets * found

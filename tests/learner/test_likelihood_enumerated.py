@@ -106,14 +106,14 @@ def few_rows(rng: np.random.Generator) -> GroupRows:
 
 
 def all_families(rows: GroupRows) -> Iterator[tuple[float, list[int]]]:
-    for target in np.flatnonzero(~rows.is_probe):
+    for target in np.flatnonzero(~rows.is_probe).tolist():
         chance, place = float(rows.probability[target]), rows.place[target]
         if place < 0:
             yield chance, [target]
             continue
         yield chance * (1.0 - rows.probe_rate), [target]
         forked = rows.probability[~rows.is_probe & (rows.place == place)].sum()
-        for probe in np.flatnonzero(rows.is_probe & (rows.place == place)):
+        for probe in np.flatnonzero(rows.is_probe & (rows.place == place)).tolist():
             yield chance * float(rows.probability[probe]) / float(forked), [target, probe]
 
 

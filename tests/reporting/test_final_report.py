@@ -57,7 +57,7 @@ def test_report_shows_em_dead_ends_and_a_rescue(tmp_path: Path) -> None:
 
 
 def test_report_shows_the_weights_at_work(tmp_path: Path) -> None:
-    steps = [
+    steps: list[dict[str, object]] = [
         {"gradient/probe_share": 0.6, "gradient/hint_3": 0.4, "gradient/hint_0": 0.2, "weight/ess_probe": 0.2},
         {"gradient/probe_share": 0.2, "gradient/hint_3": 0.2, "weight/ess_probe": 0.4, "weight/ess_target": 0.9},
         {"gradient/probe_share": None, "weight/ess_probe": None, "weight/ess_target": 0.7},

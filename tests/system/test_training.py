@@ -95,7 +95,7 @@ def test_finished_run_says_so_and_more_steps_continue_it(recipe: Path, finished:
 
 def test_killed_rollout_actor_costs_nothing(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = ("method=rex", "train.steps=6", "eval.every=0")
+    words = ("method=paper", "train.steps=6", "eval.every=0")
     process = start_rexrag("train", recipe, "--run-dir", run, *(f"--set={word}" for word in words))
     try:
         wait_for(lambda: num_steps(run) >= 1, process=process)
