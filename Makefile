@@ -3,9 +3,11 @@
 #
 #   PYTHON=python3.12                 the interpreter that .venv is made from
 #   TORCH_INDEX=URL                   a further package index for torch, such as one of CPU-only builds
+#   TEST_WORKERS=2                    processes that the tests are shared out to, file by file
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+TEST_WORKERS ?= 2
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
@@ -24,7 +26,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(MAKE_DOCS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 docs: .venv/installed-dev
 	$(MAKE_DOCS)

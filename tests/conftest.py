@@ -13,6 +13,11 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs come first: where files are shared out, the last ones should be short."""
+    items.sort(key=lambda item: item.get_closest_marker("system") is None)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """A small Ray on this machine, shared by all tests that need one."""
