@@ -22,7 +22,7 @@ from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import BufferPosition
 from rexrag.data.questions import load_questions
-from rexrag.errors import ConfigError, Interrupted, RexragError, RunFailure
+from rexrag.errors import ConfigError, Interrupted, RexragError, RunFailure, first_line
 from rexrag.files import write_atomic
 from rexrag.hints import HintPool, load_hints
 from rexrag.learner.learner_actor import LearnerSpec, start_learner
@@ -35,7 +35,7 @@ from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.manifest import check_index
 from rexrag.retrieval.open import open_target
 from rexrag.reward import load_reward
-from rexrag.run.cluster import check_reachable, cluster_address
+from rexrag.run.cluster import check_reachable, cluster_address, refusal
 from rexrag.run.controller import Controller
 from rexrag.run.fleet import Fleet
 from rexrag.run.identity import note_precision
@@ -232,15 +232,20 @@ def _ray() -> Iterator[None]:
 
     The namespace is this process's own, so runs on one cluster do not meet.
     """
-    joins = cluster_address() is not None
+    address = cluster_address()
     logging.getLogger("ray").setLevel(logging.ERROR)  # its advice on token authentication is no concern of a run's
-    ray.init(
-        address=None if joins else "local",  # without an address Ray would join any head of this machine
-        include_dashboard=None if joins else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-    )
+    try:
+        ray.init(
+            address=address or "local",  # without an address Ray would join any head of this machine
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+        )
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        if address is None:
+            raise
+        raise refusal(address, first_line(error)) from error
     try:
         yield
     finally:
