@@ -113,7 +113,9 @@ def restart(
 ) -> ReplayState:
     """What `open_buffer` does, over records in memory."""
     ledger = fold(journal.records)
-    findings = examine(ledger, [], resume_step=resume_step, max_attempts=settings.max_attempts)
+    findings = examine(
+        ledger, [], first_step=settings.first_step, resume_step=resume_step, max_attempts=settings.max_attempts
+    )
     assert not findings.sentences(), "a log that a crash ended is whole"
     records = begin_records(ledger, settings, incarnation=incarnation, resume_step=resume_step, findings=findings)
     journal.write(records, sync=True)

@@ -8,6 +8,7 @@ from typing import Final, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from rexrag.errors import counted
 from rexrag.learner.shapes import require_length
 
 Baseline = Literal["joint", "target", "loo"]
@@ -81,7 +82,9 @@ def likelihood_advantages(
         ValueError: a reward below 0, which has no log-likelihood, lengths that differ, or a weight that is NaN or +∞.
     """
     if len(rewards) != len(log_weights):
-        raise ValueError(f"rewards has {len(rewards)} entries, log_weights {len(log_weights)}: one for each row")
+        raise ValueError(
+            f"rewards has {counted(len(rewards), 'entry', 'entries')}, log_weights {len(log_weights)}: one for each row"
+        )
     if (rewards < 0).any():
         raise ValueError(
             f'a reward is {rewards.min():g}, with correction.mixture = "normalized" it must be at least 0: shift '

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from rexrag.data.demonstrations import Demonstration, load_demonstrations
 from rexrag.env.codec import Codec
 from rexrag.env.prompt import render_prompt
-from rexrag.errors import DataError, ModelError, RunFailure
+from rexrag.errors import DataError, ModelError, RunFailure, counted
 from rexrag.files import write_atomic
 from rexrag.model.checks import load_codec
 from rexrag.model.comparison import prepare_model
@@ -240,8 +240,9 @@ def tokenize_demonstration(demonstration: Demonstration, *, codec: Codec, prompt
         ones = list(segment.weight) if isinstance(segment.weight, tuple) else [segment.weight] * len(tokens)
         if len(ones) != len(tokens):
             raise DataError(
-                f"segment {number} of the demonstration for {demonstration.question!r} has {len(ones)} weights "
-                f"for {len(tokens)} tokens of this model; give one per token, or a single one"
+                f"segment {number} of the demonstration for {demonstration.question!r} has "
+                f"{counted(len(ones), 'weight')} "
+                f"for {counted(len(tokens), 'token')} of this model; give one per token, or a single one"
             )
         ids += tokens
         weights += ones

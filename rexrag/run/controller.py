@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from rexrag.buffer.replay_actor import ReplayActor
-from rexrag.errors import EnginePassError, PartDiedError, RunFailure
+from rexrag.errors import EnginePassError, PartDiedError, RunFailure, counted
 from rexrag.learner.checkpoint import prune
 from rexrag.learner.learner_actor import LearnerActor, ask_progress
 from rexrag.reporting.reporter import Reporter
@@ -192,7 +192,7 @@ class Controller:
         started, step = time.monotonic(), self._version.step
         if not questions or split in self._run_folder.evaluated(step):
             return
-        self._reporter.stage(f"evaluating {len(questions)} {split} questions at step {step}")
+        self._reporter.stage(f"evaluating {counted(len(questions), f'{split} question')} at step {step}")
         for attempt in range(MAX_EVAL_ATTEMPTS):
             try:
                 scores = self._scores(split, questions)

@@ -38,7 +38,7 @@ from rexrag.reward import load_reward
 from rexrag.run.cluster import check_reachable, cluster_address, refusal
 from rexrag.run.controller import Controller
 from rexrag.run.fleet import Fleet
-from rexrag.run.identity import note_precision
+from rexrag.run.identity import first_step_of, note_precision
 from rexrag.run.limits import check_limits
 from rexrag.run.part_settings import (
     Layout,
@@ -219,7 +219,13 @@ def read_inputs(request: TrainRequest) -> Inputs:
         check_index(retriever.path)
     train, dev, test = load(config.data.train), load(config.data.dev), load(config.data.eval)
     check_limits(config, model=model, hints=hints, questions=train)
-    replay = replay_settings(config, folder=request.run.buffer, questions=train, log_file=request.run.log)
+    replay = replay_settings(
+        config,
+        folder=request.run.buffer,
+        questions=train,
+        log_file=request.run.log,
+        first_step=first_step_of(request.run),
+    )
     check_questions(replay.folder, replay.questions)
     return Inputs(
         replay=replay, dev=dev[:limit], test=test[:limit], hints=hints, model_path=model_path, notes=tuple(notes)
@@ -273,5 +279,5 @@ def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> L
 
 def _write_accounting(run: RunFolder) -> None:
     """`accounting.json`, from the log alone."""
-    accounting, damages = books_from_log(run.buffer)
+    accounting, damages = books_from_log(run.buffer, first_step=first_step_of(run))
     write_atomic(run.accounting, json.dumps({**accounting, "damages": damages}, indent=1) + "\n")

@@ -182,7 +182,7 @@ def test_a_body_without_its_prefix_is_read_as_transformers_reads_it(tmp_path: Pa
 def test_weights_that_are_not_used_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     change_weights(folder, lambda weights: weights | {"value_head.weight": torch.zeros(1, 16)})
     load_model(folder, dtype="float32")
-    assert "1 weights are none of the model's and are not used: value_head.weight" in caplog.text
+    assert "1 weight not used, being none of the model's: value_head.weight" in caplog.text
 
 
 def other_architecture(folder: Path) -> None:
