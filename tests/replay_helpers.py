@@ -33,6 +33,7 @@ def make_settings(folder: Path, **changes: float | None) -> ReplaySettings:
         "lease_deadline_s": 100.0,
         "max_attempts": 2,
         "segment_bytes": 1 << 20,
+        "first_step": 0,
         "num_steps": None,
         "refill": False,
         "log_file": None,

@@ -40,8 +40,8 @@ def test_a_number_has_the_right_form_of_its_noun() -> None:
 
 
 COUNTED = re.compile(
-    r" (?:(?!has )[a-z]+ )?(?:problems|rows|questions|passages|steps|groups|actors|weights|tokens|bytes|demonstrations|segments|"
-    r"hints|targets|times|entries|files|parameters|CPUs|GPUs|threads|lines|errors|turns|words|offsets|nodes)\b(?!/)"
+    r" (?:(?!has )[a-z]+ )?(?:problems|rows|questions|passages|steps|groups|actors|weights|tokens|bytes|demonstrations|"
+    r"segments|hints|targets|times|entries|files|parameters|CPUs|GPUs|threads|lines|errors|turns|words|offsets)\b(?!/)"
 )
 """What is counted in messages, as a plural."""
 NEVER_ONE = ("rexrag/types.py", "rexrag/engine/", "rexrag/learner/")

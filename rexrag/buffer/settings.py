@@ -31,7 +31,7 @@ class ReplaySettings:
     lease_deadline_s: float
     max_attempts: int
     segment_bytes: int
-    first_step: int = 0
+    first_step: int
     num_steps: int | None
     refill: bool
     log_file: Path | None

@@ -152,6 +152,11 @@ def _scored(config: Config) -> Literal["none", "probes", "all"]:
     return "all" if config.correction.mixture in ("sequence", "normalized") else "probes"
 
 
+def has_likelihood(config: Config) -> bool:
+    """Whether the learner takes rewards for probabilities of being right, which are never negative (§7b)."""
+    return config.correction.mixture == "normalized"
+
+
 def rollout_settings(
     config: Config, *, model_path: str, num_threads: int, log_file: Path | None = None
 ) -> RolloutSettings:
@@ -171,6 +176,7 @@ def rollout_settings(
         retriever_max_retries=retriever.max_retries,
         reward_kind=config.reward.kind,
         format_weight=config.reward.format_weight,
+        never_negative=has_likelihood(config),
         hints_file=config.probe.hints,
         log_file=log_file,
     )
@@ -192,7 +198,7 @@ def learner_settings(config: Config, *, device: Device) -> LearnerSettings:
 
 
 def replay_settings(
-    config: Config, *, folder: Path, questions: tuple[Question, ...], log_file: Path | None, first_step: int = 0
+    config: Config, *, folder: Path, questions: tuple[Question, ...], log_file: Path | None, first_step: int
 ) -> ReplaySettings:
     return copied(
         ReplaySettings,

@@ -21,6 +21,7 @@ from rexrag.buffer.recovery import books_from_log, check_questions
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import BufferPosition
+from rexrag.config import Config
 from rexrag.data.questions import load_questions
 from rexrag.errors import ConfigError, Interrupted, RexragError, RunFailure, first_line
 from rexrag.files import write_atomic
@@ -34,7 +35,7 @@ from rexrag.reporting.reporter import Reporter
 from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.manifest import check_index
 from rexrag.retrieval.open import open_target
-from rexrag.reward import load_reward
+from rexrag.reward import is_user_reward, load_reward, try_reward
 from rexrag.run.cluster import check_reachable, cluster_address, refusal
 from rexrag.run.controller import Controller
 from rexrag.run.fleet import Fleet
@@ -43,6 +44,7 @@ from rexrag.run.limits import check_limits
 from rexrag.run.part_settings import (
     Layout,
     device_of,
+    has_likelihood,
     learner_settings,
     loop_settings,
     plan_layout,
@@ -209,7 +211,6 @@ def read_inputs(request: TrainRequest) -> Inputs:
             f'probe.hints = {config.probe.hints}: has a "|" alone, a fork without a hint, which correction.mixture = '
             f'"{config.correction.mixture}" has no density for; take it out, or set correction.mixture = "none".'
         )
-    load_reward(config.reward.kind, format_weight=config.reward.format_weight)
     retriever = config.retriever
     if retriever.kind == "http":
         assert retriever.url is not None, "the recipe was checked: a server has a URL"
@@ -218,6 +219,7 @@ def read_inputs(request: TrainRequest) -> Inputs:
         assert retriever.path is not None, "the recipe was checked: an index has a path"
         check_index(retriever.path)
     train, dev, test = load(config.data.train), load(config.data.dev), load(config.data.eval)
+    _check_reward(config, train)
     check_limits(config, model=model, hints=hints, questions=train)
     replay = replay_settings(
         config,
@@ -230,6 +232,13 @@ def read_inputs(request: TrainRequest) -> Inputs:
     return Inputs(
         replay=replay, dev=dev[:limit], test=test[:limit], hints=hints, model_path=model_path, notes=tuple(notes)
     )
+
+
+def _check_reward(config: Config, questions: Sequence[Question]) -> None:
+    kind = config.reward.kind
+    reward = load_reward(kind, format_weight=config.reward.format_weight, never_negative=has_likelihood(config))
+    if is_user_reward(kind) and questions:
+        try_reward(reward, questions[0])
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def quantized(method: str) -> Callable[[Path], None]:
 
 
 BROKEN_WEIGHTS: list[tuple[Callable[[Path], None], str]] = [
-    (without_head, r"no weights for 1 parameters of the model: lm_head\.weight; they would be random"),
+    (without_head, r"no weights for 1 parameter of the model: lm_head\.weight; they would be random"),
     (wrapped, r'no weights for 21 parameters.*all the same with "module\." before the name'),
     (without_a_layer, r"no weights for 9 parameters of the model: model\.layers\.1\..*, \.\.\."),
     (larger_vocabulary, r"lm_head\.weight has the shape \(\d+, 16\), by config\.json it has \(\d+, 16\)"),
