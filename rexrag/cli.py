@@ -358,7 +358,10 @@ def _require_writable(out: Path) -> None:
 
 
 def _eval_table(line: dict[str, object]) -> str:
-    rows = [f"{counted(line['n'], 'question')}", f"EM  {line['em']:.3f} [{line['em_low']:.3f}, {line['em_high']:.3f}]"]
+    rows = [
+        f"{counted(int(str(line['n'])), 'question')}",
+        f"EM  {line['em']:.3f} [{line['em_low']:.3f}, {line['em_high']:.3f}]",
+    ]
     rows.append(f"F1  {line['f1']:.3f}")
     for title, key in (("source", "by_source"), ("hops", "by_hops")):
         part = line[key]

@@ -56,7 +56,7 @@ def numbers_before_plurals(path: Path) -> Iterator[str]:
                     number = ast.unparse(value.value)
                     is_word = number in ("split", "reason") or number.isupper() or "encoding" in number
                     if not is_word and COUNTED.match(str(text.value)):
-                        yield f"{path.relative_to(ROOT)}:{value.lineno}: {number}{text.value}"
+                        yield f"{path.relative_to(ROOT)}:{value.lineno}: {number}{text.value!s}"
         elif isinstance(node, ast.Constant) and re.search(rf"%[dg]{COUNTED.pattern}", str(node.value)):
             yield f"{path.relative_to(ROOT)}:{node.lineno}: {node.value!r}"
 

@@ -139,7 +139,7 @@ BROKEN_WEIGHTS: list[tuple[Callable[[Path], None], str]] = [
     (cut_in_the_header, r"is cut off or no safetensors file \(100 bytes\)"),
     (empty, r"\(0 bytes\)"),
     (lfs_pointer, r"Git LFS pointer.*git lfs pull"),
-    (missing_shard, r"lacks 1 of the 2 files of its weights, such as model-00002"),
+    (missing_shard, r"lacks 1 of 2 files of its weights, such as model-00002"),
     (adapter_alone, r"merge it into its model"),
     *((quantized(method), f"is quantised.*{method}") for method in ("bitsandbytes", "gptq", "awq", "fp8")),
 ]  # fmt: skip

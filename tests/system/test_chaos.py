@@ -34,3 +34,5 @@ def test_a_run_that_is_hurt_in_each_way_loses_nothing(chaos: ModuleType, tmp_pat
     accounting = report.accounting
     assert accounting["issued"] == accounting["consumed"] + sum(accounting["dropped"].values()) + accounting["pending"]
     assert accounting["consumed"] == 24 * chaos.GROUPS_PER_STEP
+    assert {**report.faults, **report.unplayed}.keys() == set(faults)
+    assert report.without_progress_s.keys() == report.faults.keys(), "each fault was got over"
