@@ -25,8 +25,8 @@ def section(report: dict[str, Any]) -> str:
             "## Under faults",
             "",
             f"{report['steps']} steps of a tiny model in the invented world, hurt {sum(report['faults'].values())} "
-            f"times and started {report['starts']} times, in {report['seconds'] / 60:.0f} minutes on {machine['cores']} "
-            f"cores ({machine['cpu']}); a step by itself takes {report['step_s']:.1f} s.",
+            f"times and started {report['starts']} times, in {report['seconds'] / 60:.0f} minutes on "
+            f"{machine['cores']} cores ({machine['cpu']}); a step by itself takes {report['step_s']:.1f} s.",
             "",
             f"Groups lost: {report['lost']}. Trained on twice: {report['trained_twice']}. Of {books['issued']} groups "
             f"{books['consumed']} were consumed, {books['pending']} were left at the end; dropped: {dropped}.",
