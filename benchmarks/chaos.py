@@ -22,10 +22,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Final
@@ -378,14 +378,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/chaos"), help="folder of the run; must be new")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the report")
     asked = parser.parse_args()
+    if asked.out is not None and not asked.out.parent.is_dir():
+        parser.error(f"--out {asked.out}: its folder does not exist")
+    began_at = commit()
     report = play(asked.work.resolve(), steps=asked.steps, faults=FAULTS * asked.rounds, seed=asked.seed)
-    summary: dict[str, dict[str, float]] = defaultdict(dict)
-    for fault, gaps in report.without_progress_s.items():
-        summary[fault] = {"median_s": statistics.median(gaps), "max_s": max(gaps), "n": len(gaps)}
-    text = json.dumps({"machine": machine(), "commit": commit(), **asdict(report), "summary": summary}, indent=1)
+    text = text_of(report, began_at=began_at)
     print(text)
     if asked.out is not None:
         asked.out.write_text(text + "\n")
+
+
+def text_of(report: Report, *, began_at: str) -> str:
+    """The report as JSON, with the machine that it is from and the commit that the run began at."""
+    return json.dumps({"machine": machine(), "commit": began_at, **vars(report)}, indent=1)
 
 
 if __name__ == "__main__":
