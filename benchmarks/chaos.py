@@ -1,10 +1,12 @@
 """A run that is hurt again and again: what it costs, and whether anything is lost or trained twice.
 
     python benchmarks/chaos.py --steps 120 --out benchmarks/results/chaos.json
+    python benchmarks/chaos_table.py                     # the section of docs/results.md
 
 A small run in an invented world goes on while its processes are killed at random moments (kill -9 of rollout actors,
-learner, buffer, driver) and its search server refuses, fails, hangs or vanishes. After each end the same command is
-given again. The books come from the replay log, progress from the lines of `metrics.jsonl`.
+the moment that weights are pushed to them too, of learner, buffer and driver) and its search server refuses, fails,
+hangs or vanishes. After each end the same command is given again. The books come from the replay log, progress from
+the lines of `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Final
@@ -73,7 +75,13 @@ checkpoint_every = 5
 stall_timeout_s = 120.0
 """
 
-KILLED: Final = {"rollout actor": "ray::RolloutActor", "learner": "ray::LearnerActor", "buffer": "ray::ReplayActor"}
+AT_A_PUSH: Final = "rollout actor at a push"
+KILLED: Final = {
+    "rollout actor": "ray::RolloutActor",
+    AT_A_PUSH: "ray::RolloutActor",
+    "learner": "ray::LearnerActor",
+    "buffer": "ray::ReplayActor",
+}
 """Process titles, as Ray writes them."""
 SERVER_FAULTS: Final = {
     "server refuses": "422",
@@ -93,7 +101,10 @@ class Report:
     Attributes:
         lost: groups that the final model should have been trained on, by its steps, and was not.
         trained_twice: questions of one epoch that the resulting model was trained on more than once.
-        without_progress_s: fault -> seconds from it to the next finished step, one for each time.
+        without_progress_s: fault -> seconds from it to the first step that the run had not done before, one for each
+            time: with what a resume does again.
+        to_next_step_s: the same to the next finished step, one that is done again too.
+        unplayed: faults that the run was too short for.
         step_s: median seconds from step to step.
     """
 
@@ -106,6 +117,8 @@ class Report:
     accounting: dict[str, object] = field(default_factory=dict)
     step_s: float = 0.0
     without_progress_s: dict[str, list[float]] = field(default_factory=dict)
+    to_next_step_s: dict[str, list[float]] = field(default_factory=dict)
+    unplayed: Counter[str] = field(default_factory=Counter)
 
 
 class SearchServer:
@@ -195,7 +208,9 @@ class Chaos:
         self._rng.shuffle(self._faults)
         self._deadline = time.monotonic() + timeout_s
         self._step_times: list[float] = []
-        self._hurt: list[tuple[str, float]] = []
+        self._stuck: list[tuple[str, float]] = []
+        self._behind: list[tuple[str, float, int]] = []
+        self._most_steps = 0
 
     def play(self) -> Report:
         """Run to the last step.
@@ -244,7 +259,9 @@ class Chaos:
                 raise RuntimeError(f"not finished in time: {self._num_steps()} of {self._steps} steps")
             self._look()
             if self._faults and self._num_steps() >= due:
-                time.sleep(self._rng.uniform(0.0, 1.5))  # anywhere within a step, while weights are pushed too
+                # A line of metrics.jsonl is written as the push of its step begins.
+                if self._faults[-1] != AT_A_PUSH:
+                    time.sleep(self._rng.uniform(0.0, 1.5))
                 self._hurt_once(self._faults.pop(), process, server)
                 due = self._num_steps() + self._rng.randint(2, 4)
             time.sleep(POLL_S)
@@ -263,7 +280,10 @@ class Chaos:
                 return
             self._rng.choice(victims).kill()
         self.report.faults[fault] += 1
-        self._hurt.append((fault, time.monotonic()))
+        self._look()
+        now = time.monotonic()
+        self._stuck.append((fault, now))
+        self._behind.append((fault, now, self._most_steps))
 
     def _num_steps(self) -> int:
         path = self._run / "metrics.jsonl"
@@ -273,15 +293,20 @@ class Chaos:
         """Note when steps end; a resume takes some of them back."""
         now, done = time.monotonic(), self._num_steps()
         if done > len(self._step_times):
-            for fault, at in self._hurt:
-                self.report.without_progress_s.setdefault(fault, []).append(round(now - at, 1))
-            self._hurt.clear()
+            for fault, at in self._stuck:
+                self.report.to_next_step_s.setdefault(fault, []).append(round(now - at, 1))
+            self._stuck.clear()
+        for fault, at, before in [one for one in self._behind if done > one[2]]:
+            self.report.without_progress_s.setdefault(fault, []).append(round(now - at, 1))
+            self._behind.remove((fault, at, before))
+        self._most_steps = max(self._most_steps, done)
         self._step_times = [*self._step_times[:done], *[now] * (done - len(self._step_times))]
 
     def _write_books(self) -> None:
         trained = trained_groups(self._run / "buffer")
         questions = Counter(trained.values())
         self.report.steps = self._num_steps()
+        self.report.unplayed = Counter(self._faults)
         self.report.accounting = json.loads((self._run / "accounting.json").read_text())
         self.report.trained_twice = sum(count - 1 for count in questions.values())
         self.report.lost = self._steps * GROUPS_PER_STEP - len(trained)
@@ -348,19 +373,24 @@ def play(folder: Path, *, steps: int, faults: Sequence[str], seed: int = 0, time
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--rounds", type=int, default=4, help="how often each fault happens")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each fault happens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/chaos"), help="folder of the run; must be new")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the report")
     asked = parser.parse_args()
+    if asked.out is not None and not asked.out.parent.is_dir():
+        parser.error(f"--out {asked.out}: its folder does not exist")
+    began_at = commit()
     report = play(asked.work.resolve(), steps=asked.steps, faults=FAULTS * asked.rounds, seed=asked.seed)
-    summary: dict[str, dict[str, float]] = defaultdict(dict)
-    for fault, gaps in report.without_progress_s.items():
-        summary[fault] = {"median_s": statistics.median(gaps), "max_s": max(gaps), "n": len(gaps)}
-    text = json.dumps({"machine": machine(), "commit": commit(), **asdict(report), "summary": summary}, indent=1)
+    text = text_of(report, began_at=began_at)
     print(text)
     if asked.out is not None:
         asked.out.write_text(text + "\n")
+
+
+def text_of(report: Report, *, began_at: str) -> str:
+    """The report as JSON, with the machine that it is from and the commit that the run began at."""
+    return json.dumps({"machine": machine(), "commit": began_at, **vars(report)}, indent=1)
 
 
 if __name__ == "__main__":

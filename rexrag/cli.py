@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 
 from rexrag.config import Config, PrepareConfig
-from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError
+from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError, counted
 
 if TYPE_CHECKING:
     from rexrag.data.check import CheckReport
@@ -143,7 +143,7 @@ def train(
         _print_layout(plan.recipe.config)
         return
     if plan.finished:
-        STDOUT.print(f"run {plan.root} is finished: {plan.start_step} steps; raise train.steps to go on.")
+        STDOUT.print(f"run {plan.root} is finished: {counted(plan.start_step, 'step')}; raise train.steps to go on.")
         return
     from rexrag.reporting.final_report import print_report
     from rexrag.reporting.log_file import log_to
@@ -164,7 +164,7 @@ def _print_layout(config: Config) -> None:
     import torch
 
     from rexrag.run.cluster import cluster_address
-    from rexrag.run.part_settings import counted, describe_layout, plan_layout
+    from rexrag.run.part_settings import describe_layout, plan_layout
 
     if cluster_address() is not None:
         return
@@ -206,7 +206,9 @@ def warmstart(
             epochs=settings.warmstart_epochs,
             progress=show,
         )
-    STDOUT.print(f"{result.folder}: {result.num_demonstrations} demonstrations, last loss {result.losses[-1]:.3f}")
+    STDOUT.print(
+        f"{result.folder}: {counted(result.num_demonstrations, 'demonstration')}, last loss {result.losses[-1]:.3f}"
+    )
     if result.depth is not None:
         STDOUT.print(f"the dead end: {result.depth}")
 
@@ -252,7 +254,9 @@ def check_data(
     if as_json:
         STDOUT.print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
-        STDOUT.print(f"{report.path}: {report.kind}, {report.rows} rows, {report.num_problems} problems")
+        STDOUT.print(
+            f"{report.path}: {report.kind}, {counted(report.rows, 'row')}, {counted(report.num_problems, 'problem')}"
+        )
         for title, counts in (("source", report.by_source), ("hops", report.by_hops)):
             for name, count in counts.items():
                 STDOUT.print(f"{count:>7} {title} {'unknown' if name is None else name}")
@@ -266,7 +270,7 @@ def _problem_list(report: CheckReport, *, with_rows: bool) -> str:
     """The heading and, unless they are on stdout already, the first problems, with the number of the others."""
     if len(report.problems) == 1 and report.problems[0].number is None:
         return str(report.problems[0])
-    lines = [f"{report.path}: {report.num_problems} problems; correct these rows."]
+    lines = [f"{report.path}: {counted(report.num_problems, 'problem')}; correct these rows."]
     if with_rows:
         lines += map(str, report.problems[:SHOWN_PROBLEMS])
         if report.num_problems > SHOWN_PROBLEMS:
@@ -287,7 +291,9 @@ def build_index(
     manifest = build_bm25(corpus, out)
     left_out = f", rows without text left out: {manifest.empty_rows}" if manifest.empty_rows else ""
     seconds = time.monotonic() - started
-    STDOUT.print(f"{out}: {kind.value}, {manifest.passages} passages, {manifest.analyser}{left_out}, {seconds:.1f} s")
+    STDOUT.print(
+        f"{out}: {kind.value}, {counted(manifest.passages, 'passage')}, {manifest.analyser}{left_out}, {seconds:.1f} s"
+    )
 
 
 @index_app.command("check")
@@ -296,7 +302,7 @@ def check_index(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Inde
     from rexrag.retrieval.manifest import check_index as verify
 
     manifest = verify(folder)
-    STDOUT.print(f"{folder}: {manifest.kind}, {manifest.passages} passages, as it was built")
+    STDOUT.print(f"{folder}: {manifest.kind}, {counted(manifest.passages, 'passage')}, as it was built")
 
 
 @app.command("eval")
@@ -352,7 +358,10 @@ def _require_writable(out: Path) -> None:
 
 
 def _eval_table(line: dict[str, object]) -> str:
-    rows = [f"{line['n']} questions", f"EM  {line['em']:.3f} [{line['em_low']:.3f}, {line['em_high']:.3f}]"]
+    rows = [
+        f"{counted(int(str(line['n'])), 'question')}",
+        f"EM  {line['em']:.3f} [{line['em_low']:.3f}, {line['em_high']:.3f}]",
+    ]
     rows.append(f"F1  {line['f1']:.3f}")
     for title, key in (("source", "by_source"), ("hops", "by_hops")):
         part = line[key]

@@ -1,4 +1,4 @@
-"""Exceptions that cross module and process boundaries. All of them pickle, since Ray carries them."""
+"""Exceptions that cross module and process boundaries, and words for messages. All pickle, since Ray carries them."""
 
 from __future__ import annotations
 
@@ -74,3 +74,9 @@ class StaleGroupError(RexragError):
 def first_line(error: BaseException) -> str:
     """What an error says first, its kind where it says nothing: libraries follow it with pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def counted(number: float, noun: str, nouns: str | None = None) -> str:
+    """A number with its noun: 1 actor, 2 actors, 0.5 actors; `nouns` is a plural that is not the noun and an s."""
+    shown = str(number) if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {noun if number == 1 else nouns or f'{noun}s'}"

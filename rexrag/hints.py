@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from rexrag.env.codec import Codec
-from rexrag.errors import DataError
+from rexrag.errors import DataError, counted
 from rexrag.files import lines_of, read_user_text
 from rexrag.types import FloatArray, IntArray
 
@@ -67,10 +67,12 @@ class HintPool:
         self._hints = tuple(tuple(int(token) for token in hint) for hint in hints)
         self._kept = (0,) * len(hints) if kept is None else tuple(kept)
         if len(self._kept) != len(hints):
-            raise DataError(f"kept has {len(self._kept)} entries, the pool has {len(hints)} hints")
+            raise DataError(
+                f"kept has {counted(len(self._kept), 'entry', 'entries')}, the pool has {counted(len(hints), 'hint')}"
+            )
         for index, (hint, count) in enumerate(zip(self._hints, self._kept, strict=True)):
             if not 0 <= count <= len(hint):
-                raise DataError(f"hint {index} has {len(hint)} tokens, it cannot keep {count} of them")
+                raise DataError(f"hint {index} has {counted(len(hint), 'token')}, it cannot keep {count} of them")
         self.longest: int = max(map(len, self._hints))
         self.hash: str = hashlib.sha256(json.dumps(self._hints).encode()).hexdigest()
         self._trie = _Trie(self._hints)

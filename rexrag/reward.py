@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from rexrag.errors import ConfigError
+from rexrag.types import Question
 
 _ARTICLES: Final = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
@@ -62,17 +63,18 @@ def is_user_reward(kind: str) -> bool:
     return ":" in kind
 
 
-def load_reward(kind: str, *, format_weight: float = 0.0) -> RewardFunction:
+def load_reward(kind: str, *, format_weight: float = 0.0, never_negative: bool = False) -> RewardFunction:
     """The reward function that `reward.kind` names.
 
     Args:
         kind: `em`; `f1`; `em + format`: em + format_weight * share of valid turns; or `module:function`, a
             function of the user's own (prediction: str, golds: Sequence[str], row: Mapping[str, object]) -> float,
             imported from the Python path or the current folder. It is given "" where there was no answer.
+        never_negative: the learner needs rewards of at least 0; those of the first three kinds are.
 
     Raises:
         ConfigError: an unknown kind, or a module or function that is not there or breaks. A function of the user's
-            that raises, or whose result is no finite number, raises it when called.
+            that raises, or whose result is no finite number or one below its bound, raises it when called.
     """
     if kind == "em":
         return _em_with_format(0.0)
@@ -81,7 +83,7 @@ def load_reward(kind: str, *, format_weight: float = 0.0) -> RewardFunction:
     if kind == "em + format":
         return _em_with_format(format_weight)
     if is_user_reward(kind):
-        return _user_reward(kind)
+        return _user_reward(kind, never_negative=never_negative)
     raise ConfigError(f"reward.kind = {kind!r} is unknown; it is em, f1, em + format, or module:function")
 
 
@@ -104,7 +106,17 @@ def _f1_reward(prediction: str | None, *, golds: Sequence[str], row: Mapping[str
     return 0.0 if prediction is None else f1_score(prediction, golds)
 
 
-def _user_reward(kind: str) -> RewardFunction:
+def try_reward(reward: RewardFunction, question: Question) -> None:
+    """Let a reward function of the user's meet a right answer and none, before the run does.
+
+    Raises:
+        ConfigError: it breaks, or its result cannot be used.
+    """
+    for prediction in (question.golden_answers[0], None):
+        reward(prediction, golds=question.golden_answers, row=question.row, valid_share=1.0)
+
+
+def _user_reward(kind: str, *, never_negative: bool) -> RewardFunction:
     function = _import_function(kind)
 
     def reward(prediction: str | None, *, golds: Sequence[str], row: Mapping[str, object], valid_share: float) -> float:
@@ -118,6 +130,11 @@ def _user_reward(kind: str) -> RewardFunction:
             ) from error
         if not isinstance(value, Real) or not math.isfinite(value):
             raise ConfigError(f"reward.kind = {kind!r} returned {value!r}; it must return a finite number")
+        if never_negative and value < 0:
+            raise ConfigError(
+                f"reward.kind = {kind!r} returned {value!r} for the answer {prediction!r}; with correction.mixture = "
+                '"normalized" a reward must be at least 0: add a constant to it, or set another mixture'
+            )
         return float(value)
 
     return reward

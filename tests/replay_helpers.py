@@ -33,6 +33,7 @@ def make_settings(folder: Path, **changes: float | None) -> ReplaySettings:
         "lease_deadline_s": 100.0,
         "max_attempts": 2,
         "segment_bytes": 1 << 20,
+        "first_step": 0,
         "num_steps": None,
         "refill": False,
         "log_file": None,
@@ -113,7 +114,9 @@ def restart(
 ) -> ReplayState:
     """What `open_buffer` does, over records in memory."""
     ledger = fold(journal.records)
-    findings = examine(ledger, [], resume_step=resume_step, max_attempts=settings.max_attempts)
+    findings = examine(
+        ledger, [], first_step=settings.first_step, resume_step=resume_step, max_attempts=settings.max_attempts
+    )
     assert not findings.sentences(), "a log that a crash ended is whole"
     records = begin_records(ledger, settings, incarnation=incarnation, resume_step=resume_step, findings=findings)
     journal.write(records, sync=True)

@@ -148,6 +148,19 @@ def test_a_reward_module_that_breaks_is_found_before_the_start(folder: Path, mon
         start(folder, "reward.kind=my_broken_reward:score")
 
 
+def test_a_reward_function_is_tried_before_the_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(folder))
+    (folder / "my_signed_reward.py").write_text(
+        "def score(p, g, row):\n    return 1.0 if p in g else -0.5\ndef gone(p, g, row):\n    return row['gone']\n"
+    )
+    normalized = ("method=exact", "correction.mixture=normalized", "loss.baseline=joint")
+    with pytest.raises(UserError, match=r"returned -0\.5 .* correction\.mixture = \"normalized\" .* at least 0"):
+        start(folder, "reward.kind=my_signed_reward:score", *normalized)
+    with pytest.raises(UserError, match=r"my_signed_reward:gone' raised KeyError"):
+        start(folder, "reward.kind=my_signed_reward:gone")
+    start(folder, "reward.kind=my_signed_reward:score")
+
+
 def test_context_too_small(folder: Path) -> None:
     with pytest.raises(UserError, match=r"context is 1024.*2048.*env\.max_trajectory_tokens"):
         start(folder, "env.max_trajectory_tokens=2048")

@@ -157,7 +157,7 @@ def test_data_check_in_words_and_as_json(
     write_lines(path, good, {"id": "2", "question": "q?"})
     assert call(monkeypatch, "data", "check", str(path)) == 2
     captured = capsys.readouterr()
-    assert "questions, 2 rows, 1 problems" in captured.out
+    assert "questions, 2 rows, 1 problem" in captured.out
     assert "q.jsonl" in captured.err
     assert "2" in captured.err
     assert call(monkeypatch, "data", "check", str(path), "--json") == 2

@@ -216,6 +216,21 @@ def test_tables_of_the_study_are_those_of_its_figures() -> None:
     assert quick_start in (DOCS / "results.md").read_text(encoding="utf-8")
 
 
+def test_the_section_on_faults_is_that_of_its_figures() -> None:
+    section = runpy.run_path(str(ROOT / "benchmarks" / "chaos_table.py"))["section"]
+    figures = ROOT / "benchmarks" / "results" / "chaos.json"
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    if not figures.exists():
+        assert "## Under faults" not in page, "figures without a file that they are from"
+        return
+    report = json.loads(figures.read_text(encoding="utf-8"))
+    assert section(report) in page
+    assert report["steps"] >= 100
+    assert (report["lost"], report["trained_twice"], report["unplayed"]) == (0, 0, {})
+    assert report["machine"]["cpu"]
+    assert report["commit"]
+
+
 def test_examples_of_data_files_are_valid(tmp_path: Path) -> None:
     blocks = re.findall(r"^```jsonl\n(.*?)^```", (DOCS / "data.md").read_text(encoding="utf-8"), re.M | re.DOTALL)
     kinds = []

@@ -119,7 +119,7 @@ def test_pool_facts() -> None:
 def test_unusable_pools_are_refused() -> None:
     with pytest.raises(DataError, match="at least one"):
         HintPool([])
-    with pytest.raises(DataError, match="hint 0 has 1 tokens, it cannot keep 2"):
+    with pytest.raises(DataError, match="hint 0 has 1 token, it cannot keep 2"):
         HintPool([[1]], kept=[2])
     with pytest.raises(DataError, match="kept has 2 entries, the pool has 1"):
         HintPool([[1]], kept=[0, 0])

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rexrag.errors import ConfigError
-from rexrag.reward import exact_match, f1_score, is_correct, load_reward, normalize_answer
+from rexrag.reward import exact_match, f1_score, is_correct, load_reward, normalize_answer, try_reward
+from rexrag.types import Question
 
 
 @pytest.mark.parametrize(
@@ -123,3 +124,22 @@ def test_a_reward_of_the_users_that_raises_is_told_with_its_place(
         ConfigError, match=r"raised KeyError: 'gone' \(.*raising_reward\.py, line 2\) for the answer 'x'"
     ):
         reward("x", golds=["a"], row={}, valid_share=1.0)
+
+
+def test_a_reward_below_0_is_refused_where_it_is_taken_for_a_likelihood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "signed_reward.py").write_text("def score(p, g, row):\n    return 1.0 if p in g else -0.5\n")
+    question = Question(id="1", data_source="world", question="Who?", golden_answers=("a",))
+    try_reward(load_reward("signed_reward:score"), question)
+    with pytest.raises(
+        ConfigError, match=r"returned -0\.5 for the answer None; .* \"normalized\" .* must be at least 0"
+    ):
+        try_reward(load_reward("signed_reward:score", never_negative=True), question)
+
+
+@given(weight=st.floats(0, 1), share=st.floats(0, 1), answer=st.sampled_from([None, "", "a", "b"]))
+def test_rewards_of_ours_are_never_negative(weight: float, share: float, answer: str | None) -> None:
+    for kind in ("em", "f1", "em + format"):
+        assert load_reward(kind, format_weight=weight)(answer, golds=["a"], row={}, valid_share=share) >= 0

@@ -36,6 +36,7 @@ class RolloutSettings:
     retriever_max_retries: int
     reward_kind: str
     format_weight: float
+    never_negative: bool
     hints_file: Path | None
     log_file: Path | None
 
@@ -73,13 +74,15 @@ def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[
         timeout_s=settings.retriever_timeout_s,
         max_retries=settings.retriever_max_retries,
     )
-    scorer = Scorer(load_reward(settings.reward_kind, format_weight=settings.format_weight), kind=settings.reward_kind)
+    reward = load_reward(
+        settings.reward_kind, format_weight=settings.format_weight, never_negative=settings.never_negative
+    )
     parts = EpisodeParts(
         engine=engine,
         retriever=retriever,
         codec=codec,
         hints=hints,
-        scorer=scorer,
+        scorer=Scorer(reward, kind=settings.reward_kind),
         settings=episodes,
     )
     return EpisodeRunner(parts), engine

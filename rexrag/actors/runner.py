@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from rexrag.actors.episode import Episode, EpisodeParts
 from rexrag.actors.seeds import draw_seed
-from rexrag.errors import RetrieverError, RunFailure, UserError
+from rexrag.errors import RetrieverError, RunFailure, UserError, counted
 from rexrag.types import EpisodeScore, GroupLease, Question, Trajectory, TrajectoryGroup, WeightVersion
 
 
@@ -61,7 +61,8 @@ class EpisodeRunner:
         usable = sum(not target.is_masked for target in targets)
         if usable < min(2, self._parts.settings.group_size):
             raise GroupFailedError(
-                f"{usable} of {len(targets)} targets of {lease.question.key} ended without an outage: {verdict.failure}"
+                f"{usable} of {counted(len(targets), 'target')} of {lease.question.key} ended without an outage: "
+                f"{verdict.failure}"
             )
         return TrajectoryGroup(
             group_id=lease.group_id,

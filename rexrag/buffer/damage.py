@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from rexrag.buffer.ledger import GroupState, Ledger, what_then
 from rexrag.buffer.log import Damage
 from rexrag.buffer.records import Drop, DropReason
+from rexrag.errors import counted
 
 _UNFINISHED = (GroupState.OPEN, GroupState.FINISHED)
 
@@ -43,28 +44,35 @@ class Findings:
 
     def sentences(self) -> tuple[str, ...]:
         """For the user, one for each finding; none where the log is whole."""
-        told = [str(damage) for damage in self.damages]
+        missing = [damage for damage in self.damages if damage.is_missing]
+        told = [str(damage) for damage in self.damages if len(missing) < 2 or not damage.is_missing]
+        if len(missing) > 1:
+            names = _listed([damage.segment.name for damage in missing])
+            told.insert(0, f"{counted(len(missing), 'segment')} of {missing[0].segment.parent} are missing: {names}")
         told += [
-            f"the replay log does not say which groups step{'s' * (len(hole.steps) > 1)} "
+            f"the replay log does not say which groups {'step' if len(hole.steps) == 1 else 'steps'} "
             f"{_listed([str(step) for step in hole.steps])} trained on"
             for hole in self.holes
         ]
         if self.drops:
-            groups = "1 group" if len(self.drops) == 1 else f"{len(self.drops)} groups"
             told.append(
-                f"{groups} of the replay log that cannot be vouched for: dropped as corrupt, questions asked again"
+                f"{counted(len(self.drops), 'group')} of the replay log that cannot be vouched for: dropped as "
+                "corrupt, questions asked again"
             )
         return tuple(told)
 
 
-def examine(ledger: Ledger, damages: Sequence[Damage], *, resume_step: int, max_attempts: int) -> Findings:
+def examine(
+    ledger: Ledger, damages: Sequence[Damage], *, first_step: int, resume_step: int, max_attempts: int
+) -> Findings:
     """What is open in a log that was read into `ledger`, and the drops that close it.
 
     Args:
+        first_step: the step that the run began after.
         resume_step: the step of the checkpoint that is gone on from.
     """
     damages = [damage for damage in damages if not damage.torn]
-    holes = [hole for hole in find_holes(ledger, resume_step=resume_step) if hole.steps]
+    holes = [hole for hole in find_holes(ledger, first_step=first_step, resume_step=resume_step) if hole.steps]
     missing = list(_missing_ids(ledger))
     drops: dict[str, Drop] = {}
     for group_id in [*ledger.superseded, *missing]:
@@ -82,17 +90,18 @@ def examine(ledger: Ledger, damages: Sequence[Damage], *, resume_step: int, max_
     return Findings(damages=damages, holes=holes, missing_ids=missing, drops=tuple(drops.values()))
 
 
-def find_holes(ledger: Ledger, *, resume_step: int | None) -> Iterator[Hole]:
+def find_holes(ledger: Ledger, *, first_step: int, resume_step: int | None) -> Iterator[Hole]:
     """For each incarnation the steps that it must have done, and has no batch of; without a name none is missing.
 
     Args:
+        first_step: the step that the run began after, that of another run's checkpoint or 0.
         resume_step: up to which step the last incarnation must know; None: whatever it knows is all.
     """
     begins = ledger.begins
     if not begins:
         return
     if begins[0].incarnation != "1":  # the log's first segments are gone
-        yield Hole(steps=tuple(range(1, begins[0].resume_step + 1)), end=begins[0].incarnation)
+        yield Hole(steps=tuple(range(first_step + 1, begins[0].resume_step + 1)), end=begins[0].incarnation)
     ends = [begin.resume_step for begin in begins[1:]]
     for begin, end, following in zip(begins, [*ends, resume_step], [*begins[1:], None], strict=True):
         if end is not None:

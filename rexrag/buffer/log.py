@@ -1,7 +1,8 @@
 """The replay log on disk: append-only segments of checksummed records.
 
 A folder holds `segment-000001.log`, `segment-000002.log`, … Each process that opens the log begins a new segment, and
-a segment that has grown to `segment_bytes` is followed by another. All integers are little-endian:
+a segment that has grown to `segment_bytes` is followed by another. `last-segment` has the number of the newest one, so
+that the loss of that one is seen too, and its number never used again. All integers are little-endian:
 
     segment = "REXRAG\\xff\\n"  version u32  crc32 u32 (of the 12 bytes before)  record*
     record  = "RX\\xff\\xfe"  header_length u32  payload_length u64  payload_crc32 u32
@@ -30,7 +31,8 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from rexrag.buffer.records import Record, decode, encode
-from rexrag.errors import RunFailure, RunFolderError
+from rexrag.errors import RunFailure, RunFolderError, counted
+from rexrag.files import write_atomic
 
 LOG = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ _RECORD_HEAD: Final = struct.Struct("<4sIQI")
 _CRC: Final = struct.Struct("<I")
 _HEAD_SIZE: Final = _RECORD_HEAD.size + _CRC.size
 _MAX_HEADER_BYTES: Final = 1 << 26
+_LAST_SEGMENT: Final = "last-segment"
 
 Chunk: TypeAlias = bytes | memoryview
 _sync_data = getattr(os, "fdatasync", os.fsync)
@@ -65,8 +68,12 @@ class Damage:
     torn: bool = False
     group_id: str | None = None
 
+    @property
+    def is_missing(self) -> bool:
+        return self.end == 0
+
     def __str__(self) -> str:
-        if self.end == 0:
+        if self.is_missing:
             return f"{self.segment} is missing"
         whose = "" if self.group_id is None else f", the bytes of group {self.group_id}"
         return f"{self.segment} is damaged from byte {self.start} to {self.end}{whose}"
@@ -89,7 +96,7 @@ class LogWriter:
         self._folder = folder
         self._segment_bytes = segment_bytes
         self._failure: str | None = None
-        self.first_segment = max((_number(path) for path in segments(folder)), default=0) + 1
+        self.first_segment = max([_noted_number(folder), *map(_number, segments(folder))]) + 1
         self._number = self.first_segment
         self._fd, self._good = self._create(self._number)
 
@@ -152,6 +159,7 @@ class LogWriter:
             _write_all(fd, [head])
             os.fsync(fd)
             _sync_folder(self._folder)  # without it a power cut may forget the new name
+            write_atomic(self._folder / _LAST_SEGMENT, f"{number}\n")  # before any record, after what it speaks of
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
@@ -168,12 +176,14 @@ def read_log(folder: Path) -> Iterator[Record | Damage]:
     Raises:
         RunFolderError: a log of another version.
     """
-    paths, expected = segments(folder), 1
-    for path in paths:
-        for number in range(expected, _number(path)):
+    noted = _noted_number(folder)  # before a segment is begun meanwhile
+    paths = {_number(path): path for path in segments(folder)}
+    newest = max([noted, *paths])
+    for number in range(1, newest + 1):
+        if number in paths:
+            yield from _read_segment(paths[number], is_last=number == newest)
+        else:
             yield Damage(segment=_segment_path(folder, number), start=0, end=0)
-        yield from _read_segment(path, is_last=path == paths[-1])
-        expected = _number(path) + 1
 
 
 def first_records(folder: Path) -> Iterator[Record | Damage]:
@@ -189,7 +199,10 @@ def first_records(folder: Path) -> Iterator[Record | Damage]:
 def cut_torn_tail(damage: Damage) -> None:
     """Cut what a crash left at the end of the last segment."""
     LOG.warning(
-        "%s: %d bytes of an unfinished record cut at %d", damage.segment, damage.end - damage.start, damage.start
+        "%s: %s of an unfinished record cut at %d",
+        damage.segment,
+        counted(damage.end - damage.start, "byte"),
+        damage.start,
     )
     with damage.segment.open("r+b") as file:
         file.truncate(damage.start)
@@ -206,6 +219,15 @@ def _number(path: Path) -> int:
     if not text.isdecimal():
         raise RunFolderError(f"{path} is no segment of a replay log: move it out of the folder")
     return int(text)
+
+
+def _noted_number(folder: Path) -> int:
+    """The number of the newest segment, as it was noted; 0 where none was."""
+    try:
+        text = (folder / _LAST_SEGMENT).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return 0
+    return int(text) if text.isdecimal() else 0
 
 
 def _segment_path(folder: Path, number: int) -> Path:

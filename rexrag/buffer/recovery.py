@@ -18,7 +18,7 @@ from rexrag.buffer.log import Damage, LogWriter, cut_torn_tail, first_records, r
 from rexrag.buffer.records import Begin, Drop, DropReason, Outcome, Record
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.state import ReplayState
-from rexrag.errors import RunFolderError
+from rexrag.errors import RunFolderError, counted
 from rexrag.types import Question
 
 LOG = logging.getLogger(__name__)
@@ -35,14 +35,17 @@ def accounting_from_log(folder: Path) -> Accounting:
     return _fold(folder)[0].accounting()
 
 
-def books_from_log(folder: Path) -> tuple[Accounting, tuple[str, ...]]:
+def books_from_log(folder: Path, *, first_step: int = 0) -> tuple[Accounting, tuple[str, ...]]:
     """The accounting, and a sentence for each damage that the log has or had to be mended for.
+
+    Args:
+        first_step: the step that the run began after.
 
     Raises:
         RunFolderError: a log of another version.
     """
     ledger, damages = _fold(folder)
-    holes = [hole for hole in find_holes(ledger, resume_step=None) if hole.steps]
+    holes = [hole for hole in find_holes(ledger, first_step=first_step, resume_step=None) if hole.steps]
     findings = Findings(damages=[damage for damage in damages if not damage.torn], holes=holes)
     return ledger.accounting(), findings.sentences()
 
@@ -66,7 +69,7 @@ def open_buffer(
     Args:
         resume_step: the last learner step whose result is kept; what was assigned or consumed after it is lost.
             None: step 0 of a new run.
-        is_new: a new run, whose folder must hold no log; it may begin after a step of another run.
+        is_new: a new run, whose folder must hold no log.
 
     Raises:
         RunFolderError: a log where none may be, of another version, or of other questions.
@@ -83,9 +86,15 @@ def open_buffer(
     for damage in damages:
         if damage.torn:
             cut_torn_tail(damage)
-    findings = examine(ledger, damages, resume_step=resume_step or 0, max_attempts=settings.max_attempts)
+    findings = examine(
+        ledger,
+        damages,
+        first_step=settings.first_step,
+        resume_step=resume_step or 0,
+        max_attempts=settings.max_attempts,
+    )
     told = findings.sentences()
-    if not is_new and resume_step and ledger.begin is None:
+    if (resume_step or 0) > settings.first_step and ledger.begin is None:
         told = (_NO_LOG, *told)
     LOG.info("the replay log in %s is gone on with after step %d", settings.folder, resume_step or 0)
     for sentence in told:
@@ -136,7 +145,7 @@ def _fold(folder: Path) -> tuple[Ledger, list[Damage]]:
 def _compare_questions(begin: Begin, *, folder: Path, questions: Sequence[Question]) -> None:
     if begin.questions_hash != _hash_questions(questions):
         raise RunFolderError(
-            f"the replay log in {folder} is of {begin.num_questions} other questions than the "
+            f"the replay log in {folder} is of {counted(begin.num_questions, 'other question')} than the "
             f"{len(questions)} given: a resume needs the same data.train"
         )
 

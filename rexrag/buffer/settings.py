@@ -14,6 +14,7 @@ class ReplaySettings:
     """What a buffer is built from. Staleness in learner steps, times in seconds.
 
     Attributes:
+        first_step: the step that the run began after: 0, or that of another run's checkpoint.
         num_steps: learner steps of the whole run: no group is issued that none of them will consume; None: no end.
         max_attempts: times that a question is asked again after its group was dropped, before it is given up.
         refill: drop groups whose rows have equal rewards, and ask other questions in their place.
@@ -30,6 +31,7 @@ class ReplaySettings:
     lease_deadline_s: float
     max_attempts: int
     segment_bytes: int
+    first_step: int
     num_steps: int | None
     refill: bool
     log_file: Path | None

@@ -21,7 +21,7 @@ from rexrag.buffer.schedule import Candidate, issue_order, select_batch
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import ActorStatus, BufferPosition, BufferStatus
 from rexrag.buffer.validation import parse_group
-from rexrag.errors import StaleGroupError, UnknownLeaseError
+from rexrag.errors import StaleGroupError, UnknownLeaseError, counted
 from rexrag.types import AppendOutcome, GroupLease, LeaseKey, StepBatch, WeightVersion
 
 LOG = logging.getLogger(__name__)
@@ -380,7 +380,9 @@ class ReplayState:
             return False
         for key in chosen:
             if (age := _age(finished[key], now_version)) > bound:
-                raise StaleGroupError(f"group {key} is {age} steps old at step {step}, at most {bound} are allowed")
+                raise StaleGroupError(
+                    f"group {key} is {counted(age, 'step')} old at step {step}, at most {bound} are allowed"
+                )
         self._commit([Assign(incarnation=self._incarnation, step=step, groups=chosen, rho=rho)])
         self._unpublished[step] = len(chosen)
         return True

@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 
 from rexrag.data.rows import Problem, Row, RowError, id_of, parse_rows, shown, text_of, valid_text
-from rexrag.errors import DataError, RetrievalIndexError
+from rexrag.errors import DataError, RetrievalIndexError, counted
 from rexrag.types import Passage
 
 
@@ -51,7 +51,7 @@ def iter_corpus_rows(path: Path, *, on_empty: Callable[[Row], None] | None = Non
         hashes.append(hash(passage.id))
         yield row, passage
     if not hashes:
-        raise DataError(f"{path}: no passage in it ({num_empty} rows without text); at least one is needed")
+        raise DataError(f"{path}: no passage in it ({counted(num_empty, 'row')} without text); at least one is needed")
     for problem in repeated_ids(path, hashes):
         raise DataError(str(problem))
 

@@ -20,7 +20,7 @@ import numpy as np
 from rexrag.data.answers import golden_answers
 from rexrag.data.paths import matching_files
 from rexrag.data.rows import MAX_PROBLEMS, Problem, Row, RowError, id_of, parse_rows, shown, text_of, valid_text
-from rexrag.errors import DataError
+from rexrag.errors import DataError, counted
 from rexrag.types import Question
 
 QUESTION_MARK: Final = "Question:"
@@ -97,7 +97,7 @@ def load_questions(
         questions.append(question)
     if not questions:
         names = ", ".join(str(path) for path in files) or "no file given"
-        raise DataError(f"no question to use ({names}; {num_skipped} bad rows): at least one is needed")
+        raise DataError(f"no question to use ({names}; {counted(num_skipped, 'bad row')}): at least one is needed")
     return QuestionSet(
         questions=tuple(questions),
         skipped=tuple(skipped),

@@ -31,7 +31,7 @@ from rexrag.engine.model_pass import ModelPass, Outcome
 from rexrag.engine.protocol import EngineStats, Finish, GenerateRequest, Generation
 from rexrag.engine.scheduler import LiveSequence, Scheduler
 from rexrag.engine.stops import StopFinder
-from rexrag.errors import EnginePassError, RexragError
+from rexrag.errors import EnginePassError, RexragError, counted
 from rexrag.model.loading import Device
 from rexrag.types import WeightVersion
 
@@ -259,7 +259,9 @@ class TorchEngine:
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens is {request.max_tokens}, it must be at least 1")
         if length + request.max_tokens > bound:
-            raise ValueError(f"{length} prompt tokens and max_tokens {request.max_tokens} exceed max_length {bound}")
+            raise ValueError(
+                f"{counted(length, 'prompt token')} and max_tokens {request.max_tokens} exceed max_length {bound}"
+            )
         vocab_size = self._pass.weights.shape.vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
             raise ValueError(f"prompt_ids has a token outside [0, {vocab_size})")

@@ -12,7 +12,7 @@ from typing import Final
 
 from rexrag.env.actions import Malformed
 from rexrag.env.codec import Codec
-from rexrag.errors import ConfigError
+from rexrag.errors import ConfigError, counted
 from rexrag.types import Passage
 
 _CONTROL_TAG: Final = re.compile(r"<([\s/]*(?:think|search|information|answer|action)[\s/]*)>", re.IGNORECASE)
@@ -92,7 +92,7 @@ def render_observation(passages: Sequence[Passage], *, codec: Codec, max_tokens:
         return _longest_cut(shown, *pieces[num_whole], codec=codec, max_tokens=max_tokens) or ids
     raise ConfigError(
         f"env.max_observation_tokens = {max_tokens} does not hold the <information> tags alone, "
-        f"{len(codec.encode(_wrap([])))} tokens with this tokenizer; raise it"
+        f"{counted(len(codec.encode(_wrap([]))), 'token')} with this tokenizer; raise it"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Final, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from rexrag.errors import ConfigError, counted
 from rexrag.learner.shapes import require_length
 
 Baseline = Literal["joint", "target", "loo"]
@@ -78,14 +79,17 @@ def likelihood_advantages(
         [R], all 0 where no row that the policy can write has a reward, or all rewards are equal.
 
     Raises:
-        ValueError: a reward below 0, which has no log-likelihood, lengths that differ, or a weight that is NaN or +∞.
+        ConfigError: a reward below 0, which has no log-likelihood.
+        ValueError: lengths that differ, or a weight that is NaN or +∞.
     """
     if len(rewards) != len(log_weights):
-        raise ValueError(f"rewards has {len(rewards)} entries, log_weights {len(log_weights)}: one for each row")
-    if (rewards < 0).any():
         raise ValueError(
-            f'a reward is {rewards.min():g}, with correction.mixture = "normalized" it must be at least 0: shift '
-            "reward.kind, or take another mixture"
+            f"rewards has {counted(len(rewards), 'entry', 'entries')}, log_weights {len(log_weights)}: one for each row"
+        )
+    if (rewards < 0).any():
+        raise ConfigError(
+            f'a reward is {rewards.min():g}, with correction.mixture = "normalized" it must be at least 0: add a '
+            "constant to what reward.kind returns, or set another mixture"
         )
     if np.isnan(log_weights).any() or np.isposinf(log_weights).any():
         raise ValueError("log_weights must be below +inf and not NaN")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sized
 from typing import Protocol
 
+from rexrag.errors import counted
+
 
 class Shaped(Protocol):
     """A tensor or an array."""
@@ -33,4 +35,7 @@ def require_length(length: int, columns: Mapping[str, Sized], *, name: str) -> N
     """
     for column, values in columns.items():
         if len(values) != length:
-            raise ValueError(f"{column} has {len(values)} entries, it must have {length}, one for each of {name}")
+            raise ValueError(
+                f"{column} has {counted(len(values), 'entry', 'entries')}, it must have {length}, one for each of "
+                f"{name}"
+            )

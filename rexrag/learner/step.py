@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 import rexrag.metrics as keys
 from rexrag.arrow import group_from_ipc
-from rexrag.errors import RunFailure
+from rexrag.errors import RunFailure, counted
 from rexrag.hints import HintPool
 from rexrag.learner.bad_step import save_evidence
 from rexrag.learner.branches import BranchRates
@@ -330,7 +330,8 @@ class LearnerCore:
             return
         path = save_evidence(self._evidence_folder, batch=batch, loss=loss, grad_norm=grad_norm)
         raise RunFailure(
-            f"the loss or its gradient was not finite in {self._bad_steps} consecutive steps up to step {batch.step} "
+            f"the loss or its gradient was not finite in {counted(self._bad_steps, 'consecutive step')} up to "
+            f"step {batch.step} "
             f"(loss {loss}, gradient norm {grad_norm}); the last batch is in {path}. Lower optimizer.learning_rate, "
             f"or resume from an earlier checkpoint"
         )

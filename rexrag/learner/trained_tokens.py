@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from rexrag.errors import counted
 from rexrag.hints import HintPool
 from rexrag.model.packing import IndexArray
 from rexrag.types import BoolArray, FloatArray, IntArray, Kind, Origin, Trajectory
@@ -49,7 +50,7 @@ def hint_span(trajectory: Trajectory, *, hints: HintPool) -> tuple[int, int, int
     assert trajectory.branch_point is not None, "a probe has a branch"
     assert trajectory.hint_id is not None, "a probe has a hint"
     if not 0 <= trajectory.hint_id < len(hints):
-        raise ValueError(f"hint_id is {trajectory.hint_id}, the pool has {len(hints)} hints")
+        raise ValueError(f"hint_id is {trajectory.hint_id}, the pool has {counted(len(hints), 'hint')}")
     start = trajectory.prompt_length + trajectory.branch_point
     ids = hints.ids(trajectory.hint_id)
     if tuple(trajectory.token_ids[start : start + len(ids)]) != ids:

@@ -23,7 +23,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from rexrag.errors import ModelError
+from rexrag.errors import ModelError, counted
 from rexrag.model.block_attention import block_attention
 
 PACKED_ATTENTION: Final = "rexrag_packed"
@@ -103,7 +103,8 @@ def packed_attention(
     """
     if sliding_window is not None and max(packed_layout.key_lengths) > sliding_window:
         raise ModelError(
-            f"a row has {max(packed_layout.key_lengths)} tokens, the model's sliding window is {sliding_window}: "
+            f"a row has {counted(max(packed_layout.key_lengths), 'token')}, the model's sliding window is "
+            f"{sliding_window}: "
             f"lower env.max_trajectory_tokens to at most {sliding_window}, or take a model with full attention"
         )
     if packed_layout.key_index is not None:

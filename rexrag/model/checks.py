@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from rexrag.env.codec import Codec
-from rexrag.errors import ModelError
+from rexrag.errors import ModelError, counted
 from rexrag.model.fetching import resolve_model
 from rexrag.model.loading import check_weights, end_ids, load_config, load_tokenizer
 from rexrag.model.supported import check_supported
@@ -56,6 +56,7 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, *, num_rows: int, fold
     if beyond:
         number, token = beyond[0]
         raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding {num_rows} rows: {token!r} is token "
+            f"{folder}: the tokenizer has {counted(len(tokenizer), 'token')}, the embedding "
+            f"{counted(num_rows, 'row')}: {token!r} is token "
             f"{number}; resize the embedding (model.resize_token_embeddings), or use the model's own tokenizer"
         )

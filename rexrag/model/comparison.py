@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rexrag.errors import ModelError
+from rexrag.errors import ModelError, counted
 from rexrag.model.attention import use_packed_attention
 from rexrag.model.logprobs import token_logprobs
 from rexrag.model.packing import PackRow, pack
@@ -51,7 +51,8 @@ def prepare_model(model: PreTrainedModel, *, length: int) -> None:
     difference = float((_packed_logprobs(model, rows) - expected)[expected.isfinite()].abs().max())
     if not difference <= _TOLERANCE:
         raise ModelError(
-            f"log-probs of {name} in packed rows of up to {len(rows[0].token_ids)} tokens differ from its own by "
+            f"log-probs of {name} in packed rows of up to {counted(len(rows[0].token_ids), 'token')} differ from "
+            "its own by "
             f"{difference:.3g}, at most {_TOLERANCE} is rounding: take a dense Llama- or Qwen-like model"
         )
     _refuse_growing_rope(model.config, length=length, probed=len(rows[0].token_ids))
@@ -103,6 +104,7 @@ def _refuse_growing_rope(config: PretrainedConfig, *, length: int, probed: int) 
     kind = rope.get("rope_type")
     if kind in _GROWING_ROPE and length > probed:
         raise ModelError(
-            f"rotary embedding {kind!r} depends on the length of a sequence, and rows may have {length} tokens: "
+            f"rotary embedding {kind!r} depends on the length of a sequence, and rows may have "
+            f"{counted(length, 'token')}: "
             f"lower env.max_trajectory_tokens to at most {probed}, or take a model with fixed frequencies"
         )

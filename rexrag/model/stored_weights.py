@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rexrag.errors import ModelError
+from rexrag.errors import ModelError, counted
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -79,7 +79,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ModelError(f"{folder / INDEX} is damaged ({error!r}); fetch the model anew") from error
     if absent := [part for part in parts if not (folder / part).is_file()]:
         raise ModelError(
-            f"{folder} lacks {len(absent)} of the {len(parts)} files of its weights, such as {absent[0]}; "
+            f"{folder} lacks {len(absent)} of {counted(len(parts), 'file')} of its weights, such as {absent[0]}; "
             "fetch the model anew"
         )
     return [folder / part for part in parts]
@@ -90,7 +90,9 @@ def _header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ModelError(f"{file} is cut off or no safetensors file ({size} bytes); fetch the model anew")
+            raise ModelError(
+                f"{file} is cut off or no safetensors file ({counted(size, 'byte')}); fetch the model anew"
+            )
         text = opened.read(length)
     try:
         entries: Mapping[str, Mapping[str, Any]] = json.loads(text)
@@ -104,5 +106,5 @@ def _header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
         raise ModelError(f"{file} has a damaged header ({error!r}); fetch the model anew") from error
     if size != end:
         what = "is cut off" if size < end else "is damaged"
-        raise ModelError(f"{file} {what}: it has {size} bytes, its header says {end}; fetch the model anew")
+        raise ModelError(f"{file} {what}: it has {counted(size, 'byte')}, its header says {end}; fetch the model anew")
     yield from tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from rexrag.errors import ModelError
+from rexrag.errors import ModelError, counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -67,4 +67,4 @@ def check_context(config: PreTrainedConfig, needed: int, *, what: str = "the run
     have = getattr(config, "max_position_embeddings", None)
     if have is not None and have < needed:
         remedy = remedy or f"lower env.max_trajectory_tokens by at least {needed - have}"
-        raise ModelError(f"the model's context is {have} tokens, {what} needs {needed}; {remedy}")
+        raise ModelError(f"the model's context is {counted(have, 'token')}, {what} needs {needed}; {remedy}")

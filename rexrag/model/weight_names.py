@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from rexrag.errors import ModelError
+from rexrag.errors import ModelError, counted
 
 LOG = logging.getLogger(__name__)
 _NUM_SHOWN: Final = 3
@@ -21,11 +21,12 @@ def compare_names(*, missing: Iterable[str], unexpected: Iterable[str], where: o
     absent, extra = sorted(missing), sorted(unexpected)
     if absent:
         raise ModelError(
-            f"{where} has no weights for {len(absent)} parameters of the model: {_shown(absent)}"
+            f"{where} has no weights for {counted(len(absent), 'parameter')} of the model: {_shown(absent)}"
             f"{_explained(absent, extra)}; they would be random: save the model anew, or correct config.json"
         )
     if extra:
-        LOG.warning("%s: %d weights are none of the model's and are not used: %s", where, len(extra), _shown(extra))
+        spare = counted(len(extra), "weight")
+        LOG.warning("%s: %s not used, being none of the model's: %s", where, spare, _shown(extra))
 
 
 def compare_shapes(

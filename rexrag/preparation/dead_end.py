@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from rexrag.data.demonstrations import GOING_ON, Demonstration
 from rexrag.env.codec import Codec
+from rexrag.errors import counted
 from rexrag.model.logprobs import token_logprobs
 from rexrag.model.packing import PackRow, pack
 
@@ -44,7 +45,7 @@ class DeadEndDepth:
         return (
             f"after the first search it answers with probability {self.answer_mean:.3f}, goes on with "
             f"{self.think_median:.1e} by a thought and {self.search_median:.1e} by a search (medians of "
-            f"{self.num_contexts} questions)"
+            f"{counted(self.num_contexts, 'question')})"
         )
 
 

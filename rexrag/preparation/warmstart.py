@@ -25,9 +25,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from rexrag.data.demonstrations import Demonstration, load_demonstrations
 from rexrag.env.codec import Codec
 from rexrag.env.prompt import render_prompt
-from rexrag.errors import DataError, ModelError, RunFailure
+from rexrag.errors import DataError, ModelError, RunFailure, counted
 from rexrag.files import write_atomic
-from rexrag.model.checks import load_codec
+from rexrag.model.checks import check_model
 from rexrag.model.comparison import prepare_model
 from rexrag.model.loading import Device, fastest_dtype, load_config, load_model, load_tokenizer
 from rexrag.model.logprobs import backward_in_chunks
@@ -179,8 +179,8 @@ def warm_start(
         device: where the model is trained.
 
     Raises:
-        ModelError: `out` exists, or the model cannot be loaded, has too short a context, or is of an architecture
-            whose log-probs packed passes do not reproduce.
+        ModelError: `out` exists, or the model is one that training would refuse: it cannot be loaded, has too short a
+            context, or is of an architecture that is not supported or whose log-probs packed passes do not reproduce.
         DataError: demonstrations that cannot be read, or weights that do not fit the tokens.
         RunFailure: the training diverged.
     """
@@ -190,7 +190,7 @@ def warm_start(
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    codec = load_codec(model_path)
+    codec = check_model(model_path).codec  # as the training that follows will
     rows = [tokenize_demonstration(one, codec=codec, prompt=prompt) for one in shown]
     model = _prepared_model(model_path, longest=max(len(row.row.token_ids) for row in rows), device=device)
     run = _Run(
@@ -240,8 +240,9 @@ def tokenize_demonstration(demonstration: Demonstration, *, codec: Codec, prompt
         ones = list(segment.weight) if isinstance(segment.weight, tuple) else [segment.weight] * len(tokens)
         if len(ones) != len(tokens):
             raise DataError(
-                f"segment {number} of the demonstration for {demonstration.question!r} has {len(ones)} weights "
-                f"for {len(tokens)} tokens of this model; give one per token, or a single one"
+                f"segment {number} of the demonstration for {demonstration.question!r} has "
+                f"{counted(len(ones), 'weight')} "
+                f"for {counted(len(tokens), 'token')} of this model; give one per token, or a single one"
             )
         ids += tokens
         weights += ones

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import rexrag.metrics as keys
+from rexrag.errors import counted
 from rexrag.reporting.trace import coloured_trace
 from rexrag.run_folder import RunFolder, read_jsonl
 
@@ -50,7 +51,7 @@ def _parts(run: RunFolder) -> Iterator[RenderableType]:
 
 def em_table(before: Line, after: Line, *, split: str) -> Table:
     """EM of two evaluations on the same questions, with 95% intervals, in all and by hops."""
-    table = Table(title=f"EM on {after['n']} {split} questions")
+    table = Table(title=f"EM on {counted(after['n'], f'{split} question')}")
     table.add_column("")
     table.add_column("before")
     table.add_column(f"after step {after['step']}")

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 
 import rexrag.metrics as keys
+from rexrag.errors import counted
 
 _PLAIN_EVERY_S: Final = 10.0
 _RECENT_STEPS: Final = 3
@@ -111,7 +112,7 @@ class Progress:
     def waiting(self, step: int, *, finished: int, needed: int) -> None:
         """The learner waits for the groups of a step."""
         if self._steps_task is not None:
-            self._bar.update(self._steps_task, description=f"step {step}: {finished} of {needed} groups")
+            self._bar.update(self._steps_task, description=f"step {step}: {finished} of {counted(needed, 'group')}")
 
     def step(self, step: int, *, metrics: Mapping[str, float | None]) -> None:
         """A step is done."""

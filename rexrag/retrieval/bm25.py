@@ -24,7 +24,7 @@ import tantivy
 
 from rexrag.data.corpus import Corpus, iter_corpus_rows
 from rexrag.data.formats import format_of
-from rexrag.errors import DataError, RetrievalIndexError
+from rexrag.errors import DataError, RetrievalIndexError, counted
 from rexrag.retrieval.analysers import ANALYSERS, choose_analyser
 from rexrag.retrieval.manifest import (
     Manifest,
@@ -123,7 +123,8 @@ class BM25Retriever:
         self._searcher, self._schema = _open_postings(root / POSTINGS_NAME)
         if not self._searcher.num_docs == len(self._corpus) == manifest.passages:
             raise RetrievalIndexError(
-                f"{root}: {self._searcher.num_docs} indexed passages and {len(self._corpus)} offsets do not fit the "
+                f"{root}: {counted(self._searcher.num_docs, 'indexed passage')} and "
+                f"{counted(len(self._corpus), 'offset')} do not fit the "
                 f"{manifest.passages} of its manifest; build it again"
             )
         self._lookup = lru_cache(maxsize=_CACHED_QUERIES)(self._find)

@@ -15,7 +15,7 @@ from typing import Final
 
 import httpx
 
-from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError
+from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError, counted
 from rexrag.retrieval.answers import Body, RetryableError, passages_of, read_bounded
 from rexrag.retrieval.backoff import longest_search_s, pause_bound_s
 from rexrag.types import Passage
@@ -86,7 +86,9 @@ class HttpRetriever:
                 return await self._attempt(query, top_k)
             except RetryableError as error:
                 failure = str(error)
-        raise RetrieverError(f"{self._endpoint} failed {self._max_retries + 1} times, at last with: {failure}")
+        raise RetrieverError(
+            f"{self._endpoint} failed {counted(self._max_retries + 1, 'time')}, at last with: {failure}"
+        )
 
     def check(self) -> None:
         """Make sure that a usable server is there; blocks, for use before anything runs.

@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from rexrag.errors import RetrievalIndexError
+from rexrag.errors import RetrievalIndexError, counted
 from rexrag.files import sha256_file, sync_folder, write_atomic
 
 MANIFEST_NAME: Final = "index.json"
@@ -218,7 +218,7 @@ def _wrong_size(path: Path, entry: FileEntry) -> str | None:
         size = path.stat().st_size
     except OSError as error:
         return f"{path} ({error.strerror})"
-    return None if size == entry.bytes else f"{path} has {size} bytes, not {entry.bytes}"
+    return None if size == entry.bytes else f"{path} has {counted(size, 'byte')}, not {entry.bytes}"
 
 
 def _wrong_content(path: Path, entry: FileEntry) -> str | None:

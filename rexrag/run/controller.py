@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from rexrag.buffer.replay_actor import ReplayActor
-from rexrag.errors import EnginePassError, PartDiedError, RunFailure
+from rexrag.buffer.status import BufferStatus
+from rexrag.errors import EnginePassError, PartDiedError, counted
 from rexrag.learner.checkpoint import prune
 from rexrag.learner.learner_actor import LearnerActor, ask_progress
 from rexrag.reporting.reporter import Reporter
@@ -40,12 +41,11 @@ MAX_EVAL_ATTEMPTS: Final = 3
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """Of the main loop. `stall_timeout_s` bounds a wait for groups while none ends."""
+    """Of the main loop."""
 
     num_steps: int
     checkpoint_every: int
     eval_every: int
-    stall_timeout_s: float
     keep_checkpoints: int
     groups_per_step: int
     transfer_dtype: Literal["float32", "bfloat16"]
@@ -140,21 +140,24 @@ class Controller:
     def _take(self, step: int) -> Ref[StepBatch]:
         """The step's batch, once the buffer has assigned it: a reference, since its data goes to the learner alone."""
         rho = self._wait(call(self._learner, LearnerActor.rho), what="the run waits for the learner to tell ρ")
-        ended, deadline = -1, 0.0
-        while not self._wait(
-            call(self._buffer, ReplayActor.assign, step, rho=rho, timeout_s=ASSIGN_POLL_S),
-            what=f"the run waits for the buffer to assign step {step}",
-            interruptible=True,
-        ):
+        status: BufferStatus | None = None
+
+        def is_assigned() -> bool:
+            nonlocal status
+            assigned = call(self._buffer, ReplayActor.assign, step, rho=rho, timeout_s=ASSIGN_POLL_S)
+            what = f"the run waits for the buffer to assign step {step}"
+            if self._wait(assigned, what=what, interruptible=True):
+                return True
             status = self._wait(call(self._buffer, ReplayActor.status), what="the run waits for the buffer's status")
             self._reporter.waiting(step, finished=status.finished, needed=self._settings.groups_per_step)
-            if status.num_ended != ended:
-                ended, deadline = status.num_ended, time.monotonic() + self._settings.stall_timeout_s
-            if time.monotonic() > deadline:
-                raise RunFailure(
-                    f"the learner waits for step {step}, and no group has ended for "
-                    f"{self._settings.stall_timeout_s:.0f} s (train.stall_timeout_s); the buffer holds: {status}"
-                )
+            return False
+
+        self._supervisor.until(
+            is_assigned,
+            what=lambda: f"the learner waits for step {step}, and no group ends (the buffer holds: {status})",
+            progress=lambda: None if status is None else status.num_ended,
+            pause_s=0.0,
+        )
         self._fleet.progressed()
         return call(self._buffer, ReplayActor.take, step)
 
@@ -192,7 +195,7 @@ class Controller:
         started, step = time.monotonic(), self._version.step
         if not questions or split in self._run_folder.evaluated(step):
             return
-        self._reporter.stage(f"evaluating {len(questions)} {split} questions at step {step}")
+        self._reporter.stage(f"evaluating {counted(len(questions), f'{split} question')} at step {step}")
         for attempt in range(MAX_EVAL_ATTEMPTS):
             try:
                 scores = self._scores(split, questions)

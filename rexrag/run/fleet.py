@@ -23,7 +23,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from rexrag.actors.build import RolloutSettings
 from rexrag.actors.rollout_actor import RolloutActor, start_rollout_actor
 from rexrag.engine.protocol import EngineStats
-from rexrag.errors import EngineBrokenError, RexragError, RunFailure
+from rexrag.errors import EngineBrokenError, RexragError, RunFailure, counted
 from rexrag.run.remote import Handle, Ref, call, value_of
 from rexrag.types import EpisodeScore, FleetReport, Question, WeightVersion
 
@@ -195,10 +195,11 @@ class Fleet:
             if now - member.told_at > TELL_EVERY_S:
                 member.told_at = now
                 LOG.warning(
-                    "rollout actor %s has not started in %.0f s: it waits for a node with %g CPUs and %g GPUs free, or "
-                    "loads its model; %d others are at work",
-                    *(member.actor_id, now - member.started_at, self._num_cpus, self._num_gpus),
-                    len(self._ready_members()),
+                    "rollout actor %s has not started in %.0f s: it waits for a node with %s and %s free, or loads its "
+                    "model; at work: %s",
+                    *(member.actor_id, now - member.started_at),
+                    *(counted(self._num_cpus, "CPU"), counted(self._num_gpus, "GPU")),
+                    counted(len(self._ready_members()), "other actor"),
                 )
             return
         ray.get(member.starting)
@@ -229,7 +230,8 @@ class Fleet:
         self._deaths += 1
         if self._deaths > MAX_DEATHS_IN_A_ROW:
             raise RunFailure(
-                f"{self._deaths} rollout actors died without a finished group between them, the last one: {error}"
+                f"{counted(self._deaths, 'rollout actor')} died without a finished group between them, the last "
+                f"one: {error}"
             ) from error
         LOG.warning("rollout actor %s died, a new one takes its groups: %s", member.actor_id, error)
         self._num_replaced += 1

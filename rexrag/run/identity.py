@@ -60,6 +60,12 @@ def origin_of(run: RunFolder) -> tuple[Path | None, int]:
     return checkpoint, int(origin["step"])
 
 
+def first_step_of(run: RunFolder) -> int:
+    """The step that the run began after: that of another run's checkpoint, or 0."""
+    origin = _read(run).get("origin")
+    return int(origin["step"]) if isinstance(origin, dict) else 0
+
+
 def note_precision(run: RunFolder, precision: Mapping[str, str]) -> list[str]:
     """Note what `auto` has come to on this hardware; returns a sentence for each part where it was another before."""
     content = _read(run)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rexrag.actors.build import longest_sequence
 from rexrag.config import Config
 from rexrag.env.prompt import render_prompt
-from rexrag.errors import ConfigError
+from rexrag.errors import ConfigError, counted
 from rexrag.hints import HintPool
 from rexrag.model.checks import CheckedModel
 from rexrag.model.supported import check_context
@@ -38,7 +38,7 @@ def check_limits(config: Config, *, model: CheckedModel, hints: HintPool, questi
     if len(prompt) >= env.max_trajectory_tokens:
         raise ConfigError(
             f"env.max_trajectory_tokens = {env.max_trajectory_tokens}: the prompt of the shortest question has "
-            f"{len(prompt)} tokens already, and no turn fits; raise it, or shorten env.prompt_file"
+            f"{counted(len(prompt), 'token')} already, and no turn fits; raise it, or shorten env.prompt_file"
         )
     if config.probe.rate > 0:
         _check_probes(config, hints=hints, prompt=len(prompt))
@@ -50,13 +50,15 @@ def _check_probes(config: Config, *, hints: HintPool, prompt: int) -> None:
     room = max(1, env.max_turn_tokens // 8)
     if hints.longest + room > env.max_turn_tokens:
         raise ConfigError(
-            f"env.max_turn_tokens = {env.max_turn_tokens}: the longest hint has {hints.longest} tokens and {room} more "
+            f"env.max_turn_tokens = {env.max_turn_tokens}: the longest hint has {counted(hints.longest, 'token')} "
+            f"and {room} more "
             "are needed to go on: no rollout could be probed; raise it, shorten the hints, or set probe.rate = 0"
         )
     least = prompt + hints.longest + env.max_turn_tokens
     if least > env.max_trajectory_tokens:
         raise ConfigError(
-            f"env.max_trajectory_tokens = {env.max_trajectory_tokens}: the shortest prompt ({prompt} tokens), the "
+            f"env.max_trajectory_tokens = {env.max_trajectory_tokens}: the shortest prompt "
+            f"({counted(prompt, 'token')}), the "
             f"longest hint ({hints.longest}) and a turn ({env.max_turn_tokens}) need {least}, so that no rollout could "
             "be probed; raise it, lower env.max_turn_tokens, or set probe.rate = 0"
         )

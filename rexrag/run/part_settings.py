@@ -12,7 +12,7 @@ from rexrag.actors.episode import EpisodeSettings
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.config import Config, Section
 from rexrag.env.prompt import read_template
-from rexrag.errors import ConfigError
+from rexrag.errors import ConfigError, counted
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
 from rexrag.learner.mixture_weights import ProbeSettings
@@ -70,7 +70,8 @@ def plan_layout(config: Config, *, num_cores: int, node_cores: int, num_gpus: fl
     if num_actors * share + learner_gpus > num_gpus:
         raise ConfigError(
             f"{counted(num_actors, 'rollout actor')} with rollout.num_gpus = {share:g} and a learner with "
-            f"{learner_gpus:g} need {num_actors * share + learner_gpus:g} GPUs, the cluster has {num_gpus:g} that "
+            f"{learner_gpus:g} need {counted(num_actors * share + learner_gpus, 'GPU')}, the cluster has "
+            f"{num_gpus:g} that "
             "torch can use: lower these shares or rollout.num_actors, or set both shares to 0 to compute on CPUs"
         )
     actor_threads = config.rollout.threads_per_actor or max(1, min(num_cores // num_actors, node_cores))
@@ -103,11 +104,6 @@ def _actors_on(num_gpus: float, learner_gpus: float, share: float) -> int:
     """Actors that fit beside the learner; one does not lie over two GPUs."""
     beside_learner = int((1.0 - learner_gpus) / share + 1e-9) if 0.0 < learner_gpus < 1.0 else 0
     return beside_learner + int(num_gpus - math.ceil(learner_gpus)) * int(1.0 / share + 1e-9)
-
-
-def counted(number: float, noun: str) -> str:
-    """A number with its noun: 1 actor, 2 actors."""
-    return f"{number:g} {noun}{'' if number == 1 else 's'}"
 
 
 def describe_layout(layout: Layout) -> list[str]:
@@ -156,6 +152,11 @@ def _scored(config: Config) -> Literal["none", "probes", "all"]:
     return "all" if config.correction.mixture in ("sequence", "normalized") else "probes"
 
 
+def has_likelihood(config: Config) -> bool:
+    """Whether the learner takes rewards for probabilities of being right, which are never negative (§7b)."""
+    return config.correction.mixture == "normalized"
+
+
 def rollout_settings(
     config: Config, *, model_path: str, num_threads: int, log_file: Path | None = None
 ) -> RolloutSettings:
@@ -175,6 +176,7 @@ def rollout_settings(
         retriever_max_retries=retriever.max_retries,
         reward_kind=config.reward.kind,
         format_weight=config.reward.format_weight,
+        never_negative=has_likelihood(config),
         hints_file=config.probe.hints,
         log_file=log_file,
     )
@@ -196,7 +198,7 @@ def learner_settings(config: Config, *, device: Device) -> LearnerSettings:
 
 
 def replay_settings(
-    config: Config, *, folder: Path, questions: tuple[Question, ...], log_file: Path | None
+    config: Config, *, folder: Path, questions: tuple[Question, ...], log_file: Path | None, first_step: int
 ) -> ReplaySettings:
     return copied(
         ReplaySettings,
@@ -204,6 +206,7 @@ def replay_settings(
         folder=folder,
         questions=questions,
         groups_per_step=config.train.groups_per_step,
+        first_step=first_step,
         num_steps=config.train.steps,
         seed=config.train.seed,
         segment_bytes=config.replay.segment_mb << 20,

@@ -67,19 +67,25 @@ class Supervisor:
         self,
         is_done: Callable[[], bool],
         *,
-        what: str,
+        what: str | Callable[[], str],
         progress: Callable[[], object] | None = None,
         interruptible: bool = True,
         pause_s: float = POLL_S,
     ) -> None:
-        """Wait until something is so; as `wait`."""
+        """Wait until something is so; as `wait`.
+
+        Args:
+            what: for the message; as a function it is asked when the wait is given up.
+            pause_s: between two looks; 0 where `is_done` itself takes its time.
+        """
         bound = _Bound(self._stall_timeout_s, progress=progress)
         while not is_done():
             self.look(interruptible=interruptible)
             if bound.is_over():
+                waiting = what if isinstance(what, str) else what()
                 raise RunFailure(
-                    f"{what}: no progress in {self._stall_timeout_s:.0f} s; where it only needs longer, resume with a "
-                    "larger train.stall_timeout_s"
+                    f"{waiting}: no progress in {self._stall_timeout_s:.0f} s; where it only needs longer, resume with "
+                    "a larger train.stall_timeout_s"
                 )
             time.sleep(pause_s)
 

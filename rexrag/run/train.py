@@ -21,8 +21,9 @@ from rexrag.buffer.recovery import books_from_log, check_questions
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import BufferPosition
+from rexrag.config import Config
 from rexrag.data.questions import load_questions
-from rexrag.errors import ConfigError, Interrupted, RexragError, RunFailure
+from rexrag.errors import ConfigError, Interrupted, RexragError, RunFailure, first_line
 from rexrag.files import write_atomic
 from rexrag.hints import HintPool, load_hints
 from rexrag.learner.learner_actor import LearnerSpec, start_learner
@@ -34,15 +35,16 @@ from rexrag.reporting.reporter import Reporter
 from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.manifest import check_index
 from rexrag.retrieval.open import open_target
-from rexrag.reward import load_reward
-from rexrag.run.cluster import check_reachable, cluster_address
+from rexrag.reward import is_user_reward, load_reward, try_reward
+from rexrag.run.cluster import check_reachable, cluster_address, refusal
 from rexrag.run.controller import Controller
 from rexrag.run.fleet import Fleet
-from rexrag.run.identity import note_precision
+from rexrag.run.identity import first_step_of, note_precision
 from rexrag.run.limits import check_limits
 from rexrag.run.part_settings import (
     Layout,
     device_of,
+    has_likelihood,
     learner_settings,
     loop_settings,
     plan_layout,
@@ -209,7 +211,6 @@ def read_inputs(request: TrainRequest) -> Inputs:
             f'probe.hints = {config.probe.hints}: has a "|" alone, a fork without a hint, which correction.mixture = '
             f'"{config.correction.mixture}" has no density for; take it out, or set correction.mixture = "none".'
         )
-    load_reward(config.reward.kind, format_weight=config.reward.format_weight)
     retriever = config.retriever
     if retriever.kind == "http":
         assert retriever.url is not None, "the recipe was checked: a server has a URL"
@@ -218,12 +219,26 @@ def read_inputs(request: TrainRequest) -> Inputs:
         assert retriever.path is not None, "the recipe was checked: an index has a path"
         check_index(retriever.path)
     train, dev, test = load(config.data.train), load(config.data.dev), load(config.data.eval)
+    _check_reward(config, train)
     check_limits(config, model=model, hints=hints, questions=train)
-    replay = replay_settings(config, folder=request.run.buffer, questions=train, log_file=request.run.log)
+    replay = replay_settings(
+        config,
+        folder=request.run.buffer,
+        questions=train,
+        log_file=request.run.log,
+        first_step=first_step_of(request.run),
+    )
     check_questions(replay.folder, replay.questions)
     return Inputs(
         replay=replay, dev=dev[:limit], test=test[:limit], hints=hints, model_path=model_path, notes=tuple(notes)
     )
+
+
+def _check_reward(config: Config, questions: Sequence[Question]) -> None:
+    kind = config.reward.kind
+    reward = load_reward(kind, format_weight=config.reward.format_weight, never_negative=has_likelihood(config))
+    if is_user_reward(kind) and questions:
+        try_reward(reward, questions[0])
 
 
 @contextmanager
@@ -232,15 +247,20 @@ def _ray() -> Iterator[None]:
 
     The namespace is this process's own, so runs on one cluster do not meet.
     """
-    joins = cluster_address() is not None
+    address = cluster_address()
     logging.getLogger("ray").setLevel(logging.ERROR)  # its advice on token authentication is no concern of a run's
-    ray.init(
-        address=None if joins else "local",  # without an address Ray would join any head of this machine
-        include_dashboard=None if joins else False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=False,
-    )
+    try:
+        ray.init(
+            address=address or "local",  # without an address Ray would join any head of this machine
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+        )
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        if address is None:
+            raise
+        raise refusal(address, first_line(error)) from error
     try:
         yield
     finally:
@@ -268,5 +288,5 @@ def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> L
 
 def _write_accounting(run: RunFolder) -> None:
     """`accounting.json`, from the log alone."""
-    accounting, damages = books_from_log(run.buffer)
+    accounting, damages = books_from_log(run.buffer, first_step=first_step_of(run))
     write_atomic(run.accounting, json.dumps({**accounting, "damages": damages}, indent=1) + "\n")

@@ -16,7 +16,7 @@ from replay_helpers import Clock, make_ipc, make_questions, make_settings
 
 from rexrag.arrow import group_from_ipc
 from rexrag.buffer.ledger import GroupState, Ledger
-from rexrag.buffer.log import Damage, read_log, segments
+from rexrag.buffer.log import Damage, LogWriter, read_log, segments
 from rexrag.buffer.recovery import accounting_from_log, books_from_log, check_questions, open_buffer
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.state import ReplayState
@@ -231,12 +231,53 @@ def test_missing_segments_are_told_and_no_group_is_trained_on_twice(tmp_path: Pa
                 path.unlink()
             replay = make_settings(folder, num_questions=7, segment_bytes=9000)
             state = begin(replay, resume_step=3)
-            assert state.position().damages or last == num_segments - 1
+            assert state.position().damages
             if (first, last) == (0, num_segments - 1):
                 assert "is missing: which groups were trained on is not known" in state.position().damages[0]
                 continue  # nothing is left to tell a group by
             assert_goes_on(state, replay, step=3, trained=trained)
             assert any("segment-000001" in told for told in books_from_log(folder)[1]) == (first == 0)
+
+
+def test_the_loss_of_the_last_segment_is_told_and_its_number_is_not_used_again(tmp_path: Path) -> None:
+    """Though what it said was no step that is kept: without the note a new start would take its names for its own."""
+    replay = make_settings(tmp_path, num_questions=9)
+    begin(replay)
+    state = begin(replay)
+    lost = [lease.group_id for lease in produce(state, 0, 2)]
+    segments(tmp_path)[-1].unlink()
+    state = begin(replay)
+    assert [path.name for path in segments(tmp_path)] == ["segment-000001.log", "segment-000003.log"]
+    assert state.position().incarnation == "3"
+    assert not set(lost) & {lease.group_id for lease in produce(state, 0, 2)}
+    assert state.position().damages == (f"{tmp_path / 'segment-000002.log'} is missing",)
+    assert books_from_log(tmp_path)[1] == state.position().damages
+
+
+def test_many_missing_segments_are_told_in_one_sentence(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    paths = segments(tmp_path)
+    for path in paths[1:]:
+        path.unlink()
+    assert books_from_log(tmp_path)[1][0] == (
+        f"{len(paths) - 1} segments of {tmp_path} are missing: {', '.join(path.name for path in paths[1:])}"
+    )
+
+
+def test_a_run_that_has_done_no_step_of_its_own_misses_no_log(tmp_path: Path) -> None:
+    """One that began from the checkpoint of another: stopped before its log had a record, or a segment."""
+    for name, has_segment in (("no folder", False), ("no record", True)):
+        replay = make_settings(tmp_path / name, num_questions=9, first_step=4)
+        if has_segment:
+            LogWriter(replay.folder, segment_bytes=1 << 20).close()
+        state = begin(replay, resume_step=4)
+        assert state.position().damages == ()
+        produce(state, 4, 2)
+        learn(state, 5)
+        assert begin(replay, resume_step=5).position().damages == ()
+        assert books_from_log(replay.folder, first_step=4)[1] == ()
+        shutil.rmtree(replay.folder)
+        assert "is missing: which groups" in begin(replay, resume_step=5).position().damages[0]
 
 
 def test_a_log_that_ends_before_the_checkpoint_is_told_and_no_group_is_trained_on_twice(tmp_path: Path) -> None:
@@ -278,7 +319,7 @@ def test_a_hole_costs_the_groups_of_its_time_once(tmp_path: Path) -> None:
     again = begin(replay, resume_step=3)
     assert again.accounting()["dropped"] == lost
     assert (again.accounting()["pending"], again.status().finished) == (4, 4)
-    assert "does not say which groups" in books_from_log(tmp_path)[1][0]
+    assert "does not say which groups" in " ".join(books_from_log(tmp_path)[1])
 
 
 def test_a_batch_that_an_earlier_start_trained_on_is_missed_too(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_row_without_text_is_left_out_and_told(tmp_path: Path, empty: dict[str
     found = iter_corpus_rows(path, on_empty=lambda row: left_out.append(row.number))
     assert [passage for _, passage in found] == PASSAGES[:2]
     assert left_out == [2]
-    with pytest.raises(DataError, match=r"no passage in it \(1 rows without text\)"):
+    with pytest.raises(DataError, match=r"no passage in it \(1 row without text\)"):
         list(iter_corpus(write(tmp_path / "d.jsonl", rows[1:2])))
 
 

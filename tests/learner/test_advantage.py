@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rexrag.errors import ConfigError
 from rexrag.learner.advantage import Baseline, group_advantages, likelihood_advantages
 
 
@@ -101,5 +102,5 @@ def test_shares_are_finite_sum_to_zero_and_know_no_scale(rows: list[tuple[float,
 
 
 def test_a_reward_below_zero_has_no_likelihood() -> None:
-    with pytest.raises(ValueError, match=r"a reward is -0\.5, .* at least 0"):
+    with pytest.raises(ConfigError, match=r"a reward is -0\.5, .* at least 0: .* reward\.kind"):
         likelihood([1.0, -0.5], [0.0, 0.0], num_targets=2)

@@ -12,6 +12,8 @@ import torch
 from rexrag.data.demonstrations import GOING_ON, Demonstration, Segment, write_demonstrations
 from rexrag.env.codec import Codec
 from rexrag.errors import DataError, ModelError, RunFailure
+from rexrag.model import checks
+from rexrag.model.checks import check_model
 from rexrag.model.loading import load_model, load_tokenizer
 from rexrag.preparation.tiny_model import make_tiny_model
 from rexrag.preparation.warmstart import (
@@ -172,7 +174,34 @@ def test_demonstrations_longer_than_the_context_are_refused(model: Path, tmp_pat
         warm_start(model, demonstrations=tmp_path / "d.jsonl", out=tmp_path / "out", prompt=PROMPT)
 
 
-def test_a_model_whose_loss_would_be_a_wrong_one_is_refused(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, "model type 'mistral'"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_it(
+    model: Path, tmp_path: Path, changes: dict[str, object], named: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (other / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    with pytest.raises(ModelError) as in_training:
+        check_model(other)
+    with pytest.raises(ModelError) as in_warm_start:
+        start(other, tmp_path / "out")
+    assert str(in_warm_start.value) == str(in_training.value)
+    assert named in str(in_training.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_loss_would_be_a_wrong_one_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "check_supported", lambda config: None)  # what it knows is compared all the same
     shutil.copytree(model, tmp_path / "scaled")
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config |= {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "logits_scaling": 4.0}

@@ -183,13 +183,19 @@ class LocalSupervisor:
         return ref.get()
 
     def until(
-        self, is_done: Callable[[], bool], *, what: str, progress: object = None, interruptible: bool = True
+        self,
+        is_done: Callable[[], bool],
+        *,
+        what: str | Callable[[], str],
+        progress: object = None,
+        interruptible: bool = True,
+        pause_s: float = 0.0,
     ) -> None:
         for _ in range(100):
             if is_done():
                 return
             self.look(interruptible=interruptible)
-        raise AssertionError(f"never: {what}")
+        raise AssertionError(f"never: {what if isinstance(what, str) else what()}")
 
     def look(self, *, interruptible: bool = True) -> None:
         if interruptible and self._stop.received is not None:

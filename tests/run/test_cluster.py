@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import ray
 
 from rexrag.errors import ConfigError
+from rexrag.run import cluster
 from rexrag.run.cluster import check_form, check_reachable
 
 
@@ -43,8 +48,49 @@ def test_an_address_that_does_not_answer_is_waited_for_no_longer_than_its_bound(
             assert time.monotonic() - started < 5
 
 
-def test_what_answers_or_needs_no_answer_is_left_to_ray() -> None:
-    for address in (None, "auto", "local"):
-        check_reachable(address)
-    with socket.create_server(("127.0.0.1", 0)) as server:
+def silent() -> socket.socket:
+    """A server that takes every connection and says nothing."""
+    return socket.create_server(("127.0.0.1", 0))
+
+
+def plain_http() -> socket.socket:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server.socket
+
+
+@pytest.mark.parametrize("make", [silent, plain_http])
+def test_what_listens_and_is_no_ray_is_told_within_a_bound(make: Callable[[], socket.socket]) -> None:
+    with make() as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        started = time.monotonic()
+        with pytest.raises(ConfigError) as caught:
+            check_reachable(address, join_timeout_s=4.0)
+        assert time.monotonic() - started < 20
+    assert f"RAY_ADDRESS = {address}: no Ray cluster could be joined there (no answer within 4 s)" in str(caught.value)
+    assert "is a Ray head running there" in str(caught.value)
+    assert "unset it" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_ray_says_against_joining_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_TRIAL", "print('Version mismatch.\\nMore of it'); raise SystemExit(1)")
+    with silent() as server, pytest.raises(ConfigError, match=r"could be joined there \(Version mismatch\); is a Ray"):
         check_reachable(f"127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_a_trial_that_joins_lets_the_run_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_TRIAL", "import os, sys; sys.exit('RAY_JOB_CONFIG_JSON_ENV_VAR' in os.environ)")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    check_reachable("auto")
+
+
+@pytest.mark.system
+@pytest.mark.timeout(120)
+def test_a_cluster_is_joined(ray_session: None) -> None:
+    check_reachable(ray.get_runtime_context().gcs_address)
+
+
+def test_a_ray_of_its_own_is_not_looked_for() -> None:
+    for address in (None, "local"):
+        check_reachable(address, join_timeout_s=0.0)

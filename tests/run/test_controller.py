@@ -16,6 +16,7 @@ from replay_helpers import make_questions, make_settings
 from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import ReplayActor
 from rexrag.errors import Interrupted, PartDiedError
+from rexrag.run import controller as controller_module
 from rexrag.run.controller import Controller, LoopSettings
 from rexrag.run.signals import StopSignal
 from rexrag.run_folder import RunFolder
@@ -63,7 +64,6 @@ def make_rig(folder: Path, *, num_steps: int = 3, eval_every: int = 0, checkpoin
             num_steps=num_steps,
             checkpoint_every=checkpoint_every,
             eval_every=eval_every,
-            stall_timeout_s=5.0,
             keep_checkpoints=9,
             groups_per_step=GROUPS,
             transfer_dtype="float32",
@@ -166,6 +166,16 @@ def test_an_evaluation_that_dies_again_and_again_ends_the_run(tmp_path: Path) ->
         rig.controller.run()
     assert rig.script.calls.count("fleet.evaluate") == 3
     assert rig.reporter.evaluations == []
+
+
+def test_a_step_whose_groups_never_end_says_what_the_buffer_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(tmp_path)
+    monkeypatch.setattr(rig.fleet, "check", lambda: None)  # nobody works
+    monkeypatch.setattr(controller_module, "ASSIGN_POLL_S", 0.0)
+    with pytest.raises(AssertionError, match=r"never: the learner waits for step 1, and no group ends \(.*finished=0"):
+        rig.controller.run()
 
 
 def test_what_eval_jsonl_has_is_not_evaluated_again(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_replacement_without_a_place_holds_up_nobody(
         began = time.monotonic()
         one.until(lambda: time.monotonic() - began > 1.0)
     assert "rollout-2 has not started" in caplog.text
-    assert "1 CPUs" in caplog.text
+    assert "1 CPU and 0 GPUs free" in caplog.text
     second = WeightVersion(incarnation=one.first.incarnation, step=1)
     one.fleet.publish(second, None)
     one.until(lambda: one.fleet.is_current)

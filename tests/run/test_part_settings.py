@@ -75,7 +75,7 @@ def test_the_shares_are_told_in_words() -> None:
     [
         ({"rollout__num_gpus": 0.5}, 0, "rollout.num_gpus = 0.5 and a learner with 0 need 0.5 GPUs, the cluster has 0"),
         ({"rollout__num_gpus": 1.0}, 1, "rollout.num_gpus = 1: with 1 actor the 1 GPU of the cluster would be used up"),
-        ({"learner__num_gpus": 1.0}, 0, "a learner with 1 need 1 GPUs, the cluster has 0"),
+        ({"learner__num_gpus": 1.0}, 0, "a learner with 1 need 1 GPU, the cluster has 0"),
         ({"rollout__num_gpus": 0.5, "learner__num_gpus": 0.6}, 1, "need 1.1 GPUs, the cluster has 1"),
     ],
 )

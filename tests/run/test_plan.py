@@ -7,7 +7,7 @@ import pytest
 
 from rexrag.errors import ConfigError, Interrupted, RunFolderError
 from rexrag.recipe import load_recipe
-from rexrag.run.identity import note_precision, origin_of
+from rexrag.run.identity import first_step_of, note_precision, origin_of
 from rexrag.run.plan import Plan, open_run, plan_run
 from rexrag.run_folder import RunFolder, read_jsonl
 
@@ -187,6 +187,7 @@ def test_a_fork_that_is_resumed_before_its_first_checkpoint_begins_where_it_bega
     assert (again.is_new, again.start_step, again.checkpoint) == (False, 4, older)
     with open_run(again) as request:
         assert (request.start_step, request.resumed) == (4, True)
+        assert first_step_of(request.run) == 4, "no log is missed of steps that another run did"
     (older / "COMMIT").unlink()
     with pytest.raises(ConfigError, match="is gone"):
         plan(None, run_dir=fork)

@@ -1,0 +1,50 @@
+"""Print the section on faults of docs/results.md, from benchmarks/results/chaos.json."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+FIGURES: Final = Path(__file__).resolve().parent / "results" / "chaos.json"
+
+
+def section(report: dict[str, Any]) -> str:
+    """What a run under faults came to: its books, and what each kind of fault cost."""
+    machine, books = report["machine"], report["accounting"]
+    dropped = ", ".join(f"{number} {reason}" for reason, number in books["dropped"].items()) or "none"
+    rows = [
+        f"| {fault} | {report['faults'][fault]} | {_seconds(report['to_next_step_s'].get(fault, []))} | "
+        f"{_seconds(gaps)} |"
+        for fault, gaps in sorted(report["without_progress_s"].items())
+    ]
+    return "\n".join(
+        (
+            "## Under faults",
+            "",
+            f"{report['steps']} steps of a tiny model in the invented world, hurt {sum(report['faults'].values())} "
+            f"times and started {report['starts']} times, in {report['seconds'] / 60:.0f} minutes on "
+            f"{machine['cores']} cores ({machine['cpu']}); a step by itself takes {report['step_s']:.1f} s.",
+            "",
+            f"Groups lost: {report['lost']}. Trained on twice: {report['trained_twice']}. Of {books['issued']} groups "
+            f"{books['consumed']} were consumed, {books['pending']} were left at the end; dropped: {dropped}.",
+            "",
+            "| fault | times | s to the next step, median and longest | s to the first new step |",
+            "| --- | --- | --- | --- |",
+            *rows,
+            "",
+            "A killed learner, buffer or driver ends the command; it is given again at once. The time to the first new "
+            "step has what is done again after the last checkpoint in it. `benchmarks/chaos.py` makes the run.",
+        )
+    )
+
+
+def _seconds(gaps: list[float]) -> str:
+    return f"{statistics.median(gaps):.1f}, {max(gaps):.1f}" if gaps else "–"
+
+
+if __name__ == "__main__":
+    figures = Path(sys.argv[1]) if len(sys.argv) > 1 else FIGURES
+    sys.stdout.write(section(json.loads(figures.read_text(encoding="utf-8"))) + "\n")
