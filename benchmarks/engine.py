@@ -108,6 +108,9 @@ class TransformersEngine:
     ) -> None:
         raise NotImplementedError("the benchmark changes no weights")
 
+    async def bit_sum(self) -> int | None:
+        return None
+
     def release(self, cache_salt: str) -> None:
         return
 

@@ -195,6 +195,14 @@ ROLLOUT_TOKENS_PER_S: Final = _metric(
 ROLLOUT_ACTORS: Final = _metric("rollout/actors", "Rollout actors at work at the end of the step.")
 ROLLOUT_REPLACED: Final = _metric("rollout/replaced", "Actors that died or broke and were replaced, since the start.")
 
+ENGINE_CANARY_KL: Final = _metric(
+    "engine/canary_kl",
+    "k3 estimate of KL(engine ‖ learner) per token of the canary, right after new weights; the worst actor's.",
+)
+ENGINE_UNPROVEN: Final = _metric(
+    "engine/unproven", "Weight updates of which neither the canary nor the bits can tell them from those before."
+)
+
 # Warnings: 1 while a bound is passed, else 0.
 WARNING_ESS: Final = _metric("warning/low_ess", "The effective sample size of targets or probes is below .1.")
 WARNING_TRUNCATION: Final = _metric("warning/truncation", "More than a tenth of the staleness weights was cut.")

@@ -372,11 +372,13 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FleetReport:
-    """How the actors do. `tokens_per_s`: sampled by all together since the last report, None after a replacement."""
+    """How the actors do, since the last report. `tokens_per_s`: of all together, None after a replacement."""
 
     num_ready: int
     num_replaced: int
     tokens_per_s: float | None
+    canary_kl: float | None
+    num_unproven: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[
     engine = TorchEngine(
         load_model(settings.model_path, dtype=dtype),
         settings=TorchEngineSettings(
-            max_sequences=settings.num_sequences,
+            max_sequences=settings.num_sequences + 1,  # the canary of new weights waits for no episode
             max_length=longest_sequence(episodes, hints),
             dtype=dtype,
             inflight=settings.inflight,

@@ -6,14 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol, cast
 
-import numpy as np
-import numpy.typing as npt
 import ray
 from ray.actor import ActorHandle
 
 from rexrag.actors.build import RolloutSettings, build_runner
 from rexrag.actors.rollout_loop import RolloutLoop
 from rexrag.engine.protocol import EngineStats
+from rexrag.model.weight_proof import Delivery, WeightUpdate
 from rexrag.processes import process_environment
 from rexrag.reporting.log_file import log_process
 from rexrag.types import AppendOutcome, EpisodeScore, GroupLease, LeaseKey, Question, WeightVersion
@@ -76,10 +75,8 @@ class RolloutActor:
     async def stop(self) -> None:
         self._loop.stop()
 
-    async def update_weights(
-        self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
-    ) -> None:
-        await self._loop.update_weights(version, weights)
+    async def update_weights(self, version: WeightVersion, update: WeightUpdate | None) -> Delivery | None:
+        return await self._loop.update_weights(version, update)
 
     async def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[EpisodeScore]:
         return await self._loop.evaluate(questions, version=version)

@@ -18,13 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from rexrag.actors.delivery import deliver
 from rexrag.actors.runner import EpisodeRunner, GroupFailedError
 from rexrag.arrow import group_to_ipc
 from rexrag.engine.protocol import Engine, EngineStats
 from rexrag.errors import EngineBrokenError, EnginePassError, RunFailure, UnknownLeaseError, UserError
+from rexrag.model.weight_proof import Delivery, WeightUpdate
 from rexrag.types import AppendOutcome, EpisodeScore, GroupLease, LeaseKey, Question, WeightVersion
 
 LOG = logging.getLogger(__name__)
@@ -108,13 +107,22 @@ class RolloutLoop:
         self._stopping = True
         self._changed.set()
 
-    async def update_weights(
-        self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
-    ) -> None:
-        """Switch between two decode steps; waits for a running evaluation to end first."""
+    async def update_weights(self, version: WeightVersion, update: WeightUpdate | None) -> Delivery | None:
+        """Switch between two decode steps, and prove it; waits for a running evaluation to end first.
+
+        Args:
+            update: None: the version's weights are those that the engine holds.
+
+        Returns:
+            What was seen of the new weights; None without new ones, or without a canary.
+
+        Raises:
+            EngineBrokenError: the engine holds other weights, twice given.
+        """
         async with self._weights_lock:
-            await self._engine.update_weights(version, weights)
+            delivery = await deliver(self._engine, version, update, actor_id=self._actor_id)
         self._changed.set()
+        return delivery
 
     async def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[EpisodeScore]:
         """Greedy episodes under `version`, which the engine keeps until all have ended.

@@ -6,6 +6,7 @@ after the other, so that a weight update needs no second model.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from torch import Tensor
 from rexrag.engine.packed_linear import PackedLinear
 from rexrag.errors import ModelError
 from rexrag.model.supported import check_context, check_supported
+from rexrag.model.weight_proof import bit_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -111,6 +113,12 @@ class LlamaWeights:
     def load(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Overwrite all weights with arrays that `check` accepts; they may be read-only."""
         self._fill(weights)
+
+    @torch.inference_mode()
+    def bit_sum(self) -> int:
+        """Of all weights as they lie here; a tied head counts once."""
+        linears = (linear.weight() for names, linear in self._fused.items() if names[0] not in self._targets)
+        return bit_sum(itertools.chain(self._targets.values(), linears))
 
     @torch.inference_mode()
     def _fill(self, weights: Mapping[str, npt.NDArray[np.generic]] | Mapping[str, Tensor]) -> None:

@@ -27,6 +27,10 @@ class PackedLinear:
         """Set the weight [out, in]; it is not kept where it is packed."""
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packs else weight
 
+    def weight(self) -> Tensor:
+        """The weight [out, in] as it was loaded; a copy where it is packed."""
+        return self._weight.to_dense() if self._packs else self._weight
+
     def __call__(self, inputs: Tensor) -> Tensor:
         if self._packs:
             outputs: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")

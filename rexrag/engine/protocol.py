@@ -90,6 +90,12 @@ class Engine(Protocol):
         Running sequences go on (`keep`) or are prefilled again first (`recompute`), see algorithm §3.
         """
 
+    async def bit_sum(self) -> int | None:
+        """`rexrag.model.weight_proof.bit_sum` of the weights that are in use, in the precision that they are kept in.
+
+        None: they lie in a form in which their bits cannot be read.
+        """
+
     def release(self, cache_salt: str) -> None:
         """Forget the prefix entries of a salt: its group has ended."""
 

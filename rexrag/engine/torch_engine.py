@@ -172,6 +172,11 @@ class TorchEngine:
             if weights is not None and self._settings.inflight == "recompute":
                 self._scheduler.invalidate()
 
+    async def bit_sum(self) -> int | None:
+        """Read between two passes."""
+        async with self._pass_lock:
+            return await self._in_thread(self._pass.weights.bit_sum)
+
     def release(self, cache_salt: str) -> None:
         self._scheduler.release(cache_salt)
 

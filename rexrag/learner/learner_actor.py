@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
-import numpy as np
-import numpy.typing as npt
 import ray
 import torch
 from ray import ObjectRef
@@ -19,9 +18,10 @@ from rexrag.hints import HintPool
 from rexrag.learner.checkpoint import load_checkpoint, save_checkpoint
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.model.loading import Device, load_model, load_tokenizer
+from rexrag.model.weight_proof import Canary, WeightProof, WeightUpdate, bit_sum, distance
 from rexrag.processes import process_environment
 from rexrag.reporting.log_file import log_process
-from rexrag.types import StepBatch, StepResult
+from rexrag.types import FloatArray, StepBatch, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class LearnerSpec:
         evidence_folder: where a run that fails on non-finite values leaves its last batch.
         checkpoint: folder to go on from; None begins at step 0.
         reference: folder of the reference model, needed where `loss.kl_coef` is above 0.
+        canary: prompts by whose log-probs engines prove that they hold what was exported.
         log_file: the run's `log.jsonl`.
     """
 
@@ -50,6 +51,7 @@ class LearnerSpec:
     evidence_folder: Path
     checkpoint: Path | None = None
     reference: Path | None = None
+    canary: Canary = ()
     log_file: Path | None = None
 
 
@@ -63,7 +65,7 @@ class LearnerActor:
         learner = start_learner(spec, num_cpus=1.0, num_gpus=0.0)
         ray.get(learner.ready.remote())
         result = ray.get(learner.step.remote(batch))
-        weights = learner.export.remote("float32")      # a reference that actors read without a copy
+        update = learner.export.remote("float32")      # a reference that actors read without a copy
 
     Methods raise what `LearnerCore` and `checkpoint` raise.
     """
@@ -71,6 +73,7 @@ class LearnerActor:
     def __init__(self, spec: LearnerSpec) -> None:
         self._spec = spec
         self._saving: Path | None = None
+        self._scores: tuple[FloatArray, ...] | None = None
 
     def ready(self) -> None:
         """Build model and optimizer. Not done in the constructor, whose errors Ray hands on as text alone."""
@@ -101,9 +104,20 @@ class LearnerActor:
         """Train on one step's groups."""
         return self._core.step(batch)
 
-    def export(self, dtype: Literal["float32", "bfloat16"]) -> dict[str, npt.NDArray[np.generic]]:
-        """The weights by parameter name, bfloat16 as uint16 bits; Ray copies them once, into its object store."""
-        return self._core.export_weights(dtype=dtype)
+    def export(self, dtype: Literal["float32", "bfloat16"]) -> WeightUpdate:
+        """The weights and what they are known by; Ray copies them once, into its object store."""
+        weights = self._core.export_weights(dtype=dtype)
+        before, scores = self._scores, self._core.score(self._spec.canary)
+        self._scores = scores
+        is_exact = dtype == self._spec.settings.autocast == "float32"
+        proof = WeightProof(
+            canary=self._spec.canary,
+            logprobs=scores,
+            moved=math.inf if before is None else distance(before, scores),
+            bits=bit_sum(weights.values()),
+            precision="float32" if is_exact else "bfloat16",
+        )
+        return WeightUpdate(weights=weights, proof=proof)
 
     def save(self, folder: Path) -> Path:
         """Write the checkpoint of the current step under `folder`; returns its folder."""

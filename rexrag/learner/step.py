@@ -40,7 +40,8 @@ from rexrag.learner.trainer_state import TrainerState
 from rexrag.model.comparison import prepare_model
 from rexrag.model.logprobs import backward_in_chunks, token_logprobs
 from rexrag.model.packing import PackedBatch, PackRow, pack
-from rexrag.types import StepBatch, StepResult, TrajectoryGroup
+from rexrag.model.weight_proof import Canary
+from rexrag.types import FloatArray, StepBatch, StepResult, TrajectoryGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +203,22 @@ class LearnerCore:
         On CPU float32 arrays are views of the weights, which the next step changes: copy or publish them first.
         """
         return {name: _as_numpy(p.detach(), dtype) for name, p in self.model.named_parameters()}
+
+    def score(self, sequences: Canary) -> tuple[FloatArray, ...]:
+        """Log-probs of each sequence's tokens from the second on, under the current weights."""
+        if not sequences:
+            return ()
+        rows = [
+            PackRow(token_ids=np.array(ids, np.int32), trained=np.arange(1, len(ids)), group=group)
+            for group, ids in enumerate(sequences)
+        ]
+        scores: dict[int, FloatArray] = {}
+        for micro in pack(rows, budget=self._settings.micro_batch_tokens, device=self._device):
+            with self._autocast():
+                values = token_logprobs(self.model, micro).float().cpu().numpy()
+            ends = np.cumsum([len(sequences[i]) - 1 for i in micro.rows])
+            scores |= dict(zip(micro.rows, np.split(values, ends[:-1]), strict=True))
+        return tuple(scores[i] for i in range(len(sequences)))
 
     def trainer_state(self) -> TrainerState:
         """All but the weights; its tensors are those of the optimizer, valid until the next step."""

@@ -57,6 +57,8 @@ class Reporter:
             keys.ROLLOUT_TOKENS_PER_S: fleet.tokens_per_s,
             keys.ROLLOUT_ACTORS: float(fleet.num_ready),
             keys.ROLLOUT_REPLACED: float(fleet.num_replaced),
+            keys.ENGINE_CANARY_KL: fleet.canary_kl,
+            keys.ENGINE_UNPROVEN: float(fleet.num_unproven),
         }
         flags, warnings = self._alarms.look(metrics)
         metrics |= flags

@@ -13,10 +13,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
@@ -24,6 +22,7 @@ from rexrag.actors.build import RolloutSettings
 from rexrag.actors.rollout_actor import RolloutActor, start_rollout_actor
 from rexrag.engine.protocol import EngineStats
 from rexrag.errors import EngineBrokenError, RexragError, RunFailure, counted
+from rexrag.model.weight_proof import Delivery, WeightUpdate
 from rexrag.run.remote import Handle, Ref, call, value_of
 from rexrag.types import EpisodeScore, FleetReport, Question, WeightVersion
 
@@ -32,8 +31,6 @@ LOG = logging.getLogger(__name__)
 MAX_DEATHS_IN_A_ROW: Final = 5
 """Deaths of actors without a finished group between them: then the cause is not a passing one."""
 TELL_EVERY_S: Final = 60.0
-
-Weights: TypeAlias = dict[str, npt.NDArray[np.generic]]
 
 
 @dataclass(kw_only=True)
@@ -46,7 +43,7 @@ class _Member:
     started_at: float
     told_at: float
     run: Ref[None] | None = None
-    updates: list[Ref[None]] = field(default_factory=list)
+    updates: list[Ref[Delivery | None]] = field(default_factory=list)
 
 
 class Fleet:
@@ -75,7 +72,7 @@ class Fleet:
         self._num_cpus = num_cpus
         self._num_gpus = num_gpus
         self._initial = version
-        self._current: tuple[WeightVersion, Ref[Weights] | None] = (version, None)
+        self._current: tuple[WeightVersion, Ref[WeightUpdate] | None] = (version, None)
         self._buffer = buffer
         self._on_death = on_death
         self._is_running = False
@@ -83,6 +80,7 @@ class Fleet:
         self._num_replaced = 0
         self._deaths = 0
         self._sampled = (time.monotonic(), 0)
+        self._deliveries: list[Delivery] = []
         self._members = [self._start() for _ in range(num_actors)]
 
     def run(self) -> None:
@@ -91,7 +89,7 @@ class Fleet:
         for member in self._ready_members():
             member.run = call(member.handle, RolloutActor.run)
 
-    def publish(self, version: WeightVersion, weights: Ref[Weights] | None) -> None:
+    def publish(self, version: WeightVersion, weights: Ref[WeightUpdate] | None) -> None:
         """Hand new weights to all actors without waiting for them; None: the weights did not change.
 
         An actor that is still starting gets the current ones when it is ready. The previous version's object is let
@@ -131,7 +129,14 @@ class Fleet:
         now, sampled = time.monotonic(), sum(stats.sampled_tokens for stats in self._stats())
         before, self._sampled = self._sampled, (now, sampled)
         rate = (sampled - before[1]) / (now - before[0]) if sampled >= before[1] else None
-        return FleetReport(num_ready=len(self._ready_members()), num_replaced=self._num_replaced, tokens_per_s=rate)
+        deliveries, self._deliveries = self._deliveries, []
+        return FleetReport(
+            num_ready=len(self._ready_members()),
+            num_replaced=self._num_replaced,
+            tokens_per_s=rate,
+            canary_kl=max((delivery.canary_kl for delivery in deliveries), default=None),
+            num_unproven=sum(not delivery.is_told_apart for delivery in deliveries),
+        )
 
     def progressed(self) -> None:
         """A group has finished: deaths from here on count anew."""
@@ -186,7 +191,7 @@ class Fleet:
             ray.get(member.run)
         if member.updates:
             done, member.updates = ray.wait(member.updates, num_returns=len(member.updates), timeout=0)
-            ray.get(done)
+            self._deliveries += [delivery for delivery in ray.get(done) if delivery is not None]
 
     def _check_start(self, member: _Member) -> None:
         assert member.starting is not None, "it is starting"
@@ -240,5 +245,7 @@ class Fleet:
         return self._start()
 
 
-def _update(actor: Handle[RolloutActor], version: WeightVersion, weights: Ref[Weights] | None) -> Ref[None]:
+def _update(
+    actor: Handle[RolloutActor], version: WeightVersion, weights: Ref[WeightUpdate] | None
+) -> Ref[Delivery | None]:
     return call(actor, RolloutActor.update_weights, version, None if weights is None else value_of(weights))

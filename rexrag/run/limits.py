@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from rexrag.actors.build import longest_sequence
 from rexrag.config import Config
@@ -11,8 +12,12 @@ from rexrag.errors import ConfigError, counted
 from rexrag.hints import HintPool
 from rexrag.model.checks import CheckedModel
 from rexrag.model.supported import check_context
+from rexrag.model.weight_proof import Canary, canary_of
 from rexrag.run.part_settings import episode_settings
 from rexrag.types import Question
+
+CANARY_QUESTIONS: Final = 16
+"""Of the first questions the canary is chosen."""
 
 
 def check_limits(config: Config, *, model: CheckedModel, hints: HintPool, questions: Sequence[Question]) -> None:
@@ -42,6 +47,22 @@ def check_limits(config: Config, *, model: CheckedModel, hints: HintPool, questi
         )
     if config.probe.rate > 0:
         _check_probes(config, hints=hints, prompt=len(prompt))
+
+
+def canary_prompts(config: Config, *, model: CheckedModel, questions: Sequence[Question]) -> Canary:
+    """Of the first questions, by which engines prove what weights they hold."""
+    episodes = episode_settings(config)
+    return canary_of(
+        [
+            render_prompt(
+                question.question,
+                codec=model.codec,
+                template=episodes.prompt_template,
+                system_prompt=episodes.system_prompt,
+            )
+            for question in questions[:CANARY_QUESTIONS]
+        ]
+    )
 
 
 def _check_probes(config: Config, *, hints: HintPool, prompt: int) -> None:

@@ -28,6 +28,7 @@ from rexrag.files import write_atomic
 from rexrag.hints import HintPool, load_hints
 from rexrag.learner.learner_actor import LearnerSpec, start_learner
 from rexrag.model.checks import check_model
+from rexrag.model.weight_proof import Canary
 from rexrag.preparation.prepare import prepare
 from rexrag.reporting.board import Board
 from rexrag.reporting.log_file import log_instead
@@ -40,7 +41,7 @@ from rexrag.run.cluster import check_reachable, cluster_address, refusal
 from rexrag.run.controller import Controller
 from rexrag.run.fleet import Fleet
 from rexrag.run.identity import first_step_of, note_precision
-from rexrag.run.limits import check_limits
+from rexrag.run.limits import canary_prompts, check_limits
 from rexrag.run.part_settings import (
     Layout,
     device_of,
@@ -70,6 +71,7 @@ class Inputs:
     test: tuple[Question, ...]
     hints: HintPool
     model_path: str
+    canary: Canary
     notes: tuple[str, ...]
 
 
@@ -230,7 +232,13 @@ def read_inputs(request: TrainRequest) -> Inputs:
     )
     check_questions(replay.folder, replay.questions)
     return Inputs(
-        replay=replay, dev=dev[:limit], test=test[:limit], hints=hints, model_path=model_path, notes=tuple(notes)
+        replay=replay,
+        dev=dev[:limit],
+        test=test[:limit],
+        hints=hints,
+        model_path=model_path,
+        canary=canary_prompts(config, model=model, questions=train),
+        notes=tuple(notes),
     )
 
 
@@ -282,6 +290,7 @@ def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> L
         evidence_folder=request.run.root,
         checkpoint=request.checkpoint,
         reference=Path(config.model.path) if config.loss.kl_coef > 0 else None,
+        canary=inputs.canary,
         log_file=request.run.log,
     )
 

@@ -79,6 +79,9 @@ class ScriptedEngine:
     ) -> None:
         raise AssertionError("episodes do not change weights")
 
+    async def bit_sum(self) -> int | None:
+        return None
+
     def release(self, cache_salt: str) -> None:
         self.released.append(cache_salt)
 

@@ -170,7 +170,7 @@ def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
     other = LearnerActor(replace(spec, checkpoint=folder))
     other.ready()
     assert other.rho() == actor.rho()
-    ours, theirs = actor.export("float32"), other.export("float32")
+    ours, theirs = actor.export("float32").weights, other.export("float32").weights
     assert all((ours[name] == theirs[name]).all() for name in ours)
 
 

@@ -399,7 +399,14 @@ def test_exported_weights(tmp_path: Path) -> None:
 
 def test_metrics_are_finite_documented_and_complete(tmp_path: Path) -> None:
     result = core(tmp_path, settings=settings(probe=probe_settings())).step(step_batch(random_groups()))
-    by_controller = {keys.TIME_LEARNER_WAIT, keys.ROLLOUT_TOKENS_PER_S, keys.ROLLOUT_ACTORS, keys.ROLLOUT_REPLACED}
+    by_controller = {
+        keys.ENGINE_CANARY_KL,
+        keys.ENGINE_UNPROVEN,
+        keys.TIME_LEARNER_WAIT,
+        keys.ROLLOUT_TOKENS_PER_S,
+        keys.ROLLOUT_ACTORS,
+        keys.ROLLOUT_REPLACED,
+    }
     histograms = {key for key in keys.DESCRIPTIONS if key.startswith("histogram/")}
     warnings = {key for key in keys.DESCRIPTIONS if key.startswith("warning/")}
     assert set(map(keys.described, result.metrics)) == set(keys.DESCRIPTIONS) - by_controller - histograms - warnings

@@ -1,0 +1,135 @@
+"""Proof that the weights which an engine holds are those that the learner published.
+
+A version travels with the learner's log-probs of a canary, a few fixed prompts, and with the sum of its raw bits. An
+engine scores the canary after each switch and adds up the bits that it holds, where they can be read: fused, sharded
+and padded layouts have the same sum. The canary speaks of what is computed, the bits of every parameter however little
+it changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rexrag.types import FloatArray
+
+Canary = tuple[tuple[int, ...], ...]
+"""Token ids of its prompts."""
+Precision = Literal["float32", "bfloat16"]
+
+LONGEST: Final = 256
+NUM_SHORT: Final = 3
+SHORT: Final = 16
+"""Of the canary: tokens of its long prompt, number and tokens of the short ones."""
+BOUND: Final[Mapping[Precision, float]] = {"float32": 1e-3, "bfloat16": 0.1}
+"""Mean distance of log-probs, nats per token, up to which engine and learner compute the same. In float32 they are
+some 1e−6 apart, in bfloat16 some 1e−2; a head or a layer of another version is mostly beyond."""
+
+_WORD: Final = {4: torch.int32, 2: torch.int16}
+_MODULUS: Final = 1 << 64
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightProof:
+    """What a published version is known by.
+
+    Attributes:
+        canary: N prompts.
+        logprobs: N arrays, of each prompt's tokens from the second on, by the learner.
+        moved: mean distance of these from the version before, nats; inf of the first.
+        bits: `bit_sum` of the arrays as they travel.
+        precision: the coarser of what learner and engine compute with: which bound holds.
+    """
+
+    canary: Canary
+    logprobs: tuple[FloatArray, ...]
+    moved: float
+    bits: int
+    precision: Precision
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightUpdate:
+    """Weights by the names of the transformers model, float32, or bfloat16 as the uint16 of its bits; their proof."""
+
+    weights: Mapping[str, npt.NDArray[np.generic]]
+    proof: WeightProof
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """A version that an engine proved to hold.
+
+    Attributes:
+        canary_kl: k3 estimate of KL(engine ‖ learner) per token of the canary.
+        is_told_apart: whether the proof would have failed with the weights of the version before.
+    """
+
+    canary_kl: float
+    is_told_apart: bool
+
+
+def canary_of(prompts: Sequence[Sequence[int]]) -> Canary:
+    """Up to four prompts: the longest of these, cut at its front, and the ends of others. Empty without prompts."""
+    if not prompts:
+        return ()
+    longest, *others = sorted(prompts, key=len, reverse=True)
+    return tuple(
+        tuple(ids) for ids in (longest[-LONGEST:], *(ids[-SHORT:] for ids in others[:NUM_SHORT])) if len(ids) > 1
+    )
+
+
+def bit_sum(arrays: Iterable[npt.NDArray[np.generic] | Tensor]) -> int:
+    """Sum of the raw bits of all entries, each as an unsigned number of its size, modulo 2⁶⁴."""
+    total = 0
+    for array in arrays:
+        tensor = array if isinstance(array, Tensor) else torch.from_numpy(_signed(array))
+        words = tensor.detach().contiguous().view(_WORD[tensor.element_size()])
+        # Signed words differ from unsigned ones by 2³² or 2¹⁶ for each that is negative.
+        num_negative = int((words < 0).sum())
+        total += int(words.sum(dtype=torch.int64)) + num_negative * (1 << (8 * tensor.element_size()))
+    return total % _MODULUS
+
+
+def distance(one: Sequence[FloatArray], other: Sequence[FloatArray]) -> float:
+    """Mean |difference| of the log-probs of all tokens, nats; inf where one of them is not finite."""
+    difference = np.abs(np.concatenate([*one]).astype(np.float64) - np.concatenate([*other]))
+    return float(difference.mean()) if np.isfinite(difference).all() else float("inf")
+
+
+def canary_kl(engine: Sequence[FloatArray], learner: Sequence[FloatArray]) -> float:
+    """Mean over all tokens of r − 1 − log r with r = learner/engine."""
+    log_ratio = np.concatenate([*learner]).astype(np.float64) - np.concatenate([*engine])
+    return float((np.expm1(log_ratio) - log_ratio).mean())
+
+
+def problem_of(proof: WeightProof, *, scores: Sequence[FloatArray], bits: int | None) -> str | None:
+    """Why an engine with these scores of the canary and these bits does not hold the version; None: it does."""
+    off = distance(scores, proof.logprobs)
+    if off > BOUND[proof.precision]:
+        return (
+            f"its log-probs of the canary are {off:.2g} nats a token from the learner's, more than "
+            f"{BOUND[proof.precision]:g} in {proof.precision}"
+        )
+    if bits is not None and bits != proof.bits:
+        return f"the bits of its weights add up to {bits:016x}, those of the version to {proof.bits:016x}"
+    return None
+
+
+def delivery_of(proof: WeightProof, *, scores: Sequence[FloatArray], bits: int | None) -> Delivery:
+    """What is told of an engine that holds the version."""
+    return Delivery(
+        canary_kl=canary_kl(scores, proof.logprobs),
+        is_told_apart=bits is not None or proof.moved > 2.0 * BOUND[proof.precision],
+    )
+
+
+def _signed(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """The same memory as a type that torch has; it is only read."""
+    return array.view(np.int16) if array.dtype == np.uint16 else array
