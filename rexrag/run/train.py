@@ -265,10 +265,13 @@ def _ray() -> Iterator[None]:
             logging_level=logging.ERROR,
             configure_logging=False,
         )
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        if address is None:
-            raise
-        raise refusal(address, first_line(error)) from error
+    except Exception as error:  # fault boundary: Ray raises bare ones, too
+        if address is not None:
+            raise refusal(address, first_line(error)) from error
+        raise RunFailure(
+            f"Ray could not be started on this machine ({first_line(error)}); where it is only busy, give the "
+            "command again"
+        ) from error
     try:
         yield
     finally:

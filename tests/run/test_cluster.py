@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import ray
 
-from rexrag.errors import ConfigError
-from rexrag.run import cluster
+from rexrag.errors import ConfigError, RunFailure
+from rexrag.run import cluster, train
 from rexrag.run.cluster import check_form, check_reachable
 
 
@@ -89,6 +89,29 @@ def test_a_trial_that_joins_lets_the_run_begin(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.timeout(120)
 def test_a_cluster_is_joined(ray_session: None) -> None:
     check_reachable(ray.get_runtime_context().gcs_address)
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "told"),
+    [
+        (
+            "10.0.0.1:6379",
+            ConfigError,
+            r"RAY_ADDRESS = 10\.0\.0\.1:6379: no Ray cluster .* \(timed out during startup\.?\)",
+        ),
+        (None, RunFailure, r"Ray could not be started on this machine \(timed out during startup\.?\)"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, kind: type[Exception], told: str
+) -> None:
+    def fail(**_: object) -> None:
+        raise Exception("timed out during startup.\nAnd much more")  # as Ray does
+
+    monkeypatch.setattr(train.ray, "init", fail)
+    monkeypatch.setattr(train, "cluster_address", lambda: address)
+    with pytest.raises(kind, match=told), train._ray():
+        pass
 
 
 def test_a_ray_of_its_own_is_not_looked_for() -> None:
