@@ -99,10 +99,12 @@ WEIGHT_MEAN: Final = _metric("weight/mean", "Mean weight w of §6 over the token
 WEIGHT_P95: Final = _metric("weight/p95", "95th percentile of w.")
 WEIGHT_MAX: Final = _metric("weight/max", "Largest w.")
 WEIGHT_ESS_TARGET: Final = _metric(
-    "weight/ess_target", "Effective sample size (Σw)²/(n·Σw²) of the targets' tokens, shares of §7b included."
+    "weight/ess_target",
+    "Effective sample size (Σw)²/(n·Σw²) of the targets' tokens; with `normalized` of A·w by its size.",
 )
 WEIGHT_ESS_PROBE: Final = _metric(
-    "weight/ess_probe", "Effective sample size (Σw)²/(n·Σw²) of the probes' tokens, shares of §7b included."
+    "weight/ess_probe",
+    "Effective sample size (Σw)²/(n·Σw²) of the probes' tokens; with `normalized` of A·w by its size.",
 )
 WEIGHT_BY_MIXTURE: Final = _metric(
     "weight/by_mixture", "Of what the rows' log-weights amount to, the share that is owed to probe mixing."

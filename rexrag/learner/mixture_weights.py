@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from rexrag.env.branch import Branch
@@ -93,15 +92,6 @@ class MixtureWeigher:
         if self._correction.weighs_trajectories:
             return self._sequences[row]
         return float(np.log(weight.astype(np.float64)).sum())
-
-    def relative_weights(self, rows: Sequence[Trajectory]) -> npt.NDArray[np.float64]:
-        """[R] w over the mean of these rows, a question's, where the shares are in the advantages; else 1."""
-        log_weights = np.array([self._sequences.get(row, 0.0) for row in rows], np.float64)
-        if self._correction.mixture != "normalized" or not np.isfinite(log_weights).any():
-            return np.ones(len(rows))
-        weights = np.exp(log_weights - log_weights.max())
-        relative: npt.NDArray[np.float64] = weights / weights.mean()
-        return relative
 
     def _log_ratio(self, row: Trajectory, tokens: TrainedTokens) -> torch.Tensor:
         """[E] log π_v/q_t of the `token` mixture."""

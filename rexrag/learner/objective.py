@@ -68,7 +68,6 @@ class Objective:
         self._is_policy = per_token(lambda row: row.tokens.is_policy)
         self._is_current = per_token(lambda row: row.tokens.policy_version == version)
         self._mixture = per_token(lambda row: row.mixture_weight)
-        self._relative = per_row(lambda row: row.relative_weight)
         self._row = torch.arange(len(rows), device=device).repeat_interleave(counts)
         self._row_log_ratio = None
         if proximal_logprob is not None:
@@ -104,7 +103,6 @@ class Objective:
                 rows=self._rows,
                 row=self._row[chunk],
                 weight=weight,
-                sample_weight=weight * self._relative[chunk],
                 pull=(weight * self._advantage[chunk]).abs(),
                 stale_ratio=log_ratio.exp(),
                 log_ratio=current - self._behavior[chunk],

@@ -33,7 +33,6 @@ class PreparedRow:
         mixture_weight: [E] w_mix.
         log_mixture: log of what all of the row owes to probe mixing, wherever it acts; −∞ where no target could have
             written it.
-        relative_weight: w_mix of the row over the mean of its question's, where it is in the advantage; else 1.
     """
 
     trajectory: Trajectory
@@ -44,7 +43,6 @@ class PreparedRow:
     advantage: float
     mixture_weight: FloatArray
     log_mixture: float
-    relative_weight: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,9 +182,8 @@ def _prepare_group(
 ) -> list[PreparedRow]:
     rows = [group.trajectories[i] for i in indices]
     advantages = _advantages(group, indices, weigher=weigher, correction=correction, loss=loss)
-    relative = weigher.relative_weights(rows)
     prepared = []
-    for i, row, advantage, share in zip(indices, rows, advantages, relative, strict=True):
+    for i, row, advantage in zip(indices, rows, advantages, strict=True):
         tokens = weigher.tokens_of(row, loss)
         weight = weigher.weights(row, tokens)
         prepared.append(
@@ -199,7 +196,6 @@ def _prepare_group(
                 advantage=float(advantage),
                 mixture_weight=weight,
                 log_mixture=weigher.log_mixture(row, weight),
-                relative_weight=float(share),
             )
         )
     return prepared

@@ -23,9 +23,8 @@ Values = npt.NDArray[np.float32]
 class TokenRecord:
     """What one chunk of trained tokens showed, all [C] and without gradient.
 
-    `row` is the index of the token's row in `rows`. `weight` is that of the loss, `sample_weight` with the row's share
-    of its question, `pull` |A·w|, `log_ratio` learner over engine, and `is_current` whether the version that wrote the
-    token is the learner's.
+    `row` is the index of the token's row in `rows`. `weight` is that of the loss, `pull` |A·w|, `log_ratio` learner
+    over engine, and `is_current` whether the version that wrote the token is the learner's.
 
     `mismatch` is NaN on tokens of an older version and on hint tokens, `kl` NaN where there is no reference or no
     KL term, `correct_logprob` NaN but on policy tokens of correct rows.
@@ -34,7 +33,6 @@ class TokenRecord:
     rows: Sequence[PreparedRow]
     row: Tensor
     weight: Tensor
-    sample_weight: Tensor
     pull: Tensor
     stale_ratio: Tensor
     log_ratio: Tensor
@@ -57,7 +55,9 @@ def effective_sample_size(weights: Values) -> float | None:
 
 def token_metrics(records: Sequence[TokenRecord], *, correction: CorrectionSettings) -> Metrics:
     """Metrics of the areas weight, loss (clip shares) and policy; None where no token has a value."""
-    weight, sample_weight = _joined(records, "weight"), _joined(records, "sample_weight")
+    weight = _joined(records, "weight")
+    # Where the shares of a question's rows are in the advantages, how many rows count is seen there alone.
+    counting = _joined(records, "pull") if correction.mixture == "normalized" else weight
     stale = _joined(records, "stale_ratio")
     is_probe = _joined(records, "is_probe").astype(bool)
     is_low_or_high = (stale < correction.low) | (stale > correction.high)
@@ -68,8 +68,8 @@ def token_metrics(records: Sequence[TokenRecord], *, correction: CorrectionSetti
         keys.WEIGHT_MEAN: _mean(weight),
         keys.WEIGHT_P95: float(np.percentile(weight, 95)) if len(weight) else None,
         keys.WEIGHT_MAX: float(weight.max()) if len(weight) else None,
-        keys.WEIGHT_ESS_TARGET: effective_sample_size(sample_weight[~is_probe]),
-        keys.WEIGHT_ESS_PROBE: effective_sample_size(sample_weight[is_probe]),
+        keys.WEIGHT_ESS_TARGET: effective_sample_size(counting[~is_probe]),
+        keys.WEIGHT_ESS_PROBE: effective_sample_size(counting[is_probe]),
         keys.WEIGHT_TRUNCATED_SHARE: _mean(stale > correction.cap) if bound == "truncate" else None,
         keys.WEIGHT_MASKED_SHARE: _mean(is_low_or_high) if bound == "mask" else None,
         keys.LOSS_CLIP_LOW_SHARE: _mean(_joined(records, "is_clipped_low")),

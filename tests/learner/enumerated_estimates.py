@@ -244,7 +244,6 @@ def prepare(row: EnumeratedRow, weigher: MixtureWeigher, loss: LossSettings, *, 
         advantage=advantage,
         mixture_weight=weigher.weights(row.trajectory, tokens),
         log_mixture=0.0,
-        relative_weight=1.0,
     )
 
 
