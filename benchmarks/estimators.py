@@ -96,10 +96,11 @@ WORLDS: Final = {
     ),
 }
 NONE: Final = ("method=paper", "correction.mixture=none")
+ESCAPE: Final = (*NONE, "probe.dead_end=group", "loss.preserve=1", "loss.preserve_knee=0.5")
 HINT_FREE: Final = ("probe.transfer=hint_free", "probe.filter=none")
 HALF: Final = "optimizer.learning_rate=2e-4"
 METHODS: Final[dict[str, tuple[str, ...]]] = {
-    "escape": ("method=escape",),
+    "escape": ESCAPE,
     "none": NONE,
     "paper": ("method=paper",),
     "grpo": ("method=grpo",),
@@ -108,12 +109,12 @@ METHODS: Final[dict[str, tuple[str, ...]]] = {
     "fork without a hint": (*NONE, "probe.filter=none", "probe.hints={folder}/no-hint.txt"),
     "exact": ("method=exact",),
     "exact, hint-free": ("method=exact", "probe.transfer=hint_free"),
-    "hint-free, preserving": ("method=escape", *PLAIN, *HINT_FREE),
+    "hint-free, preserving": (*ESCAPE, *PLAIN, *HINT_FREE),
     "paper, preserving": ("method=paper", *PLAIN),
     "grpo, preserving": ("method=grpo", *PLAIN),
     "none, baseline target": (*NONE, "loss.baseline=target"),
-    "escape, plain penalty": ("method=escape", *PLAIN),
-    "escape, each dead rollout": ("method=escape", *PLAIN, "probe.dead_end=rollout"),
+    "escape, plain penalty": (*ESCAPE, *PLAIN),
+    "escape, each dead rollout": (*ESCAPE, *PLAIN, "probe.dead_end=rollout"),
     "none, half the learning rate": (*NONE, HALF),
     "paper, half the learning rate": ("method=paper", HALF),
     "grpo, half the learning rate": ("method=grpo", HALF),

@@ -114,7 +114,7 @@ class ProbeConfig(Section):
         "hinted", description="Probes are trained with their hint in the context, or as if it had not been there."
     )
     dead_end: Literal["rollout", "group"] = Field(
-        "group",
+        "rollout",
         description="Probes fork from each failed rollout the moment it fails, or from those of a question whose "
         "targets all failed.",
     )
@@ -122,14 +122,14 @@ class ProbeConfig(Section):
         "answer", description="Fork before the failed action's tag, or at the start of its turn."
     )
     filter: Literal["hint_logprob", "none"] = Field(
-        "hint_logprob", description="Keep the probes whose hints the policy finds likeliest, or all."
+        "none", description="Keep the probes whose hints the policy finds likeliest, or all."
     )
     hints: Path | None = Field(None, description="File of exploration hints, one a line; None: the built-in pool.")
 
 
 class CorrectionConfig(Section):
     mixture: Literal["token", "sequence", "normalized", "none"] = Field(
-        "none",
+        "normalized",
         description="Weights for probe mixing: the paper's per token, the exact ones per trajectory, these as shares "
         "of their question's in the advantage, or none.",
     )
@@ -150,7 +150,7 @@ class LossConfig(Section):
     dual_clip: float = Field(3.0, gt=1, description="Bound of the loss for negative advantages.")
     kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference model; 0 loads none.")
     train_hints: bool = Field(True, description="Hint tokens carry loss.")
-    train_prefix: bool = Field(False, description="A probe's prefix carries loss too, beside its parent's.")
+    train_prefix: bool = Field(True, description="A probe's prefix carries loss too, beside its parent's.")
     preserve: float = Field(
         1.0,
         ge=0,
@@ -259,8 +259,8 @@ class PrepareConfig(Section):
 class Config(Section):
     """All settings of a run."""
 
-    method: Literal["grpo", "maxrl", "paper", "exact", "escape", "rex"] = Field(
-        "escape", description="Vetted set of switches; single keys override it."
+    method: Literal["grpo", "maxrl", "paper", "exact", "rex"] = Field(
+        "rex", description="Vetted set of switches; single keys override it."
     )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

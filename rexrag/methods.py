@@ -28,13 +28,6 @@ METHODS: Final[dict[str, dict[str, object]]] = {
     "maxrl": _MAXRL,
     "paper": _PAPER,
     "exact": {**_MAXRL, "probe.rate": 0.5, "correction.mixture": "sequence", "loss.baseline": "loo"},
-    "escape": {
-        **_PAPER,
-        "probe.dead_end": "group",
-        "correction.mixture": "none",
-        "loss.preserve": 1.0,
-        "loss.preserve_knee": 0.5,
-    },
     "rex": {**_MAXRL, "probe.rate": 0.5, "loss.preserve": 1.0, "loss.preserve_knee": 0.5},
 }
 """What `method` stands for: dotted key -> value."""
@@ -44,7 +37,6 @@ METHOD_ADVICE: Final = {
     "maxrl": "Maximum-likelihood RL, no probes: as GRPO, with more weight on questions that are seldom right.",
     "paper": "REX-RAG as published: to compare with it.",
     "exact": "Weights that give the on-policy gradient of the reward: where its bias matters more than a dead end.",
-    "escape": "Probes at full weight, and what was right is kept: out of dead ends, without a correction.",
-    "rex": "Probes corrected for, towards the likelihood of being right, and what was right is kept: if in doubt.",
+    "rex": "Probes corrected for, towards the likelihood of being right, and what was right is kept: in all other cases.",
 }
 """When to take which method."""

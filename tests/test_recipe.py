@@ -155,7 +155,7 @@ def test_a_folder_of_data_is_found_out_before_a_run(tmp_path: Path) -> None:
         ("correction.mixture=trajectory", ["correction.mixture", "'token', 'sequence', 'normalized' or 'none'"]),
         ("loss.preserve=-1", ["loss.preserve = -1", "greater than or equal to 0"]),
         ("weights.inflight=drop", ["weights.inflight", "'keep' or 'recompute'"]),
-        ("method=dapo", ["method", "'grpo', 'maxrl', 'paper', 'exact', 'escape' or 'rex'"]),
+        ("method=dapo", ["method", "'grpo', 'maxrl', 'paper', 'exact' or 'rex'"]),
     ],
 )
 def test_values_out_of_bounds_are_explained(tmp_path: Path, word: str, parts: list[str]) -> None:
@@ -182,9 +182,9 @@ def test_values_out_of_bounds_are_explained(tmp_path: Path, word: str, parts: li
         ),
         (["prepare.index=bm25"], "prepare.index"),
         (["replay.refill=true", "loss.preserve=1"], "loss.preserve = 1.0"),
-        (["probe.transfer=hint_free"], 'probe.filter = "hint_logprob"'),
-        (["correction.mixture=sequence", "loss.train_prefix=true"], "probe.filter = 'hint_logprob'"),
-        (["correction.mixture=sequence", "probe.filter=none"], "loss.train_prefix = False"),
+        (["probe.transfer=hint_free", "method=paper"], 'probe.filter = "hint_logprob"'),
+        (["method=paper", "correction.mixture=sequence", "loss.train_prefix=true"], "probe.filter = 'hint_logprob'"),
+        (["method=paper", "correction.mixture=sequence", "probe.filter=none"], "loss.train_prefix = False"),
         (["correction.mixture=sequence", "probe.dead_end=group"], "probe.dead_end = 'group'"),
         (["correction.mixture=sequence", "loss.train_hints=false"], "loss.train_hints = False"),
         (["prepare.warmstart=true", "prepare.world=geo"], "prepare.warmstart: needs prepare.model"),
@@ -208,7 +208,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     [
         ("reward.kind=em + format", "reward.kind", "em + format"),
         ('reward.kind="f1"', "reward.kind", "f1"),
-        ("loss.train_hints=false", "loss.train_hints", False),
+        ("data.skip_bad_rows=true", "data.skip_bad_rows", True),
         ("prepare.world_size={train = 9}", "prepare.world_size", {"train": 9}),
         ("env.system_prompt=a = b\nc = 1", "env.system_prompt", "a = b\nc = 1"),
         ("eval={every = 3}", "eval.every", 3),

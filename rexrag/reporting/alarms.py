@@ -55,7 +55,7 @@ RULES: Final = (
         is_upper=False,
         advice="the effective sample size of the probes is {value:.2f}, below {bound}: few tokens carry their "
         "gradient. Lower replay.max_staleness or optimizer.learning_rate; where that of the targets is not low, the "
-        'hints are too unlikely for these weights: take method = "escape"',
+        'hints are too unlikely for these weights: take method = "rex"',
     ),
     Rule(
         key=keys.WARNING_TRUNCATION,

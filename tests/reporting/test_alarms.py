@@ -9,7 +9,7 @@ from rexrag.reporting.alarms import Alarms
 @pytest.mark.parametrize(
     ("key", "fine", "bad", "warning", "advice"),
     [
-        (keys.WEIGHT_ESS_PROBE, 0.11, 0.09, keys.WARNING_ESS, 'method = "escape"'),
+        (keys.WEIGHT_ESS_PROBE, 0.11, 0.09, keys.WARNING_ESS, 'method = "rex"'),
         (keys.WEIGHT_ESS_TARGET, 0.11, 0.09, keys.WARNING_ESS, "replay.max_staleness"),
         (keys.WEIGHT_TRUNCATED_SHARE, 0.1, 0.11, keys.WARNING_TRUNCATION, "replay.max_staleness"),
         (keys.TARGET_REFLECT_RATE, 0.2, 0.21, keys.WARNING_REFLECTING, "hint_free"),
