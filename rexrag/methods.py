@@ -37,6 +37,6 @@ METHOD_ADVICE: Final = {
     "maxrl": "Maximum-likelihood RL, no probes: as GRPO, with more weight on questions that are seldom right.",
     "paper": "REX-RAG as published: to compare with it.",
     "exact": "Weights that give the on-policy gradient of the reward: where its bias matters more than a dead end.",
-    "rex": "Probes corrected for, towards the likelihood of being right, and what was right is kept: in all other cases.",
+    "rex": "Probes corrected for, towards the likelihood of being right, and what was right is kept: in doubt this.",
 }
 """When to take which method."""

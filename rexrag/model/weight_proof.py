@@ -31,7 +31,9 @@ BOUND: Final[Mapping[Precision, float]] = {"float32": 1e-3, "bfloat16": 0.1}
 """Mean distance of log-probs, nats per token, up to which engine and learner compute the same. In float32 they are
 some 1e−6 apart, in bfloat16 some 1e−2; a head or a layer of another version is mostly beyond."""
 
-_WORD: Final = {4: torch.int32, 2: torch.int16}
+_SIGNED: Final = {4: torch.int32, 2: torch.int16}
+_UNSIGNED: Final = {4: np.uint32, 2: np.uint16}
+"""By bytes of an entry; torch adds up no unsigned numbers, and numpy does it ten times as fast on a CPU."""
 _MODULUS: Final = 1 << 64
 
 
@@ -87,14 +89,19 @@ def canary_of(prompts: Sequence[Sequence[int]]) -> Canary:
 
 def bit_sum(arrays: Iterable[npt.NDArray[np.generic] | Tensor]) -> int:
     """Sum of the raw bits of all entries, each as an unsigned number of its size, modulo 2⁶⁴."""
-    total = 0
-    for array in arrays:
-        tensor = array if isinstance(array, Tensor) else torch.from_numpy(_signed(array))
-        words = tensor.detach().contiguous().view(_WORD[tensor.element_size()])
-        # Signed words differ from unsigned ones by 2³² or 2¹⁶ for each that is negative.
-        num_negative = int((words < 0).sum())
-        total += int(words.sum(dtype=torch.int64)) + num_negative * (1 << (8 * tensor.element_size()))
-    return total % _MODULUS
+    return sum(_bit_sum_of(array) for array in arrays) % _MODULUS
+
+
+def _bit_sum_of(array: npt.NDArray[np.generic] | Tensor) -> int:
+    if isinstance(array, Tensor):
+        words = array.detach().contiguous().view(_SIGNED[array.element_size()])
+        if words.device.type != "cpu":
+            # Signed words differ from unsigned ones by 2³² or 2¹⁶ for each that is negative.
+            num_negative = int((words < 0).sum())
+            return int(words.sum(dtype=torch.int64)) + num_negative * (1 << (8 * words.element_size()))
+        array = words.numpy()
+    unsigned = np.ascontiguousarray(array).view(_UNSIGNED[array.itemsize])
+    return int(unsigned.sum(dtype=np.uint64))
 
 
 def distance(one: Sequence[FloatArray], other: Sequence[FloatArray]) -> float:
@@ -128,8 +135,3 @@ def delivery_of(proof: WeightProof, *, scores: Sequence[FloatArray], bits: int |
         canary_kl=canary_kl(scores, proof.logprobs),
         is_told_apart=bits is not None or proof.moved > 2.0 * BOUND[proof.precision],
     )
-
-
-def _signed(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """The same memory as a type that torch has; it is only read."""
-    return array.view(np.int16) if array.dtype == np.uint16 else array
