@@ -216,6 +216,16 @@ def test_tables_of_the_study_are_those_of_its_figures() -> None:
     assert quick_start in (DOCS / "results.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_the_corrected_method_is_that_of_its_figures() -> None:
+    script = ROOT / "benchmarks" / "estimators_tables.py"
+    figures = ROOT / "benchmarks" / "results" / "likelihood.json"
+    made = subprocess.run(
+        [sys.executable, script, "--figures", figures], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    (table,) = [part for part in made.split("\n\n") if part.startswith("| P(going on) | method")]
+    assert table in (DOCS / "estimators.md").read_text(encoding="utf-8")
+
+
 def test_the_section_on_faults_is_that_of_its_figures() -> None:
     section = runpy.run_path(str(ROOT / "benchmarks" / "chaos_table.py"))["section"]
     figures = ROOT / "benchmarks" / "results" / "chaos.json"
