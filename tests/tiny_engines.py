@@ -22,12 +22,12 @@ EOS_ID = 100
 V0 = WeightVersion(incarnation="a", step=0)
 V1 = WeightVersion(incarnation="a", step=1)
 
+_NUM_HEADS = 6
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
-    "num_attention_heads": 6,
+    "num_attention_heads": _NUM_HEADS,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
     "initializer_range": 0.3,
@@ -41,18 +41,20 @@ _LLAMA3_ROPE = {
 }  # fmt: skip
 
 
-def make_model(name: str, *, seed: int = 0) -> PreTrainedModel:
+def make_model(name: str, *, seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
+    """`head_dim`: vLLM's attention on CPUs has none below 32."""
+    sizes: dict[str, Any] = {**_SIZES, "hidden_size": _NUM_HEADS * head_dim}
     if name == "llama":
-        config: PreTrainedConfig = LlamaConfig(**_SIZES, tie_word_embeddings=True)
+        config: PreTrainedConfig = LlamaConfig(**sizes, tie_word_embeddings=True)
     elif name == "llama-untied-biased-llama3rope":
         config = LlamaConfig(
-            **_SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3_ROPE
+            **sizes, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3_ROPE
         )
     elif name == "qwen2":
-        config = Qwen2Config(**_SIZES, tie_word_embeddings=True)
+        config = Qwen2Config(**sizes, tie_word_embeddings=True)
     else:
         assert name == "qwen3"
-        config = Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False)
+        config = Qwen3Config(**sizes, head_dim=2 * head_dim, tie_word_embeddings=False)
     model = build(config, seed=seed)
     with torch.no_grad():  # biases and norms start at constants, which would hide that they are not used
         for parameter in model.parameters():
