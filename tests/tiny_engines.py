@@ -30,7 +30,6 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": _NUM_HEADS,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
-    "initializer_range": 0.3,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -43,7 +42,10 @@ _LLAMA3_ROPE = {
 
 def make_model(name: str, *, seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
     """`head_dim`: vLLM's attention on CPUs has none below 32."""
-    sizes: dict[str, Any] = {**_SIZES, "hidden_size": _NUM_HEADS * head_dim}
+    # Wider models would have larger logits, and those a coarser float32.
+    sizes: dict[str, Any] = {
+        **_SIZES, "hidden_size": _NUM_HEADS * head_dim, "initializer_range": 0.3 * (8 / head_dim)
+    }  # fmt: skip
     if name == "llama":
         config: PreTrainedConfig = LlamaConfig(**sizes, tie_word_embeddings=True)
     elif name == "llama-untied-biased-llama3rope":

@@ -129,9 +129,7 @@ class TorchEngine:
             EngineClosedError: the engine is closed, or was before the end.
             EnginePassError: the pass that computed it failed, for all its requests.
         """
-        check_request(
-            request, max_length=self._settings.max_length, vocab_size=self._pass.weights.shape.vocab_size
-        )
+        check_request(request, max_length=self._settings.max_length, vocab_size=self._pass.weights.shape.vocab_size)
         if self._closed:
             raise EngineClosedError("the engine is closed")
         sequence = LiveSequence.of(request)

