@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from plain_settings import torch_engine_settings
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from rexrag.engine.protocol import GenerateRequest, Generation
+from rexrag.engine.protocol import GenerateRequest, Generation, TokenText
 from rexrag.engine.torch_engine import TorchEngine
+from rexrag.engine.vllm_engine import VllmEngine, VllmEngineSettings
+from rexrag.engine.vllm_environment import installed_for
 from rexrag.model.loading import Device
 from rexrag.types import WeightVersion
+
+needs_vllm = pytest.mark.skipif(
+    installed_for() != "cpu", reason="needs vLLM for CPUs: `make test-vllm` runs it in .venv-vllm"
+)
 
 VOCAB_SIZE = 101
 EOS_ID = 100
@@ -101,6 +109,29 @@ def make_engine(
         device=device,
     )
     return TorchEngine(model, settings=settings, codec=Letters(frozenset()) if endless else Letters(), version=V0)
+
+
+def make_vllm_engine(
+    model: PreTrainedModel,
+    *,
+    folder: Path,
+    codec: TokenText,
+    max_sequences: int = 8,
+    max_length: int = 128,
+    inflight: Literal["keep", "recompute"] = "keep",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> VllmEngine:
+    model.save_pretrained(folder)
+    settings = VllmEngineSettings(
+        max_sequences=max_sequences,
+        max_length=max_length,
+        dtype=dtype,
+        inflight=inflight,
+        num_threads=1,
+        device="cpu",
+        gpu_share=0.0,
+    )
+    return VllmEngine(folder, settings=settings, codec=codec, version=V0)
 
 
 async def generate_all(engine: TorchEngine, *requests: GenerateRequest) -> list[Generation]:
