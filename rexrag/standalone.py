@@ -42,6 +42,7 @@ def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
     values = {
         **flatten(config),
         "model.path": str(path),
+        "rollout.engine": "auto",  # the run's own may not be installed here
         "rollout.num_gpus": float(torch.cuda.is_available()),
         "retriever.kind": "http" if served else "bm25",
         "retriever.url": index if served else None,

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from plain_settings import torch_engine_settings
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from rexrag.engine.protocol import GenerateRequest, Generation
+from rexrag.engine.protocol import GenerateRequest, Generation, TokenText
 from rexrag.engine.torch_engine import TorchEngine
+from rexrag.engine.vllm_engine import VllmEngine
+from rexrag.engine.vllm_environment import installed_for
+from rexrag.engine.vllm_settings import VllmEngineSettings
 from rexrag.model.loading import Device
 from rexrag.types import WeightVersion
+
+needs_vllm = pytest.mark.skipif(
+    installed_for() != "cpu", reason="needs vLLM for CPUs: `make test-vllm` runs it in .venv-vllm"
+)
 
 VOCAB_SIZE = 101
 EOS_ID = 100
 V0 = WeightVersion(incarnation="a", step=0)
 V1 = WeightVersion(incarnation="a", step=1)
 
+_NUM_HEADS = 6
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 48,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
-    "num_attention_heads": 6,
+    "num_attention_heads": _NUM_HEADS,
     "num_key_value_heads": 2,
     "max_position_embeddings": 1024,
-    "initializer_range": 0.3,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
@@ -41,18 +49,23 @@ _LLAMA3_ROPE = {
 }  # fmt: skip
 
 
-def make_model(name: str, *, seed: int = 0) -> PreTrainedModel:
+def make_model(name: str, *, seed: int = 0, head_dim: int = 8) -> PreTrainedModel:
+    """`head_dim`: vLLM's attention on CPUs has none below 32."""
+    # Wider models would have larger logits, and those a coarser float32.
+    sizes: dict[str, Any] = {
+        **_SIZES, "hidden_size": _NUM_HEADS * head_dim, "initializer_range": 0.3 * (8 / head_dim)
+    }  # fmt: skip
     if name == "llama":
-        config: PreTrainedConfig = LlamaConfig(**_SIZES, tie_word_embeddings=True)
+        config: PreTrainedConfig = LlamaConfig(**sizes, tie_word_embeddings=True)
     elif name == "llama-untied-biased-llama3rope":
         config = LlamaConfig(
-            **_SIZES, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3_ROPE
+            **sizes, tie_word_embeddings=False, attention_bias=True, mlp_bias=True, rope_parameters=_LLAMA3_ROPE
         )
     elif name == "qwen2":
-        config = Qwen2Config(**_SIZES, tie_word_embeddings=True)
+        config = Qwen2Config(**sizes, tie_word_embeddings=True)
     else:
         assert name == "qwen3"
-        config = Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=False)
+        config = Qwen3Config(**sizes, head_dim=2 * head_dim, tie_word_embeddings=False)
     model = build(config, seed=seed)
     with torch.no_grad():  # biases and norms start at constants, which would hide that they are not used
         for parameter in model.parameters():
@@ -97,6 +110,29 @@ def make_engine(
         device=device,
     )
     return TorchEngine(model, settings=settings, codec=Letters(frozenset()) if endless else Letters(), version=V0)
+
+
+def make_vllm_engine(
+    model: PreTrainedModel,
+    *,
+    folder: Path,
+    codec: TokenText,
+    max_sequences: int = 8,
+    max_length: int = 128,
+    inflight: Literal["keep", "recompute"] = "keep",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> VllmEngine:
+    model.save_pretrained(folder)
+    settings = VllmEngineSettings(
+        max_sequences=max_sequences,
+        max_length=max_length,
+        dtype=dtype,
+        inflight=inflight,
+        num_threads=1,
+        device="cpu",
+        gpu_share=0.0,
+    )
+    return VllmEngine(folder, settings=settings, codec=codec, version=V0)
 
 
 async def generate_all(engine: TorchEngine, *requests: GenerateRequest) -> list[Generation]:

@@ -9,9 +9,14 @@ from typing import Literal
 from rexrag.actors.episode import EpisodeParts, EpisodeSettings
 from rexrag.actors.runner import EpisodeRunner
 from rexrag.actors.scoring import Scorer
+from rexrag.engine.protocol import Engine
 from rexrag.engine.torch_engine import TorchEngine, TorchEngineSettings
+from rexrag.engine.vllm_engine import VllmEngine
+from rexrag.engine.vllm_settings import VllmEngineSettings
+from rexrag.env.codec import Codec
 from rexrag.hints import HintPool, load_hints
 from rexrag.model.checks import load_codec
+from rexrag.model.fetching import resolve_model
 from rexrag.model.loading import Device, fastest_dtype, load_model
 from rexrag.retrieval.open import open_retriever
 from rexrag.reward import load_reward
@@ -24,9 +29,11 @@ class RolloutSettings:
 
     model_path: str
     episodes: EpisodeSettings
+    engine: Literal["torch", "vllm"]
     num_sequences: int
     dtype: Literal["auto", "float32", "bfloat16"]
     device: Device
+    gpu_share: float
     inflight: Literal["keep", "recompute"]
     num_threads: int
     retriever_kind: Literal["bm25", "http"]
@@ -48,25 +55,12 @@ def longest_sequence(episodes: EpisodeSettings, hints: HintPool) -> int:
     return episodes.max_trajectory_tokens + extra
 
 
-def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[EpisodeRunner, TorchEngine]:
+def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[EpisodeRunner, Engine]:
     """The runner and its engine, whose weights are those of the model folder, called `version`."""
     codec = load_codec(settings.model_path)
-    dtype = fastest_dtype(settings.device) if settings.dtype == "auto" else settings.dtype
     episodes = settings.episodes
     hints = load_hints(settings.hints_file, codec=codec, removable=episodes.scored != "none")
-    engine = TorchEngine(
-        load_model(settings.model_path, dtype=dtype),
-        settings=TorchEngineSettings(
-            max_sequences=settings.num_sequences + 1,  # the canary of new weights waits for no episode
-            max_length=longest_sequence(episodes, hints),
-            dtype=dtype,
-            inflight=settings.inflight,
-            num_threads=settings.num_threads,
-            device=settings.device,
-        ),
-        codec=codec,
-        version=version,
-    )
+    engine = _build_engine(settings, codec=codec, max_length=longest_sequence(episodes, hints), version=version)
     retriever = open_retriever(
         settings.retriever_kind,
         path=settings.retriever_path,
@@ -86,3 +80,36 @@ def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[
         settings=episodes,
     )
     return EpisodeRunner(parts), engine
+
+
+def _build_engine(settings: RolloutSettings, *, codec: Codec, max_length: int, version: WeightVersion) -> Engine:
+    dtype = fastest_dtype(settings.device) if settings.dtype == "auto" else settings.dtype
+    num_sequences = settings.num_sequences + 1  # the canary of new weights waits for no episode
+    if settings.engine == "vllm":
+        return VllmEngine(
+            resolve_model(settings.model_path),
+            settings=VllmEngineSettings(
+                max_sequences=num_sequences,
+                max_length=max_length,
+                dtype=dtype,
+                inflight=settings.inflight,
+                num_threads=settings.num_threads,
+                device=settings.device,
+                gpu_share=settings.gpu_share,
+            ),
+            codec=codec,
+            version=version,
+        )
+    return TorchEngine(
+        load_model(settings.model_path, dtype=dtype),
+        settings=TorchEngineSettings(
+            max_sequences=num_sequences,
+            max_length=max_length,
+            dtype=dtype,
+            inflight=settings.inflight,
+            num_threads=settings.num_threads,
+            device=settings.device,
+        ),
+        codec=codec,
+        version=version,
+    )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rexrag.engine.packed_linear import PackedLinear
+from rexrag.engine.weight_arrays import as_tensor, check_arrays
 from rexrag.errors import ModelError
 from rexrag.model.supported import check_context, check_supported
 from rexrag.model.weight_proof import bit_sum
@@ -98,17 +99,7 @@ class LlamaWeights:
         Raises:
             ValueError: a name is missing or unknown, or an array has another shape or type.
         """
-        if missing := self._sizes.keys() - weights.keys():
-            raise ValueError(f"{len(missing)} of {len(self._sizes)} weights are missing, such as {min(missing)}")
-        if unknown := weights.keys() - self._sizes.keys():
-            raise ValueError(f"{len(unknown)} weights are unknown, such as {min(unknown)}")
-        for name, array in weights.items():
-            if array.shape != self._sizes[name]:
-                raise ValueError(f"weight {name} has shape {array.shape}, the model has {self._sizes[name]}")
-            if array.dtype not in (np.float32, np.uint16):
-                raise ValueError(
-                    f"weight {name} is {array.dtype}, expected float32, or uint16 with the bits of bfloat16"
-                )
+        check_arrays(weights, sizes=self._sizes)
 
     def load(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
         """Overwrite all weights with arrays that `check` accepts; they may be read-only."""
@@ -173,9 +164,7 @@ def _copy(target: Tensor, source: npt.NDArray[np.generic] | Tensor) -> None:
     elif source.dtype == np.float32 and target.dtype is torch.float32 and target.device.type == "cpu":
         np.copyto(target.numpy(), source)
     else:
-        staged = torch.empty(source.shape, dtype=torch.float32 if source.dtype == np.float32 else torch.uint16)
-        np.copyto(staged.numpy(), source)
-        target.copy_(staged if source.dtype == np.float32 else staged.view(torch.bfloat16))
+        target.copy_(as_tensor(source))
 
 
 def _shape(config: PreTrainedConfig) -> LlamaShape:

@@ -9,9 +9,23 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from rexrag.errors import RexragError
 from rexrag.types import WeightVersion
 
 Finish = Literal["stop", "eos", "length"]
+
+
+class EngineClosedError(RexragError):
+    """The engine was closed before the generation ended."""
+
+
+class TokenText(Protocol):
+    """What an engine needs of a tokenizer."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+    def decode(self, ids: Sequence[int], /) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +69,14 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """Counters since the engine's start; rates are differences of two of them."""
+    """Counters since the engine's start; rates are differences of two of them.
+
+    Attributes:
+        running, waiting: requests at the moment.
+        forward_s: seconds spent in passes.
+        cache_use: share of the key-value cache that running sequences hold, 0 to 1.
+        preemptions: times that a running sequence lost its cache for want of room, or to new weights.
+    """
 
     sampled_tokens: int
     prefilled_tokens: int
@@ -63,6 +84,8 @@ class EngineStats:
     running: int
     waiting: int
     forward_s: float
+    cache_use: float = 0.0
+    preemptions: int = 0
 
 
 class Engine(Protocol):

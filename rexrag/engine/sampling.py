@@ -26,10 +26,15 @@ def counter_uniforms(seeds: Sequence[int], counters: Sequence[int]) -> npt.NDArr
 
     Zero would draw the first token however unlikely it is: the 2^52 values are midpoints.
     """
+    bits = counter_bits(seeds, counters)
+    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def counter_bits(seeds: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """[M] 64 random bits, a function of their (seed, counter) alone: streams of splitmix64."""
     seed = np.array([value & _MASK for value in seeds], dtype=np.uint64)
     counter = np.array(counters, dtype=np.uint64)
-    bits = _mix(_mix(seed + _GOLDEN) + (counter + np.uint64(1)) * _GOLDEN)
-    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return _mix(_mix(seed + _GOLDEN) + (counter + np.uint64(1)) * _GOLDEN)
 
 
 def _mix(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -17,21 +17,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from rexrag.engine.model_pass import ModelPass, Outcome
-from rexrag.engine.protocol import EngineStats, Finish, GenerateRequest, Generation
+from rexrag.engine.protocol import (
+    EngineClosedError,
+    EngineStats,
+    Finish,
+    GenerateRequest,
+    Generation,
+    TokenText,
+)
+from rexrag.engine.requests import Endings, check_request
 from rexrag.engine.scheduler import LiveSequence, Scheduler
-from rexrag.engine.stops import StopFinder
-from rexrag.errors import EnginePassError, RexragError, counted
+from rexrag.errors import EnginePassError
 from rexrag.model.loading import Device
 from rexrag.types import WeightVersion
 
@@ -48,19 +55,6 @@ LOG = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class EngineClosedError(RexragError):
-    """The engine was closed before the generation ended."""
-
-
-class TokenText(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    @property
-    def eos_ids(self) -> frozenset[int]: ...
-
-    def decode(self, ids: Sequence[int], /) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +95,8 @@ class TorchEngine:
             ModelError: the architecture is not supported, or the model's context is shorter than `max_length`.
         """
         self._settings = settings
-        self._codec = codec
         self._version = version
-        self._stops = StopFinder(codec.decode)
+        self._endings = Endings(codec)
         self._scheduler = Scheduler(num_slots=settings.max_sequences, prefill_tokens=_PREFILL_TOKENS[settings.device])
         self._pass = ModelPass(
             model,
@@ -136,7 +129,7 @@ class TorchEngine:
             EngineClosedError: the engine is closed, or was before the end.
             EnginePassError: the pass that computed it failed, for all its requests.
         """
-        self._check_request(request)
+        check_request(request, max_length=self._settings.max_length, vocab_size=self._pass.weights.shape.vocab_size)
         if self._closed:
             raise EngineClosedError("the engine is closed")
         sequence = LiveSequence.of(request)
@@ -188,6 +181,7 @@ class TorchEngine:
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
             forward_s=self._pass.forward_s,
+            cache_use=self._scheduler.num_running / self._settings.max_sequences,
         )
 
     async def close(self) -> None:
@@ -237,7 +231,7 @@ class TorchEngine:
         sequence.logprobs.append(outcome.logprob)
         sequence.versions.append(step)
         self._sampled_tokens += 1
-        finish = self._finish_of(sequence)
+        finish = self._endings.finish_of(sequence.sampled_ids, request=sequence.request)
         if finish is None:
             return
         self._scheduler.finish(sequence)
@@ -247,31 +241,6 @@ class TorchEngine:
 
     async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, partial(function, *args, **kwargs))
-
-    def _finish_of(self, sequence: LiveSequence) -> Finish | None:
-        request = sequence.request
-        sampled = sequence.sampled_ids
-        if sampled[-1] in self._codec.eos_ids:
-            return "eos"
-        if request.stop and self._stops.completes(sampled, request.stop):
-            return "stop"
-        return "length" if len(sampled) == request.max_tokens else None
-
-    def _check_request(self, request: GenerateRequest) -> None:
-        length, bound = len(request.prompt_ids), self._settings.max_length
-        if not length:
-            raise ValueError("prompt_ids is empty; a generation needs at least one token")
-        if request.max_tokens < 1:
-            raise ValueError(f"max_tokens is {request.max_tokens}, it must be at least 1")
-        if length + request.max_tokens > bound:
-            raise ValueError(
-                f"{counted(length, 'prompt token')} and max_tokens {request.max_tokens} exceed max_length {bound}"
-            )
-        vocab_size = self._pass.weights.shape.vocab_size
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocab_size:
-            raise ValueError(f"prompt_ids has a token outside [0, {vocab_size})")
-        if request.score_from is not None and not 1 <= request.score_from <= length:
-            raise ValueError(f"score_from {request.score_from} is outside [1, {length}]; the first token has no score")
 
     def _drop_cancelled(self) -> None:
         for sequence in [sequence for sequence, future in self._futures.items() if future.done()]:

@@ -20,6 +20,7 @@ from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
 from rexrag.model.loading import Device, fastest_dtype
 from rexrag.run.controller import LoopSettings
+from rexrag.run.engine_choice import choose_engine
 from rexrag.types import Question
 
 if TYPE_CHECKING:
@@ -164,9 +165,11 @@ def rollout_settings(
     return RolloutSettings(
         model_path=model_path,
         episodes=episode_settings(config),
+        engine=choose_engine(config).engine,
         num_sequences=config.rollout.episodes_per_actor,
         dtype=config.rollout.dtype,
         device=device_of(config.rollout.num_gpus),
+        gpu_share=config.rollout.num_gpus,
         inflight=config.weights.inflight,
         num_threads=num_threads,
         retriever_kind=retriever.kind,

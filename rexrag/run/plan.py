@@ -41,6 +41,7 @@ FREE: Final = (
     "retriever.url",
     "retriever.timeout_s",
     "retriever.max_retries",
+    "rollout.engine",
     "rollout.num_actors",
     "rollout.threads_per_actor",
     "rollout.episodes_per_actor",

@@ -23,6 +23,7 @@ from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import BufferPosition
 from rexrag.config import Config
 from rexrag.data.questions import load_questions
+from rexrag.engine.vllm_settings import check_head_size
 from rexrag.errors import ConfigError, Interrupted, RexragError, RunFailure, first_line
 from rexrag.files import write_atomic
 from rexrag.hints import HintPool, load_hints
@@ -39,6 +40,7 @@ from rexrag.retrieval.open import open_target
 from rexrag.reward import is_user_reward, load_reward, try_reward
 from rexrag.run.cluster import check_reachable, cluster_address, refusal
 from rexrag.run.controller import Controller
+from rexrag.run.engine_choice import choose_engine
 from rexrag.run.fleet import Fleet
 from rexrag.run.identity import first_step_of, note_precision
 from rexrag.run.limits import canary_prompts, check_limits
@@ -87,6 +89,7 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
     with StopSignal().installed() as stop:
         num_cores = os.cpu_count() or 1
         check_reachable(cluster_address())
+        choose_engine(config)
         if cluster_address() is None:
             # What a cluster has Ray will say; GPUs that this machine lacks are told before `[prepare]` takes minutes.
             plan_layout(config, num_cores=num_cores, node_cores=num_cores, num_gpus=torch.cuda.device_count())
@@ -207,6 +210,8 @@ def read_inputs(request: TrainRequest) -> Inputs:
     model_path = str(request.checkpoint) if request.checkpoint is not None else config.model.path
     assert model_path is not None, "the recipe was checked: a run has a model"
     model = check_model(model_path)
+    if choose_engine(config).engine == "vllm":
+        check_head_size(model.config, device=device_of(config.rollout.num_gpus))
     hints = load_hints(config.probe.hints, codec=model.codec, removable=config.probe.transfer == "hint_free")
     if hints.has_empty and config.correction.mixture != "none":
         raise ConfigError(

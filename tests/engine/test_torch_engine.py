@@ -24,8 +24,8 @@ from tiny_engines import (
 )
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from rexrag.engine.protocol import GenerateRequest
-from rexrag.engine.torch_engine import EngineClosedError, TorchEngine
+from rexrag.engine.protocol import EngineClosedError, GenerateRequest
+from rexrag.engine.torch_engine import TorchEngine
 from rexrag.errors import EnginePassError, ModelError
 from rexrag.model.loading import fastest_dtype
 

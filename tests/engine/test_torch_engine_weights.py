@@ -12,8 +12,8 @@ import torch
 from tiny_engines import V0, V1, make_engine, make_model, prompt, reference_of, weights_of
 from transformers import DynamicCache, PreTrainedModel
 
-from rexrag.engine.protocol import GenerateRequest, Generation
-from rexrag.engine.torch_engine import EngineClosedError, TorchEngine
+from rexrag.engine.protocol import EngineClosedError, GenerateRequest, Generation
+from rexrag.engine.torch_engine import TorchEngine
 
 OLD, NEW = 0, 1
 

@@ -1,0 +1,106 @@
+"""Settings of the engine over vLLM, and what follows from them for a model: memory, shapes, limits."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from rexrag.engine.vllm_types import CoreSettings
+from rexrag.errors import ModelError, first_line
+from rexrag.model.loading import Device
+
+CPU_HEAD_SIZES: Final = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head sizes for which vLLM has an attention on CPUs; it says so only at the first pass."""
+
+_PREFILL_TOKENS: Final = {"cpu": 512, "cuda": 4096}
+"""Most tokens of one pass: large enough for full speed, small enough that decoding goes on, and the bound of the rows
+of log-probs over the vocabulary that a request for scores makes."""
+
+_CACHE_SHARE: Final = 4
+"""On CPUs the key-value cache is at most this part of the machine's memory."""
+
+_GPU_MARGIN: Final = 0.9
+"""Part of its share of a GPU that vLLM may plan with: the CUDA context and fragments come on top."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmEngineSettings:
+    """
+    Attributes:
+        max_sequences: sequences that run at once.
+        max_length: most tokens of a sequence, prompt included.
+        dtype: precision of weights and cache; log-probs are float32 either way.
+        inflight: what happens to running sequences at a weight change.
+        num_threads: OpenMP threads of the engine; None leaves them as they are.
+        device: where weights and cache are.
+        gpu_share: share of the GPU's memory that is this engine's, as Ray reserved it; 0 on CPUs.
+    """
+
+    max_sequences: int
+    max_length: int
+    dtype: Literal["float32", "bfloat16"]
+    inflight: Literal["keep", "recompute"]
+    num_threads: int | None
+    device: Device
+    gpu_share: float
+
+
+def core_settings(
+    folder: Path, *, config: PreTrainedConfig, settings: VllmEngineSettings, eos_ids: frozenset[int]
+) -> CoreSettings:
+    """The core's part of the settings, with memory and the tokens of a pass worked out."""
+    return CoreSettings(
+        model=str(folder),
+        eos_ids=eos_ids,
+        max_sequences=settings.max_sequences,
+        max_length=settings.max_length,
+        dtype=settings.dtype,
+        cache_bytes=_cache_bytes(config, settings) if settings.device == "cpu" else None,
+        gpu_share=settings.gpu_share * _GPU_MARGIN,
+        prefill_tokens=_PREFILL_TOKENS[settings.device],
+        num_threads=settings.num_threads,
+    )
+
+
+def check_head_size(config: PreTrainedConfig, *, device: Device) -> None:
+    """Refuse a model that vLLM loads and cannot run.
+
+    Raises:
+        ModelError: on CPUs it has no attention for heads of this size.
+    """
+    size = _head_size(config)
+    if device == "cpu" and size not in CPU_HEAD_SIZES:
+        raise ModelError(
+            f"the model's attention heads have {size} dimensions, and vLLM on CPUs has only "
+            f'{", ".join(map(str, CPU_HEAD_SIZES))}; set rollout.engine = "torch", or take another model'
+        )
+
+
+def parameter_sizes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes by the names under which the learner exports weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _cache_bytes(config: PreTrainedConfig, settings: VllmEngineSettings) -> int:
+    """Memory in which all sequences fit at their longest, within a part of the machine's; never less than one."""
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_size(config)
+    per_token = values * torch.empty(0, dtype=getattr(torch, settings.dtype)).element_size()
+    one = per_token * (settings.max_length + 64)  # the last block is never full
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(max(one, min(one * settings.max_sequences, memory // _CACHE_SHARE)))
+
+
+def reason_of(error: BaseException) -> str:
+    """Kind and first line of an error: vLLM's hold objects that cannot be pickled."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _head_size(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
