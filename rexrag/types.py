@@ -221,9 +221,8 @@ class Trajectory:
     @cached_property
     def turn_starts(self) -> IntArray:
         """[num_turns] first token of each model turn: one with a density after one without."""
-        density = self.has_density.astype(np.int8)
-        starts: IntArray = (np.flatnonzero(np.diff(density) == 1) + 1).astype(np.int32)
-        return starts
+        begins = np.diff(self.has_density.astype(np.int8)) == 1
+        return (np.flatnonzero(begins) + 1).astype(np.int32)
 
     @cached_property
     def has_density(self) -> BoolArray:
