@@ -91,6 +91,8 @@ SERVER_FAULTS: Final = {
 }
 FAULTS: Final = (*KILLED, "driver", *SERVER_FAULTS)
 SERVER_FAULT_S: Final = 4.0
+STEPS_AFTER: Final = 3
+"""A fault that comes later would have no step by which to tell what it cost."""
 POLL_S: Final = 0.1
 
 
@@ -258,7 +260,7 @@ class Chaos:
             if time.monotonic() > self._deadline:
                 raise RuntimeError(f"not finished in time: {self._num_steps()} of {self._steps} steps")
             self._look()
-            if self._faults and self._num_steps() >= due:
+            if self._faults and due <= self._num_steps() <= self._steps - STEPS_AFTER:
                 # A line of metrics.jsonl is written as the push of its step begins.
                 if self._faults[-1] != AT_A_PUSH:
                     time.sleep(self._rng.uniform(0.0, 1.5))

@@ -16,9 +16,9 @@ def section(report: dict[str, Any]) -> str:
     machine, books = report["machine"], report["accounting"]
     dropped = ", ".join(f"{number} {reason}" for reason, number in books["dropped"].items()) or "none"
     rows = [
-        f"| {fault} | {report['faults'][fault]} | {_seconds(report['to_next_step_s'].get(fault, []))} | "
-        f"{_seconds(gaps)} |"
-        for fault, gaps in sorted(report["without_progress_s"].items())
+        f"| {fault} | {times} | {_seconds(report['to_next_step_s'].get(fault, []))} | "
+        f"{_seconds(report['without_progress_s'].get(fault, []))} |"
+        for fault, times in sorted(report["faults"].items())
     ]
     return "\n".join(
         (

@@ -108,7 +108,7 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(
     def fail(**_: object) -> None:
         raise Exception("timed out during startup.\nAnd much more")  # as Ray does
 
-    monkeypatch.setattr("ray.init", fail)
+    monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setattr(train, "cluster_address", lambda: address)
     with pytest.raises(kind, match=told), train._ray():
         pass
