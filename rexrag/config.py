@@ -85,9 +85,7 @@ class RewardConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["auto", "torch", "vllm"] = Field(
-        "auto", description="What generates; `auto` takes vLLM where it is installed and the actors have GPUs."
-    )
+    engine: Literal["auto", "torch", "vllm"] = Field("auto", description="`auto`: vLLM on GPUs where it is installed.")
     num_actors: int | None = Field(
         None, ge=1, description="Rollout actors; None: one per two cores, or as many as fit on the GPUs they share."
     )

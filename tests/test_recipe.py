@@ -342,5 +342,10 @@ def test_shipped_recipes_resolve_and_the_prepared_ones_run_as_they_are() -> None
             assert prepared_values(recipe.config, prepared=Path("p"))["model.path"] == "p/warmstart"
 
 
+def test_the_quick_start_with_vllm_differs_in_the_engine_alone() -> None:
+    with_vllm = flatten(load_recipe(RECIPES / "quickstart-vllm.toml").config)
+    assert with_vllm == {**flatten(load_recipe(quickstart_recipe()).config), "rollout.engine": "vllm"}
+
+
 def test_nearest_key_is_always_a_known_one() -> None:
     assert nearest_key("zzz") in KEYS

@@ -161,6 +161,7 @@ class VllmEngine:
             check_arrays(weights, sizes=self._sizes)
         self._refuse_if_over()
         async with self._pass_lock:
+            self._refuse_if_over()  # it may have ended meanwhile
             if weights is not None:
                 self._restart_scoring()
                 try:

@@ -90,6 +90,8 @@ class Harness:
 def opened(case: Case, folder: Path, *, max_length: int = MAX_LENGTH) -> Iterator[Harness]:
     models = [make_model(case.architecture, seed=seed, head_dim=32) for seed in range(3)]
     codec = Pairs()
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # else the many small passes wait for each other's threads
     engine: Engine
     if case.kind == "torch":
         settings = torch_engine_settings(max_length=max_length, inflight=case.inflight, num_threads=1)
@@ -99,6 +101,7 @@ def opened(case: Case, folder: Path, *, max_length: int = MAX_LENGTH) -> Iterato
     with asyncio.Runner() as runner:
         yield Harness(case=case, engine=engine, codec=codec, models=models, runner=runner)
         runner.run(engine.close())
+    torch.set_num_threads(num_threads)
 
 
 def incremental_logprobs(

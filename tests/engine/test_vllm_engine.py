@@ -1,0 +1,105 @@
+"""What only the engine over vLLM has: its core's books, its limits, and weights that did not arrive."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_harness import Case, Harness, cases, opened
+from tiny_engines import V0, V1, Letters, make_model, make_vllm_engine, needs_vllm, prompt, reference_of, weights_of
+
+from rexrag.engine.protocol import GenerateRequest
+from rexrag.engine.vllm_engine import VllmEngine
+from rexrag.errors import EnginePassError, ModelError
+
+
+def engine_of(harness: Harness) -> VllmEngine:
+    assert isinstance(harness.engine, VllmEngine)
+    return harness.engine
+
+
+@pytest.fixture(
+    scope="module", params=[case for case in cases(("qwen2", "recompute")) if case.values[0].kind == "vllm"]
+)
+def harness(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    case: Case = request.param
+    with opened(case, tmp_path_factory.mktemp("model")) as harness:
+        yield harness
+
+
+def test_the_core_lets_go_of_cancelled_requests(harness: Harness) -> None:
+    draws = random.Random(1)
+
+    async def run() -> None:
+        requests = [harness.request(prompt(draws.randint(1, 600), seed=i), max_tokens=90, seed=i) for i in range(64)]
+        tasks = [asyncio.create_task(harness.engine.generate(request)) for request in requests]
+        for task in draws.sample(tasks, len(tasks)):
+            await asyncio.sleep(0.01 * draws.random())
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await harness.engine.generate(harness.request([1], max_tokens=1))
+
+    harness.run(run())
+    assert engine_of(harness)._core.num_unfinished() == 0
+
+
+def test_a_new_version_is_a_preemption_under_recompute_and_the_cache_is_seen_in_use(harness: Harness) -> None:
+    async def run() -> None:
+        request = harness.request(prompt(200), max_tokens=60)
+        task = asyncio.create_task(harness.engine.generate(request))
+        before = harness.engine.stats()
+        while harness.engine.stats().sampled_tokens < before.sampled_tokens + 5:
+            await asyncio.sleep(0)
+        during = harness.engine.stats()
+        assert during.running == 1
+        assert 0 < during.cache_use <= 1
+        assert during.forward_s > before.forward_s
+        await harness.change_to(0)
+        await task
+        assert harness.engine.stats().preemptions == before.preemptions + 1
+
+    harness.run(run())
+
+
+def test_the_bits_of_its_weights_cannot_be_read(harness: Harness) -> None:
+    assert harness.run(engine_of(harness).bit_sum()) is None
+
+
+@pytest.mark.vllm
+@needs_vllm
+def test_bfloat16_stays_near_the_bfloat16_model(tmp_path: Path) -> None:
+    model = make_model("qwen3", head_dim=32).bfloat16()
+
+    async def run() -> None:
+        engine = make_vllm_engine(model, folder=tmp_path, codec=Letters(), dtype="bfloat16")
+        request = GenerateRequest(prompt_ids=prompt(20), max_tokens=40)
+        result = await engine.generate(request)
+        await engine.close()
+        expected = reference_of(model, request.prompt_ids, result.token_ids)
+        assert np.abs(np.array(result.logprobs) - expected).mean() < 0.05
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("case", [case for case in cases(("llama", "keep")) if case.values[0].kind == "vllm"])
+def test_a_weight_that_did_not_arrive_ends_the_engine(case: Case, tmp_path: Path) -> None:
+    """Nobody would know what it samples from."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    with opened(case, tmp_path) as harness:
+        engine = engine_of(harness)
+        incomplete = {key: value for key, value in weights_of(harness.models[1]).items() if key != name}
+        del engine._sizes[name]
+        with pytest.raises(EnginePassError, match=rf"kept 1 old weights, such as {name}"):
+            harness.run(engine.update_weights(V1, incomplete))
+        assert engine.version == V0
+        with pytest.raises(EnginePassError, match="the engine is dead"):
+            harness.run(engine.generate(harness.request([1])))
+
+
+def test_heads_that_it_cannot_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"8 dimensions, and vLLM on CPUs has only 32, .*rollout\.engine = \"torch\""):
+        make_vllm_engine(make_model("llama"), folder=tmp_path, codec=Letters())
