@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from rexrag.engine.protocol import GenerateRequest, Generation, TokenText
 from rexrag.engine.torch_engine import TorchEngine
-from rexrag.engine.vllm_engine import VllmEngine, VllmEngineSettings
+from rexrag.engine.vllm_engine import VllmEngine
 from rexrag.engine.vllm_environment import installed_for
+from rexrag.engine.vllm_settings import VllmEngineSettings
 from rexrag.model.loading import Device
 from rexrag.types import WeightVersion
 
