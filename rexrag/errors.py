@@ -36,7 +36,7 @@ class RunFailure(RexragError):
 
 
 class EngineBrokenError(RunFailure):
-    """An actor's engine fails again and again: the actor is to be built anew. The message has the cause."""
+    """An actor's engine is dead, or fails again and again: the actor is to be built anew. The message has the cause."""
 
 
 class EnginePassError(RexragError):

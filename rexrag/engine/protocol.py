@@ -101,6 +101,7 @@ class Engine(Protocol):
         Raises:
             ValueError: the prompt is empty, or does not fit the engine's context with `max_tokens`.
             EnginePassError: the pass that computed it failed; so did all else that was in it.
+            EngineBrokenError: no further pass will succeed; whoever owns the engine builds another.
         """
 
     async def update_weights(

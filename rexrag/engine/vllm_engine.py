@@ -32,7 +32,7 @@ from rexrag.engine.vllm_environment import prepare
 from rexrag.engine.vllm_settings import VllmEngineSettings, check_head_size, core_settings, parameter_sizes, reason_of
 from rexrag.engine.vllm_types import CoreOutput, CorePass, CoreRequest
 from rexrag.engine.weight_arrays import WeightArrays, check_arrays
-from rexrag.errors import EnginePassError, RunFailure
+from rexrag.errors import EngineBrokenError, EnginePassError, RunFailure
 from rexrag.model.loading import load_config
 from rexrag.model.supported import check_context
 from rexrag.types import WeightVersion
@@ -133,7 +133,8 @@ class VllmEngine:
             ValueError: the prompt is empty, does not fit with `max_tokens`, or has a token id out of range; or
                 `score_from` is not within it.
             EngineClosedError: the engine is closed, or was before the end.
-            EnginePassError: the pass that computed it failed, for all its requests, or the engine is dead.
+            EnginePassError: the pass that computed it failed, for all its requests.
+            EngineBrokenError: the engine is dead; the message says of what.
         """
         check_request(request, max_length=self._settings.max_length, vocab_size=self._vocab_size)
         self._refuse_if_over()
@@ -155,7 +156,7 @@ class VllmEngine:
         Raises:
             ValueError: a name is missing or unknown, or an array has another shape or type. Nothing has changed then.
             EngineClosedError: the engine is closed.
-            EnginePassError: they could not be loaded, and the engine is dead: nobody knows what it holds.
+            EngineBrokenError: they could not be loaded, and the engine is dead: nobody knows what it holds.
         """
         if weights is not None:
             check_arrays(weights, sizes=self._sizes)
@@ -168,7 +169,7 @@ class VllmEngine:
                     await self._in_thread(self._core.load, weights, forget=self._settings.inflight == "recompute")
                 except Exception as error:
                     self._die(f"the weights of {version} could not be loaded: {error!r}")
-                    raise EnginePassError(self._dead) from error
+                    raise EngineBrokenError(self._dead) from error
             self._version = version
 
     async def bit_sum(self) -> int | None:
@@ -334,7 +335,7 @@ class VllmEngine:
     def _die(self, why: str) -> None:
         """Nothing that the core says is trusted any more; whoever waits, or comes, is told why."""
         self._dead = f"the engine is dead: {why}"
-        self._fail_all(EnginePassError(self._dead))
+        self._fail_all(EngineBrokenError(self._dead))
 
     def _fail_all(self, error: Exception) -> None:
         for live in self._live.values():
@@ -348,7 +349,7 @@ class VllmEngine:
         if self._closed:
             raise EngineClosedError("the engine is closed")
         if self._dead is not None:
-            raise EnginePassError(self._dead)
+            raise EngineBrokenError(self._dead)
 
     async def _in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, partial(function, *args, **kwargs))

@@ -14,7 +14,7 @@ from tiny_engines import V0, V1, Letters, make_model, make_vllm_engine, needs_vl
 
 from rexrag.engine.protocol import GenerateRequest
 from rexrag.engine.vllm_engine import VllmEngine
-from rexrag.errors import EnginePassError, ModelError
+from rexrag.errors import EngineBrokenError, ModelError
 
 
 def engine_of(harness: Harness) -> VllmEngine:
@@ -93,10 +93,10 @@ def test_a_weight_that_did_not_arrive_ends_the_engine(case: Case, tmp_path: Path
         engine = engine_of(harness)
         incomplete = {key: value for key, value in weights_of(harness.models[1]).items() if key != name}
         del engine._sizes[name]
-        with pytest.raises(EnginePassError, match=rf"kept 1 old weights, such as {name}"):
+        with pytest.raises(EngineBrokenError, match=rf"kept 1 old weights, such as {name}"):
             harness.run(engine.update_weights(V1, incomplete))
         assert engine.version == V0
-        with pytest.raises(EnginePassError, match="the engine is dead"):
+        with pytest.raises(EngineBrokenError, match="the engine is dead"):
             harness.run(engine.generate(harness.request([1])))
 
 
