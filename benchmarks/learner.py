@@ -60,15 +60,15 @@ SHAPES: Final[dict[str, Callable[[], PreTrainedConfig]]] = {
 }  # fmt: skip
 
 SETTINGS: Final = LearnerSettings(
-    correction=CorrectionSettings(mixture="none", bound="truncate", cap=2.0, low=0.5, high=2.0),
+    correction=CorrectionSettings(mixture="normalized", bound="truncate", cap=2.0, low=0.5, high=2.0),
     loss=LossSettings(
         baseline="joint", clip_low=0.2, clip_high=0.2, dual_clip=3.0, kl_coef=0.0, train_hints=True,
-        train_prefix=False, preserve=1.0, preserve_knee=0.5, preserve_rows=16,
+        train_prefix=True, preserve=1.0, preserve_knee=0.5, preserve_rows=16,
     ),
     optimizer=OptimizerSettings(
         learning_rate=1e-6, warmup_steps=0, decay_steps=0, beta1=0.9, beta2=0.99, weight_decay=0.0, max_grad_norm=1.0
     ),
-    probe=ProbeSettings(rate=0.5, branch="answer", transfer="hinted", filter="hint_logprob"),
+    probe=ProbeSettings(rate=0.5, branch="answer", transfer="hinted", filter="none"),
     max_staleness=2, max_length=4096, micro_batch_tokens=4096, autocast="bfloat16", gradient_checkpointing=False,
     max_bad_steps=3,
 )  # fmt: skip

@@ -158,7 +158,7 @@ def test_a_reward_function_is_tried_before_the_start(folder: Path, monkeypatch: 
         start(folder, "reward.kind=my_signed_reward:score", *normalized)
     with pytest.raises(UserError, match=r"my_signed_reward:gone' raised KeyError"):
         start(folder, "reward.kind=my_signed_reward:gone")
-    start(folder, "reward.kind=my_signed_reward:score")
+    start(folder, "reward.kind=my_signed_reward:score", "method=grpo")
 
 
 def test_context_too_small(folder: Path) -> None:

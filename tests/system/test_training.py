@@ -26,7 +26,8 @@ PROMISED = (
     keys.WEIGHT_ESS_PROBE, keys.STALENESS_MEAN, keys.STALENESS_MAX, keys.TIME_STEP, keys.TIME_LEARNER_WAIT,
     keys.ROLLOUT_TOKENS_PER_S,
 )  # fmt: skip
-TIMES_AND_RATES = {key for key in keys.DESCRIPTIONS if key.startswith("time/") or key.endswith("_s")}
+TIMES_AND_RATES = {key for key in keys.DESCRIPTIONS if key.startswith(("time/", "engine/")) or key.endswith("_s")}
+"""What depends on the clock: of an engine also in which step its switch to new weights was confirmed."""
 
 
 @pytest.fixture(scope="module")
