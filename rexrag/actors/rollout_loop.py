@@ -76,6 +76,7 @@ class RolloutLoop:
         self._engine = engine
         self._buffer = buffer
         self._num_groups = num_groups
+        self._proven = engine.version  # groups are leased under weights that are proven
         self._running: dict[LeaseKey, _Work] = {}
         self._changed = asyncio.Event()
         self._weights_lock = asyncio.Lock()
@@ -121,6 +122,7 @@ class RolloutLoop:
         """
         async with self._weights_lock:
             delivery = await deliver(self._engine, version, update, actor_id=self._actor_id)
+            self._proven = version
         self._changed.set()
         return delivery
 
@@ -144,14 +146,14 @@ class RolloutLoop:
         if free < 1:
             await self._wait_for_change()
             return
-        held = self._engine.version
+        held = self._proven
         leases = await self._buffer.lease(self._actor_id, num=free, held=held, wait_s=LEASE_WAIT_S)
         for lease in leases:
             self._cancel([key for key in self._running if key.group_id == lease.group_id])  # its lease had ended
             work = _Work(lease=lease, burst=self._burst)
             work.task = asyncio.create_task(self._produce(work))
             self._running[lease.key] = work
-        if not leases and self._engine.version == held:
+        if not leases and self._proven == held:
             await self._wait_for_change(timeout_s=0.2)
 
     async def _wait_for_change(self, timeout_s: float = LEASE_WAIT_S) -> None:
