@@ -80,8 +80,8 @@ def bars(shares: Sequence[float]) -> str:
 
 def _weights_at_work(steps: Sequence[Line]) -> Iterator[RenderableType]:
     """How much of the gradient came from probes, by which hints, and how many rows carried it."""
-    shares = [float(line[keys.GRADIENT_PROBE_SHARE]) for line in steps if line.get(keys.GRADIENT_PROBE_SHARE)]
-    if not shares:
+    shares = [float(line[key]) for line in steps if line.get(key := keys.GRADIENT_PROBE_SHARE) is not None]
+    if not any(shares):
         return
     yield Text(f"gradient from probes, step by step:      {bars(shares)}  {shares[0]:.0%} to {shares[-1]:.0%}")
     by_hint: Counter[str] = Counter()

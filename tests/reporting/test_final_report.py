@@ -60,11 +60,12 @@ def test_report_shows_the_weights_at_work(tmp_path: Path) -> None:
     steps: list[dict[str, object]] = [
         {"gradient/probe_share": 0.6, "gradient/hint_3": 0.4, "gradient/hint_0": 0.2, "weight/ess_probe": 0.2},
         {"gradient/probe_share": 0.2, "gradient/hint_3": 0.2, "weight/ess_probe": 0.4, "weight/ess_target": 0.9},
+        {"gradient/probe_share": 0.0, "weight/ess_target": 0.8},
         {"gradient/probe_share": None, "weight/ess_probe": None, "weight/ess_target": 0.7},
     ]
     text = report(tmp_path, eval=[], metrics=[{"target/dead_end_rate": None, **step} for step in steps], samples=[])
     assert "gradient from probes, step by step:" in text
-    assert "60% to 20%" in text
+    assert "60% to 0%" in text
     assert "hint 3 75%, hint 0 25%" in text
     assert "targets 0.80, probes 0.30" in text
 
