@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from enumerated_estimates import Case, World, estimate
 from enumerated_gradient import on_policy
 from enumerated_groups import Floats, GroupRows, expected_shares
 
 from rexrag.learner.advantage import likelihood_advantages
+
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 DOCS = Path(__file__).parents[2] / "docs" / "estimators.md"
 SIZES = (2, 4, 8, 16, 64)
@@ -66,13 +67,6 @@ class Likelihood:
 @pytest.fixture(scope="module")
 def likelihood() -> Likelihood:
     return Likelihood()
-
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("num_targets", [2, 3])

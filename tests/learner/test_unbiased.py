@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from enumerated_estimates import Case, World, estimate
 from enumerated_gradient import Moments
 
 from rexrag.types import Kind
+
+pytestmark = pytest.mark.usefixtures("double_precision")
 
 DOCS = Path(__file__).parents[2] / "docs" / "estimators.md"
 
@@ -41,13 +41,6 @@ BIASED = [
 @pytest.fixture(scope="module")
 def world() -> World:
     return World()
-
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("case", EXACT, ids=lambda case: case.name)

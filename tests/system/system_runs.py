@@ -11,6 +11,11 @@ from pathlib import Path
 
 import psutil
 
+from rexrag.preparation.tiny_model import make_tiny_model
+from rexrag.preparation.warmstart import warm_start
+from rexrag.retrieval.bm25 import build_bm25
+from rexrag.worlds.write import world_texts, write_world
+
 RECIPE = """
 [model]
 path = "{folder}/model"
@@ -48,6 +53,31 @@ every = 2
 max_questions = 8
 """
 TIMEOUT_S = 200.0
+SIZE = {"train": 200, "dev": 8, "test": 8, "demonstrations": 400, "entities": 60, "distractors": 0, "words": 20}
+
+
+def small_world(folder: Path, *, num_demonstrations: int = SIZE["demonstrations"], **model: int) -> Path:
+    """A small world, its index and a tiny model that has learnt the format; the recipe over them, its paths absolute.
+
+    Args:
+        model: sizes of the tiny model, over those that `make_tiny_model` has.
+    """
+    files = write_world("synthetic", folder / "world", seed=1, size={**SIZE, "demonstrations": num_demonstrations})
+    build_bm25(files.corpus, folder / "index")
+    sizes = {"width": 64, "num_layers": 2, "feed_forward": 128, **model}
+    make_tiny_model(world_texts(files.folder), folder / "untrained", seed=1, **sizes)
+    warm_start(
+        folder / "untrained",
+        demonstrations=files.demonstrations,
+        out=folder / "model",
+        learning_rate=5e-3,
+        batch_size=16,
+        epochs=1,
+        threads=2,
+    )
+    path = folder / "small.toml"
+    path.write_text(RECIPE.format(folder=folder))
+    return path
 
 
 def start_rexrag(*words: str | Path) -> subprocess.Popen[str]:

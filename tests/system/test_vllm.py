@@ -6,14 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from system_runs import RECIPE, assert_books_balance, read_lines, run_rexrag
+from system_runs import assert_books_balance, read_lines, run_rexrag, small_world
 from tiny_engines import needs_vllm
 
 import rexrag.metrics as keys
-from rexrag.preparation.tiny_model import make_tiny_model
-from rexrag.preparation.warmstart import warm_start
-from rexrag.retrieval.bm25 import build_bm25
-from rexrag.worlds.write import world_texts, write_world
 
 pytestmark = [pytest.mark.system, pytest.mark.vllm, needs_vllm]
 
@@ -24,26 +20,7 @@ EXACT_KL = 1e-8
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small world, with a model whose heads are as wide as vLLM's attention on CPUs wants them."""
-    folder = tmp_path_factory.mktemp("small")
-    size = {"train": 200, "dev": 8, "test": 8, "demonstrations": 200, "entities": 60, "distractors": 0, "words": 20}
-    files = write_world("synthetic", folder / "world", seed=1, size=size)
-    build_bm25(files.corpus, folder / "index")
-    make_tiny_model(
-        world_texts(files.folder), folder / "untrained", seed=1, width=64, num_layers=2, num_heads=2, num_kv_heads=1,
-        feed_forward=128,
-    )  # fmt: skip
-    warm_start(
-        folder / "untrained",
-        demonstrations=files.demonstrations,
-        out=folder / "model",
-        learning_rate=5e-3,
-        batch_size=16,
-        epochs=1,
-        threads=2,
-    )
-    path = folder / "small.toml"
-    path.write_text(RECIPE.format(folder=folder))
-    return path
+    return small_world(tmp_path_factory.mktemp("small"), num_demonstrations=200, num_heads=2, num_kv_heads=1)
 
 
 def test_a_run_trains_on_what_vllm_sampled_under_the_weights_that_it_was_sent(recipe: Path, tmp_path: Path) -> None:
