@@ -36,8 +36,9 @@ from rexrag.actors.runner import EpisodeRunner
 from rexrag.actors.scoring import Scorer
 from rexrag.data.questions import load_questions
 from rexrag.engine.protocol import Engine, EngineStats, Finish, GenerateRequest, Generation
+from rexrag.engine.settings import EngineSettings
 from rexrag.engine.stops import StopFinder
-from rexrag.engine.torch_engine import TorchEngine, TorchEngineSettings
+from rexrag.engine.torch_engine import TorchEngine
 from rexrag.env.codec import Codec
 from rexrag.hints import load_hints
 from rexrag.model.fetching import fetch_smollm2
@@ -321,7 +322,7 @@ async def _run_own(prepared: Prepared, *, codec: Codec, num_threads: int) -> Run
     dtype = fastest_dtype()
     engine = TorchEngine(
         load_model(prepared.model, dtype="float32"),
-        settings=TorchEngineSettings(
+        settings=EngineSettings(
             max_sequences=len(prepared.questions),
             max_length=SETTINGS.max_trajectory_tokens,
             dtype=dtype,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from rexrag.engine.torch_engine import TorchEngineSettings
+from rexrag.engine.settings import EngineSettings
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
 from rexrag.learner.mixture_weights import ProbeSettings
@@ -45,7 +45,7 @@ _LEARNER = LearnerSettings(
     gradient_checkpointing=False,
     max_bad_steps=3,
 )
-_ENGINE = TorchEngineSettings(
+_ENGINE = EngineSettings(
     max_sequences=8, max_length=64, dtype="float32", inflight="keep", num_threads=None, device="cpu"
 )
 
@@ -70,5 +70,5 @@ def learner_settings(**changes: Any) -> LearnerSettings:  # noqa: ANN401
     return replace(_LEARNER, **changes)
 
 
-def torch_engine_settings(**changes: Any) -> TorchEngineSettings:  # noqa: ANN401
+def engine_settings(**changes: Any) -> EngineSettings:  # noqa: ANN401
     return replace(_ENGINE, **changes)

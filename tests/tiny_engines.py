@@ -11,14 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from plain_settings import torch_engine_settings
+from plain_settings import engine_settings
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from rexrag.engine.protocol import GenerateRequest, Generation, TokenText
 from rexrag.engine.torch_engine import TorchEngine
 from rexrag.engine.vllm_engine import VllmEngine
 from rexrag.engine.vllm_environment import installed_for
-from rexrag.engine.vllm_settings import VllmEngineSettings
 from rexrag.model.loading import Device
 from rexrag.types import WeightVersion
 
@@ -101,7 +100,7 @@ def make_engine(
     endless: bool = False,
     device: Device = "cpu",
 ) -> TorchEngine:
-    settings = torch_engine_settings(
+    settings = engine_settings(
         max_sequences=max_sequences,
         max_length=max_length,
         inflight=inflight,
@@ -123,16 +122,10 @@ def make_vllm_engine(
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> VllmEngine:
     model.save_pretrained(folder)
-    settings = VllmEngineSettings(
-        max_sequences=max_sequences,
-        max_length=max_length,
-        dtype=dtype,
-        inflight=inflight,
-        num_threads=1,
-        device="cpu",
-        gpu_share=0.0,
+    settings = engine_settings(
+        max_sequences=max_sequences, max_length=max_length, inflight=inflight, dtype=dtype, num_threads=1
     )
-    return VllmEngine(folder, settings=settings, codec=codec, version=V0)
+    return VllmEngine(folder, settings=settings, gpu_share=0.0, codec=codec, version=V0)
 
 
 async def generate_all(engine: TorchEngine, *requests: GenerateRequest) -> list[Generation]:

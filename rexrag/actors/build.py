@@ -10,9 +10,9 @@ from rexrag.actors.episode import EpisodeParts, EpisodeSettings
 from rexrag.actors.runner import EpisodeRunner
 from rexrag.actors.scoring import Scorer
 from rexrag.engine.protocol import Engine
-from rexrag.engine.torch_engine import TorchEngine, TorchEngineSettings
+from rexrag.engine.settings import EngineSettings
+from rexrag.engine.torch_engine import TorchEngine
 from rexrag.engine.vllm_engine import VllmEngine
-from rexrag.engine.vllm_settings import VllmEngineSettings
 from rexrag.env.codec import Codec
 from rexrag.hints import HintPool, load_hints
 from rexrag.model.checks import load_codec
@@ -84,32 +84,16 @@ def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[
 
 def _build_engine(settings: RolloutSettings, *, codec: Codec, max_length: int, version: WeightVersion) -> Engine:
     dtype = fastest_dtype(settings.device) if settings.dtype == "auto" else settings.dtype
-    num_sequences = settings.num_sequences + 1  # the canary of new weights waits for no episode
-    if settings.engine == "vllm":
-        return VllmEngine(
-            resolve_model(settings.model_path),
-            settings=VllmEngineSettings(
-                max_sequences=num_sequences,
-                max_length=max_length,
-                dtype=dtype,
-                inflight=settings.inflight,
-                num_threads=settings.num_threads,
-                device=settings.device,
-                gpu_share=settings.gpu_share,
-            ),
-            codec=codec,
-            version=version,
-        )
-    return TorchEngine(
-        load_model(settings.model_path, dtype=dtype),
-        settings=TorchEngineSettings(
-            max_sequences=num_sequences,
-            max_length=max_length,
-            dtype=dtype,
-            inflight=settings.inflight,
-            num_threads=settings.num_threads,
-            device=settings.device,
-        ),
-        codec=codec,
-        version=version,
+    plain = EngineSettings(
+        max_sequences=settings.num_sequences + 1,  # the canary of new weights waits for no episode
+        max_length=max_length,
+        dtype=dtype,
+        inflight=settings.inflight,
+        num_threads=settings.num_threads,
+        device=settings.device,
     )
+    if settings.engine == "vllm":
+        folder = resolve_model(settings.model_path)
+        return VllmEngine(folder, settings=plain, gpu_share=settings.gpu_share, codec=codec, version=version)
+    model = load_model(settings.model_path, dtype=dtype)
+    return TorchEngine(model, settings=plain, codec=codec, version=version)

@@ -19,9 +19,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +37,8 @@ from rexrag.engine.protocol import (
 )
 from rexrag.engine.requests import Endings, check_request
 from rexrag.engine.scheduler import LiveSequence, Scheduler
+from rexrag.engine.settings import EngineSettings
 from rexrag.errors import EnginePassError
-from rexrag.model.loading import Device
 from rexrag.types import WeightVersion
 
 if TYPE_CHECKING:
@@ -57,26 +56,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TorchEngineSettings:
-    """
-    Attributes:
-        max_sequences: cache slots: running sequences, and finished ones whose prefix is kept.
-        max_length: most tokens of a sequence, prompt included.
-        dtype: precision of weights and cache; log-probs are float32 either way.
-        inflight: what happens to running sequences at a weight change.
-        num_threads: torch threads of this process; None leaves them as they are.
-        device: where weights and cache are.
-    """
-
-    max_sequences: int
-    max_length: int
-    dtype: Literal["float32", "bfloat16"]
-    inflight: Literal["keep", "recompute"]
-    num_threads: int | None
-    device: Device
-
-
 class TorchEngine:
     """Implements `rexrag.engine.protocol.Engine` over a transformers model, whose weights are copied.
 
@@ -88,7 +67,7 @@ class TorchEngine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, settings: TorchEngineSettings, codec: TokenText, version: WeightVersion
+        self, model: PreTrainedModel, *, settings: EngineSettings, codec: TokenText, version: WeightVersion
     ) -> None:
         """
         Raises:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from rexrag.engine.settings import EngineSettings
 from rexrag.engine.vllm_types import CoreSettings
 from rexrag.errors import ModelError, first_line
 from rexrag.model.loading import Device
@@ -28,32 +28,14 @@ _GPU_MARGIN: Final = 0.9
 """Part of its share of a GPU that vLLM may plan with: the CUDA context and fragments come on top."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class VllmEngineSettings:
-    """
-    Attributes:
-        max_sequences: sequences that run at once.
-        max_length: most tokens of a sequence, prompt included.
-        dtype: precision of weights and cache; log-probs are float32 either way.
-        inflight: what happens to running sequences at a weight change.
-        num_threads: OpenMP threads of the engine; None leaves them as they are.
-        device: where weights and cache are.
-        gpu_share: share of the GPU's memory that is this engine's, as Ray reserved it; 0 on CPUs.
-    """
-
-    max_sequences: int
-    max_length: int
-    dtype: Literal["float32", "bfloat16"]
-    inflight: Literal["keep", "recompute"]
-    num_threads: int | None
-    device: Device
-    gpu_share: float
-
-
 def core_settings(
-    folder: Path, *, config: PreTrainedConfig, settings: VllmEngineSettings, eos_ids: frozenset[int]
+    folder: Path, *, config: PreTrainedConfig, settings: EngineSettings, gpu_share: float, eos_ids: frozenset[int]
 ) -> CoreSettings:
-    """The core's part of the settings, with memory and the tokens of a pass worked out."""
+    """The core's part of the settings, with memory and the tokens of a pass worked out.
+
+    Args:
+        gpu_share: share of the GPU's memory that is this engine's; 0 on CPUs.
+    """
     return CoreSettings(
         model=str(folder),
         eos_ids=eos_ids,
@@ -61,7 +43,7 @@ def core_settings(
         max_length=settings.max_length,
         dtype=settings.dtype,
         cache_bytes=_cache_bytes(config, settings) if settings.device == "cpu" else None,
-        gpu_share=settings.gpu_share * _GPU_MARGIN,
+        gpu_share=gpu_share * _GPU_MARGIN,
         prefill_tokens=_PREFILL_TOKENS[settings.device],
         num_threads=settings.num_threads,
     )
@@ -88,7 +70,7 @@ def parameter_sizes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _cache_bytes(config: PreTrainedConfig, settings: VllmEngineSettings) -> int:
+def _cache_bytes(config: PreTrainedConfig, settings: EngineSettings) -> int:
     """Memory in which all sequences fit at their longest, within a part of the machine's; never less than one."""
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_size(config)
     per_token = values * torch.empty(0, dtype=getattr(torch, settings.dtype)).element_size()

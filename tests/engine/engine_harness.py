@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from plain_settings import torch_engine_settings
+from plain_settings import engine_settings
 from tiny_engines import V0, Letters, make_model, make_vllm_engine, needs_vllm, weights_of
 from transformers import DynamicCache, PreTrainedModel
 
@@ -94,7 +94,7 @@ def opened(case: Case, folder: Path, *, max_length: int = MAX_LENGTH) -> Iterato
     torch.set_num_threads(1)  # else the many small passes wait for each other's threads
     engine: Engine
     if case.kind == "torch":
-        settings = torch_engine_settings(max_length=max_length, inflight=case.inflight, num_threads=1)
+        settings = engine_settings(max_length=max_length, inflight=case.inflight, num_threads=1)
         engine = TorchEngine(models[0], settings=settings, codec=codec, version=V0)
     else:
         engine = make_vllm_engine(models[0], folder=folder, codec=codec, max_length=max_length, inflight=case.inflight)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from plain_settings import torch_engine_settings
+from plain_settings import engine_settings
 from tiny_engines import (
     EOS_ID,
     V0,
@@ -174,7 +174,7 @@ def unsupported_configs() -> list[tuple[PreTrainedConfig, str]]:
 
 @pytest.mark.parametrize(("config", "message"), unsupported_configs())
 def test_models_it_cannot_run_are_refused(config: PreTrainedConfig, message: str) -> None:
-    settings = torch_engine_settings(max_sequences=2, max_length=64)
+    settings = engine_settings(max_sequences=2, max_length=64)
     with pytest.raises(ModelError, match=message):
         TorchEngine(build(config), settings=settings, codec=Letters(), version=V0)
 
@@ -191,7 +191,7 @@ def test_a_failing_pass_fails_every_request_and_the_engine_goes_on() -> None:
         def decode(self, ids: object) -> str:
             raise LookupError("no such token")
 
-    settings = torch_engine_settings(max_sequences=2, max_length=64)
+    settings = engine_settings(max_sequences=2, max_length=64)
     model = make_model("llama")
 
     async def run() -> None:

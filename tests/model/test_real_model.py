@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from plain_settings import torch_engine_settings
+from plain_settings import engine_settings
 from transformers import PreTrainedModel
 
 from rexrag.engine.protocol import GenerateRequest, Generation
@@ -36,7 +36,7 @@ def codec() -> Codec:
 
 def generate(model: PreTrainedModel, codec: Codec, *requests: GenerateRequest) -> list[Generation]:
     async def run() -> list[Generation]:
-        settings = torch_engine_settings(max_sequences=8, max_length=512)
+        settings = engine_settings(max_sequences=8, max_length=512)
         engine = TorchEngine(model, settings=settings, codec=codec, version=VERSION)
         try:
             return list(await asyncio.gather(*map(engine.generate, requests)))

@@ -15,7 +15,7 @@ from rexrag.actors.build import RolloutSettings
 from rexrag.actors.episode import EpisodeSettings
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.config import TABLES, Config
-from rexrag.engine.torch_engine import TorchEngineSettings
+from rexrag.engine.settings import EngineSettings
 from rexrag.errors import ConfigError
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
@@ -29,7 +29,7 @@ from rexrag.run.part_settings import copied, describe_layout, device_of, learner
 EMPTY = inspect.Parameter.empty
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
-    RolloutSettings, EpisodeSettings, ReplaySettings, TorchEngineSettings, CorrectionSettings, LossSettings,
+    RolloutSettings, EpisodeSettings, ReplaySettings, EngineSettings, CorrectionSettings, LossSettings,
     ProbeSettings, OptimizerSettings, LearnerSettings, LoopSettings,
 )  # fmt: skip
 
