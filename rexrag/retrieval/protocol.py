@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rexrag.types import Passage
+
+PreparedT = TypeVar("PreparedT")
+"""A query in the form that an index searches by: a vector float32[D], or its text."""
 
 
 class Retriever(Protocol):
@@ -21,3 +24,26 @@ class Retriever(Protocol):
         """
 
     async def close(self) -> None: ...
+
+
+class BatchIndex(Protocol[PreparedT]):
+    """An index that answers many queries in one call. Its calls block: a service makes them in threads of its own.
+
+    The two stages are apart so that the next queries are encoded while those before them are searched for. Each is
+    called by one thread at a time.
+    """
+
+    @property
+    def num_passages(self) -> int: ...
+
+    def prepare(self, queries: Sequence[str]) -> Sequence[PreparedT]:
+        """The form of each query that `find` takes."""
+
+    def find(self, prepared: Sequence[PreparedT], *, top_k: int) -> Sequence[Sequence[Passage]]:
+        """For each query the best passages, best first, at most `top_k`.
+
+        Raises:
+            RetrievalIndexError: index or corpus changed under it.
+        """
+
+    def close(self) -> None: ...
