@@ -90,7 +90,7 @@ WORLDS: Final = {
         depths={"2e-4": 0.0, "2e-3": 0.01},
         size={"demonstrations": 480, "test": 200, "dev": 40, "train_one_hop": 0.2},
         settings=("train.checkpoint_every=16", "learner.threads=1", "rollout.threads_per_actor=1"),
-        by_method=dict.fromkeys((OURS, *BASELINES), ("optimizer.warmup_steps=5", "optimizer.decay_steps=14")),
+        by_method=dict.fromkeys((OURS, "rex", *BASELINES), ("optimizer.warmup_steps=5", "optimizer.decay_steps=14")),
         threads=2,
         jobs=2,
     ),
@@ -153,7 +153,7 @@ class Cell:
 STUDIES: Final[dict[str, list[tuple[str, range, tuple[str, ...]]]]] = {
     "methods": [(MIDDLE, range(5), tuple(METHODS))],
     "depths": [(depth, range(3), AT_ALL_DEPTHS) for depth in WORLDS["synthetic"].depths],
-    "model": [(QUICK_START, range(3, 6), MAIN), ("2e-3", range(3, 6), ("escape", "none"))],
+    "model": [(QUICK_START, range(3, 6), (*MAIN, "rex")), ("2e-3", range(3, 6), ("escape", "none", "rex"))],
 }
 """Study -> (depth, seeds, methods). Settings were chosen on other seeds: 10 to 13, of the model 0 to 2."""
 
