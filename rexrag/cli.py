@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from rexrag.config import Config, PrepareConfig
+from rexrag.commands import control
+from rexrag.config import Config
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError, counted
+from rexrag.sections import PrepareConfig
 
 if TYPE_CHECKING:
     from rexrag.data.check import CheckReport
@@ -37,6 +39,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data files.")
 index_app = typer.Typer(no_args_is_help=True, help="Build and verify retrieval indexes.")
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
+control.register(app)
 
 SHOWN_PROBLEMS = 20
 
@@ -319,12 +322,12 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate a model, greedily."""
+    from rexrag.commands.standalone import evaluate as run_episodes
+    from rexrag.commands.standalone import named_step, settings_for
     from rexrag.data.questions import load_questions
     from rexrag.files import write_atomic
     from rexrag.reporting.evaluation import summarize
     from rexrag.reporting.terminal import Progress
-    from rexrag.standalone import evaluate as run_episodes
-    from rexrag.standalone import named_step, settings_for
     from rexrag.types import EpisodeScore
 
     if out is not None:
@@ -379,7 +382,7 @@ def ask(
     index: IndexOption,
 ) -> None:
     """Ask one question, and see how the model gets to its answer."""
+    from rexrag.commands.standalone import ask as ask_model
     from rexrag.reporting.trace import coloured_trace
-    from rexrag.standalone import ask as ask_model
 
     Console(highlight=False, soft_wrap=True).print(coloured_trace(ask_model(model, question=question, index=index)))

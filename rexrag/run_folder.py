@@ -157,6 +157,11 @@ class RunFolder:
     def prepared(self) -> Path:
         return self.root / "prepared"
 
+    @property
+    def cluster(self) -> Path:
+        """Where the run goes on, for those who ask from another process; there as long as it does."""
+        return self.root / "cluster.json"
+
     def committed_checkpoints(self) -> dict[int, Path]:
         """Step -> folder of each checkpoint whose `COMMIT` is there, oldest first."""
         found = {}

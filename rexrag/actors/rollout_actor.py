@@ -10,7 +10,7 @@ import ray
 from ray.actor import ActorHandle
 
 from rexrag.actors.build import RolloutSettings, build_runner
-from rexrag.actors.rollout_loop import RolloutLoop
+from rexrag.actors.rollout_loop import ActorPulse, RolloutLoop
 from rexrag.engine.protocol import EngineStats
 from rexrag.model.weight_proof import Delivery, WeightUpdate
 from rexrag.processes import process_environment
@@ -59,6 +59,7 @@ class RolloutActor:
         self, actor_id: str, *, settings: RolloutSettings, version: WeightVersion, num_groups: int, buffer: RemoteHandle
     ) -> None:
         log_process(settings.log_file, part=actor_id)
+        self._node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         runner, self._engine = build_runner(settings, version=version)
         self._loop = RolloutLoop(
             runner, actor_id=actor_id, engine=self._engine, buffer=_RemoteBuffer(buffer), num_groups=num_groups
@@ -74,6 +75,13 @@ class RolloutActor:
 
     async def stop(self) -> None:
         self._loop.stop()
+
+    async def drain(self) -> None:
+        """Lease nothing more; returns when what was begun is finished."""
+        await self._loop.drain()
+
+    async def pulse(self) -> ActorPulse:
+        return self._loop.pulse(node=self._node)
 
     async def update_weights(self, version: WeightVersion, update: WeightUpdate | None) -> Delivery | None:
         return await self._loop.update_weights(version, update)

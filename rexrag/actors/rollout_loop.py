@@ -48,6 +48,16 @@ class BufferClient(Protocol):
     async def fail(self, actor_id: str, *, lease: LeaseKey, reason: str) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class ActorPulse:
+    """How an actor does. `num_groups`: groups at hand."""
+
+    stats: EngineStats
+    version: WeightVersion
+    num_groups: int
+    node: str
+
+
 @dataclass(kw_only=True, eq=False)
 class _Work:
     """A group on its way. `burst`: the last burst of failures before it began; `tokens`: written so far."""
@@ -81,11 +91,14 @@ class RolloutLoop:
         self._changed = asyncio.Event()
         self._weights_lock = asyncio.Lock()
         self._stopping = False
+        self._draining = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._ended.set()
         self._burst = 0
         self._bursts_in_a_row = 0
 
     async def run(self) -> None:
-        """Produce groups until `stop`.
+        """Produce groups until `stop`, or until those at hand are finished after `drain`.
 
         Raises:
             EngineBrokenError: passes of the engine fail again and again; the groups went back.
@@ -93,11 +106,13 @@ class RolloutLoop:
             UserError: in the way that it says.
         """
         renewals = asyncio.create_task(self._renew_forever())
+        self._ended.clear()
         try:
-            while not self._stopping:
+            while not self._stopping and not (self._draining.is_set() and not self._running):
                 await self._lease_and_start()
                 self._raise_failures(renewals)
         finally:
+            self._ended.set()
             renewals.cancel()
             tasks = [work.task for work in self._running.values() if work.task is not None]
             for task in tasks:
@@ -107,6 +122,14 @@ class RolloutLoop:
     def stop(self) -> None:
         self._stopping = True
         self._changed.set()
+
+    async def drain(self) -> None:
+        """Lease nothing more; returns once the groups at hand are appended and no evaluation runs here."""
+        self._draining.set()
+        self._changed.set()
+        await self._ended.wait()
+        async with self._weights_lock:
+            return
 
     async def update_weights(self, version: WeightVersion, update: WeightUpdate | None) -> Delivery | None:
         """Switch between two decode steps, and prove it; waits for a running evaluation to end first.
@@ -140,14 +163,23 @@ class RolloutLoop:
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    def pulse(self, *, node: str) -> ActorPulse:
+        """How this loop does, on the node that its shell names."""
+        version, num_groups = self._engine.version, len(self._running)
+        return ActorPulse(stats=self._engine.stats(), version=version, num_groups=num_groups, node=node)
+
     async def _lease_and_start(self) -> None:
         self._changed.clear()
         free = self._num_groups - len(self._running)
-        if free < 1:
+        if free < 1 or self._draining.is_set():
             await self._wait_for_change()
             return
         held = self._proven
         leases = await self._buffer.lease(self._actor_id, num=free, held=held, wait_s=LEASE_WAIT_S)
+        if self._draining.is_set():  # since it asked
+            for lease in leases:
+                await self._buffer.hand_back(self._actor_id, lease=lease.key)
+            return
         for lease in leases:
             self._cancel([key for key in self._running if key.group_id == lease.group_id])  # its lease had ended
             work = _Work(lease=lease, burst=self._burst)

@@ -7,7 +7,8 @@ scores of an evaluation ──▶ figures with intervals ──▶ board (eval.j
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import rexrag.metrics as keys
 from rexrag.reporting.alarms import Alarms
@@ -19,10 +20,21 @@ from rexrag.types import EpisodeScore, FleetReport, Sample, StepResult
 LOG = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True)
+class Told:
+    """What was told last: the stage, the last step with its metrics, the last EM of each split."""
+
+    stage: str = "starting"
+    step: int = 0
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
 class Reporter:
-    """Tells stages, steps and evaluations, each as it happens."""
+    """Tells stages, steps and evaluations, each as it happens. `told`: the last of each."""
 
     def __init__(self, *, board: Board, progress: Progress) -> None:
+        self.told = Told()
         self._board = board
         self._progress = progress
         self._alarms = Alarms()
@@ -30,10 +42,12 @@ class Reporter:
 
     def stage(self, name: str) -> None:
         """Something begins that may take a while."""
+        self.told.stage = name
         self._progress.stage(name)
 
     def training(self, *, done: int, total: int) -> None:
         """The steps begin: `done` of `total` are behind."""
+        self.told.stage, self.told.step = "training", done
         self._progress.training(done=done, total=total)
 
     def waiting(self, step: int, *, finished: int, needed: int) -> None:
@@ -62,6 +76,7 @@ class Reporter:
         }
         flags, warnings = self._alarms.look(metrics)
         metrics |= flags
+        self.told.stage, self.told.step, self.told.metrics = "training", result.step, metrics
         self._board.step(result.step, metrics=metrics, histograms=result.histograms)
         self._tell_samples(result)
         self._progress.step(result.step, metrics=metrics)
@@ -73,6 +88,8 @@ class Reporter:
         """An evaluation is over: a line of `eval.jsonl`."""
         line = summarize(scores).to_line(split=split, step=step, version=step, seconds=seconds)
         self._board.evaluation(line)
+        self.told.stage = "training"
+        self.told.evaluations[split] = {"step": step, "em": float(str(line["em"])), "n": float(str(line["n"]))}
         self._progress.evaluation(line)
 
     def _tell_samples(self, result: StepResult) -> None:

@@ -69,8 +69,7 @@ def check_reachable(
     check_form(address)
     if address is None or address == "local":
         return
-    if address not in _WITHOUT_PORT:
-        _check_listens(address, timeout_s=timeout_s)
+    check_listens(address, timeout_s=timeout_s)
     _try_to_join(address, timeout_s=join_timeout_s)
 
 
@@ -82,7 +81,14 @@ def refusal(address: str, reason: str) -> ConfigError:
     )
 
 
-def _check_listens(address: str, *, timeout_s: float) -> None:
+def check_listens(address: str, *, timeout_s: float = REACH_TIMEOUT_S) -> None:
+    """Make sure that somebody listens at an address that has a port.
+
+    Raises:
+        ConfigError: nobody does.
+    """
+    if address in _WITHOUT_PORT:
+        return
     host, port = _host_and_port(address)
     try:
         socket.create_connection((host, port), timeout=timeout_s).close()

@@ -1,7 +1,8 @@
-"""The rollout actors of a run: started, given weights, asked for evaluations, and replaced when they die.
+"""The rollout actors of a run: started, given weights, asked for evaluations, replaced when they die, let go.
 
-    starting ──ready──▶ at work ──death, or a broken engine──▶ replaced: its leases go back, a new one is starting
-                           ▲ current weights first                a place for it may have to be waited for
+    starting ──ready──▶ at work ──death, a broken or hung engine──▶ replaced: its leases go back, a new one is starting
+                           │ ▲ current weights first                    a place for it may have to be waited for
+                           └─fewer are wanted──▶ draining: what it has begun is finished ──▶ gone
 
 What the run waits for is asked of the members that there are, never of those that were: `is_current` and `is_ready`
 are looked at again after each `check`.
@@ -12,7 +13,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import ray
@@ -23,7 +23,9 @@ from rexrag.actors.rollout_actor import RolloutActor, start_rollout_actor
 from rexrag.engine.protocol import EngineStats
 from rexrag.errors import EngineBrokenError, RexragError, RunFailure, counted
 from rexrag.model.weight_proof import Delivery, WeightUpdate
+from rexrag.run.member import Member, new_member
 from rexrag.run.remote import Handle, Ref, call, value_of
+from rexrag.run.status import ActorReport
 from rexrag.types import EpisodeScore, FleetReport, Question, WeightVersion
 
 LOG = logging.getLogger(__name__)
@@ -31,19 +33,7 @@ LOG = logging.getLogger(__name__)
 MAX_DEATHS_IN_A_ROW: Final = 5
 """Deaths of actors without a finished group between them: then the cause is not a passing one."""
 TELL_EVERY_S: Final = 60.0
-
-
-@dataclass(kw_only=True)
-class _Member:
-    """An actor. `starting` is its `ready` call, until that has ended; `updates` are those that it has not confirmed."""
-
-    actor_id: str
-    handle: Handle[RolloutActor]
-    starting: Ref[int] | None
-    started_at: float
-    told_at: float
-    run: Ref[None] | None = None
-    updates: list[Ref[Delivery | None]] = field(default_factory=list)
+HANG_TIMEOUT_S: Final = 300.0
 
 
 class Fleet:
@@ -52,7 +42,9 @@ class Fleet:
     Args:
         version: what the weights in `settings.model_path` are called.
         num_cpus, num_gpus: what Ray reserves for each actor.
-        on_death: called with the id of an actor that died, so that its leases go back at once.
+        on_death: called with the id of an actor that died or is let go, so that its leases go back at once.
+        hang_timeout_s: seconds that an actor may be silent, or write nothing though it has work, until it counts as
+            dead.
     """
 
     def __init__(
@@ -66,6 +58,7 @@ class Fleet:
         version: WeightVersion,
         buffer: Handle[Any],
         on_death: Callable[[str], object],
+        hang_timeout_s: float = HANG_TIMEOUT_S,
     ) -> None:
         self._settings = settings
         self._num_groups = num_groups
@@ -75,6 +68,7 @@ class Fleet:
         self._current: tuple[WeightVersion, Ref[WeightUpdate] | None] = (version, None)
         self._buffer = buffer
         self._on_death = on_death
+        self._hang_timeout_s = hang_timeout_s
         self._is_running = False
         self._num_started = 0
         self._num_replaced = 0
@@ -86,8 +80,36 @@ class Fleet:
     def run(self) -> None:
         """Let all actors lease and produce, those that are still to come too."""
         self._is_running = True
-        for member in self._ready_members():
+        for member in self._working():
             member.run = call(member.handle, RolloutActor.run)
+
+    def resize(self, num_actors: int, *, now: bool = False) -> None:
+        """Have so many actors: start new ones, or let some go once they have finished what they have begun.
+
+        New ones join with the current weights. Those that have not started go first, then the newest.
+
+        Args:
+            now: those that go, and those that are on their way, give back what they have begun.
+        """
+        assert num_actors >= 1, "a fleet has an actor"
+        staying = [member for member in self._members if member.draining is None]
+        for _ in range(num_actors - len(staying)):
+            self._members.append(self._start())
+        staying.sort(key=lambda member: member.is_ready, reverse=True)
+        leaving = staying[num_actors:]
+        if now:
+            leaving += [member for member in self._members if member.draining is not None]
+        for member in leaving:
+            LOG.info("rollout actor %s is let go%s", member.actor_id, ", its groups go back" if now else "")
+            if now or not member.is_ready:
+                self._let_go(member)
+            else:
+                member.draining = call(member.handle, RolloutActor.drain)
+
+    @property
+    def num_wanted(self) -> int:
+        """Actors that are there to stay, those that are starting included."""
+        return sum(member.draining is None for member in self._members)
 
     def publish(self, version: WeightVersion, weights: Ref[WeightUpdate] | None) -> None:
         """Hand new weights to all actors without waiting for them; None: the weights did not change.
@@ -96,27 +118,26 @@ class Fleet:
         go once every actor has switched.
         """
         self._current = (version, weights if weights is not None else self._current[1])
-        for member in self._ready_members():
+        for member in self._ready():
             member.updates.append(_update(member.handle, version, weights))
 
     @property
     def is_ready(self) -> bool:
         """Whether every actor has been built."""
-        return all(member.starting is None for member in self._members)
+        return all(member.is_ready for member in self._members)
 
     @property
     def is_current(self) -> bool:
-        """Whether there is an actor at work, and all of them have confirmed the current weights."""
-        ready = self._ready_members()
-        return bool(ready) and not any(member.updates for member in ready)
+        """Whether there is an actor at work, and all that are built have confirmed the current weights."""
+        return bool(self._working()) and not any(member.updates for member in self._ready())
 
     def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[Ref[list[EpisodeScore]]]:
         """Greedy episodes under one version, questions dealt to the actors at work in turn."""
-        ready = self._ready_members()
-        shares = [questions[i :: len(ready)] for i in range(len(ready))]
+        working = self._working()
+        shares = [questions[i :: len(working)] for i in range(len(working))]
         return [
             call(member.handle, RolloutActor.evaluate, share, version=version)
-            for member, share in zip(ready, shares, strict=True)
+            for member, share in zip(working, shares, strict=True)
             if share
         ]
 
@@ -131,33 +152,38 @@ class Fleet:
         rate = (sampled - before[1]) / (now - before[0]) if sampled >= before[1] else None
         deliveries, self._deliveries = self._deliveries, []
         return FleetReport(
-            num_ready=len(self._ready_members()),
+            num_ready=len(self._ready()),
             num_replaced=self._num_replaced,
             tokens_per_s=rate,
             canary_kl=max((delivery.canary_kl for delivery in deliveries), default=None),
             num_unproven=sum(not delivery.is_told_apart for delivery in deliveries),
         )
 
+    def describe(self) -> tuple[ActorReport, ...]:
+        """Each actor as it was when it last answered; asks nobody."""
+        return tuple(member.report() for member in self._members)
+
     def progressed(self) -> None:
         """A group has finished: deaths from here on count anew."""
         self._deaths = 0
 
     def check(self) -> None:
-        """Let actors that are ready begin, replace those that died or whose engine broke, confirm weight updates.
+        """Let actors that are ready begin, replace those that died or whose engine broke or hangs, confirm weight
+        updates, let those go that have drained.
 
         Raises:
             RunFailure: an actor ended for a reason that another one would meet too, or actors die without a finished
                 group between.
         """
-        for index, member in enumerate(self._members):
+        for member in list(self._members):
             try:
                 self._check(member)
             except RayTaskError as error:
                 if isinstance(error.cause, RexragError) and not isinstance(error.cause, EngineBrokenError):
                     raise error.cause from None
-                self._members[index] = self._replace(member, error.cause)
+                self._bury(member, error.cause)
             except RayError as error:
-                self._members[index] = self._replace(member, error)
+                self._bury(member, error)
 
     def stop(self, *, timeout_s: float = 10.0) -> None:
         """Ask all actors to end, then end those that have not."""
@@ -169,12 +195,15 @@ class Fleet:
         for member in self._members:
             ray.kill(member.handle)
 
-    def _ready_members(self) -> list[_Member]:
-        return [member for member in self._members if member.starting is None]
+    def _ready(self) -> list[Member]:
+        return [member for member in self._members if member.is_ready]
+
+    def _working(self) -> list[Member]:
+        return [member for member in self._members if member.is_working]
 
     def _stats(self, *, timeout_s: float = 5.0) -> list[EngineStats]:
         """Counters of the actors that answer in time."""
-        refs = [call(member.handle, RolloutActor.stats) for member in self._ready_members()]
+        refs = [call(member.handle, RolloutActor.stats) for member in self._ready()]
         done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s) if refs else ([], [])
         stats = []
         for ref in done:
@@ -184,16 +213,23 @@ class Fleet:
                 continue  # replaced by `check`, which is called all the time
         return stats
 
-    def _check(self, member: _Member) -> None:
-        if member.starting is not None:
+    def _check(self, member: Member) -> None:
+        if not member.is_ready:
             self._check_start(member)
+            return
+        member.look()
         if member.run is not None and ray.wait([member.run], timeout=0)[0]:
             ray.get(member.run)
         if member.updates:
             done, member.updates = ray.wait(member.updates, num_returns=len(member.updates), timeout=0)
             self._deliveries += [delivery for delivery in ray.get(done) if delivery is not None]
+        if member.draining is not None and ray.wait([member.draining], timeout=0)[0]:
+            ray.get(member.draining)
+            self._let_go(member)
+        elif member.silent_s > self._hang_timeout_s:
+            self._bury(member, RunFailure(f"it has work and wrote nothing for {member.silent_s:.0f} s"))
 
-    def _check_start(self, member: _Member) -> None:
+    def _check_start(self, member: Member) -> None:
         assert member.starting is not None, "it is starting"
         if not ray.wait([member.starting], timeout=0)[0]:
             now = time.monotonic()
@@ -204,7 +240,7 @@ class Fleet:
                     "model; at work: %s",
                     *(member.actor_id, now - member.started_at),
                     *(counted(self._num_cpus, "CPU"), counted(self._num_gpus, "GPU")),
-                    counted(len(self._ready_members()), "other actor"),
+                    counted(len(self._ready()), "other actor"),
                 )
             return
         ray.get(member.starting)
@@ -215,7 +251,7 @@ class Fleet:
         if self._is_running:
             member.run = call(member.handle, RolloutActor.run)
 
-    def _start(self) -> _Member:
+    def _start(self) -> Member:
         actor_id = f"rollout-{self._num_started}"
         self._num_started += 1
         handle = start_rollout_actor(
@@ -227,11 +263,15 @@ class Fleet:
             num_cpus=self._num_cpus,
             num_gpus=self._num_gpus,
         )
-        now = time.monotonic()
-        ready = call(handle, RolloutActor.ready)
-        return _Member(actor_id=actor_id, handle=handle, starting=ready, started_at=now, told_at=now)
+        return new_member(actor_id, handle)
 
-    def _replace(self, member: _Member, error: BaseException) -> _Member:
+    def _bury(self, member: Member, error: BaseException) -> None:
+        """Take a dead actor out, and start another in its place unless it was to go."""
+        was_wanted = member.draining is None
+        self._let_go(member)  # one whose engine broke or hangs is still there
+        if not was_wanted:
+            LOG.warning("rollout actor %s died before it had finished, its groups go back: %s", member.actor_id, error)
+            return
         self._deaths += 1
         if self._deaths > MAX_DEATHS_IN_A_ROW:
             raise RunFailure(
@@ -240,9 +280,12 @@ class Fleet:
             ) from error
         LOG.warning("rollout actor %s died, a new one takes its groups: %s", member.actor_id, error)
         self._num_replaced += 1
-        ray.kill(member.handle)  # one whose engine broke is still there
+        self._members.append(self._start())
+
+    def _let_go(self, member: Member) -> None:
+        self._members.remove(member)
+        ray.kill(member.handle)
         self._on_death(member.actor_id)
-        return self._start()
 
 
 def _update(

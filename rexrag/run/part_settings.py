@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from rexrag.actors.build import RolloutSettings
 from rexrag.actors.episode import EpisodeSettings
 from rexrag.buffer.settings import ReplaySettings
-from rexrag.config import Config, Section
+from rexrag.config import Config
 from rexrag.env.prompt import read_template
 from rexrag.errors import ConfigError, counted
 from rexrag.learner.correction import CorrectionSettings
@@ -21,6 +21,7 @@ from rexrag.learner.step import LearnerSettings
 from rexrag.model.loading import Device, fastest_dtype
 from rexrag.run.controller import LoopSettings
 from rexrag.run.engine_choice import choose_engine
+from rexrag.sections import Section
 from rexrag.types import Question
 
 if TYPE_CHECKING:

@@ -38,6 +38,11 @@ class StopSignal:
         self._graceful = True
         self._install()
 
+    def ask(self, by: str) -> None:
+        """A stop that came on another way than a signal; it waits for its moment like one."""
+        if self.received is None:
+            self.received = by
+
     def _install(self) -> None:
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Final
 
 import ray
 
 from rexrag.errors import Interrupted, RunFailure
+from rexrag.run.control import Desk
 from rexrag.run.fleet import Fleet
 from rexrag.run.remote import Handle, Ref, T, result_of
 from rexrag.run.signals import StopSignal
@@ -29,15 +31,23 @@ class Supervisor:
 
     Args:
         stall_timeout_s: seconds without progress that end a wait.
+        desk: where those outside ask for the run; None: nobody does.
     """
 
     def __init__(
-        self, *, fleet: Fleet, parts: Mapping[str, Handle[Any]], stop: StopSignal, stall_timeout_s: float
+        self,
+        *,
+        fleet: Fleet,
+        parts: Mapping[str, Handle[Any]],
+        stop: StopSignal,
+        stall_timeout_s: float,
+        desk: Desk | None = None,
     ) -> None:
         self._fleet = fleet
         self._parts = parts
         self._stop = stop
         self._stall_timeout_s = stall_timeout_s
+        self._desk = desk
         self._pings: dict[str, Ref[Any]] = {}
         self._last_ping = 0.0
 
@@ -79,22 +89,33 @@ class Supervisor:
             pause_s: between two looks; 0 where `is_done` itself takes its time.
         """
         bound = _Bound(self._stall_timeout_s, progress=progress)
-        while not is_done():
-            self.look(interruptible=interruptible)
-            if bound.is_over():
-                waiting = what if isinstance(what, str) else what()
-                raise RunFailure(
-                    f"{waiting}: no progress in {self._stall_timeout_s:.0f} s; where it only needs longer, resume with "
-                    "a larger train.stall_timeout_s"
-                )
-            time.sleep(pause_s)
+        with nullcontext() if self._desk is None else self._desk.waiting(what):
+            while not is_done():
+                self.look(interruptible=interruptible)
+                if bound.is_over():
+                    waiting = what if isinstance(what, str) else what()
+                    raise RunFailure(
+                        f"{waiting}: no progress in {self._stall_timeout_s:.0f} s; where it only needs longer, resume "
+                        "with a larger train.stall_timeout_s"
+                    )
+                time.sleep(pause_s)
 
     def look(self, *, interruptible: bool = True) -> None:
-        """Replace dead rollout actors, notice a dead buffer or learner, hear a stop signal."""
+        """Replace dead rollout actors, notice a dead buffer or learner, hear a stop signal and what else is wanted."""
+        self._hear()
         if interruptible and self._stop.received is not None:
             raise Interrupted(f"stopped by {self._stop.received}")
         self._fleet.check()
         self._ping()
+
+    def _hear(self) -> None:
+        wanted = None if self._desk is None else self._desk.look()
+        if wanted is None:
+            return
+        if wanted.stop:
+            self._stop.ask("rexrag stop")
+        elif wanted.num_actors is not None:
+            self._fleet.resize(wanted.num_actors, now=wanted.now)
 
     def _ping(self) -> None:
         due = time.monotonic() - self._last_ping >= PING_EVERY_S

@@ -39,6 +39,8 @@ from rexrag.retrieval.manifest import check_index
 from rexrag.retrieval.open import open_target
 from rexrag.reward import is_user_reward, load_reward, try_reward
 from rexrag.run.cluster import check_reachable, cluster_address, refusal
+from rexrag.run.control import Desk
+from rexrag.run.control_actor import start_control
 from rexrag.run.controller import Controller
 from rexrag.run.engine_choice import choose_engine
 from rexrag.run.fleet import Fleet
@@ -122,21 +124,23 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     for damage in position.damages:
         progress.note(f"warning: {damage}")
     first = WeightVersion(incarnation=position.incarnation, step=request.start_step)
-    fleet = Fleet(
-        rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor_threads, log_file=run.log),
-        num_actors=layout.num_actors,
-        num_groups=layout.num_groups,
-        num_cpus=layout.cpus_per_process,
-        num_gpus=config.rollout.num_gpus,
-        version=first,
+    fleet = _start_fleet(request, layout=layout, inputs=inputs, first=first, buffer=buffer)
+    reporter = Reporter(board=board, progress=progress)
+    desk = Desk(
+        start_control(run.root),
+        run_folder=run.root,
+        num_steps=config.train.steps,
+        reporter=reporter,
+        fleet=fleet,
         buffer=buffer,
-        on_death=lambda actor_id: call(buffer, ReplayActor.release, actor_id),
+        retriever=config.retriever.kind,
     )
     supervisor = Supervisor(
         fleet=fleet,
         parts={"replay buffer": buffer, "learner": learner},
         stop=stop,
         stall_timeout_s=config.train.stall_timeout_s,
+        desk=desk,
     )
     controller = Controller(
         loop_settings(config),
@@ -146,12 +150,13 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         learner=learner,
         fleet=fleet,
         supervisor=supervisor,
-        reporter=Reporter(board=board, progress=progress),
+        reporter=reporter,
         dev=inputs.dev,
         test=inputs.test,
     )
     try:
-        _run(controller)
+        with _findable(run):
+            _run(controller)
     except BaseException:
         # Whatever goes wrong here has less to say than what ended the run.
         with log_instead(OSError, RexragError):
@@ -163,6 +168,23 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     fleet.stop()
 
 
+def _start_fleet(
+    request: TrainRequest, *, layout: Layout, inputs: Inputs, first: WeightVersion, buffer: Handle[ReplayActor]
+) -> Fleet:
+    config, log = request.config, request.run.log
+    return Fleet(
+        rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor_threads, log_file=log),
+        num_actors=layout.num_actors,
+        num_groups=layout.num_groups,
+        num_cpus=layout.cpus_per_process,
+        num_gpus=config.rollout.num_gpus,
+        version=first,
+        buffer=buffer,
+        on_death=lambda actor_id: call(buffer, ReplayActor.release, actor_id),
+        hang_timeout_s=config.train.stall_timeout_s / 2,
+    )
+
+
 def _tell_precision(request: TrainRequest, *, layout: Layout, progress: Progress) -> None:
     """What `auto` comes to here, where it is not what the run began with."""
     config = request.config
@@ -171,6 +193,18 @@ def _tell_precision(request: TrainRequest, *, layout: Layout, progress: Progress
     for sentence in note_precision(request.run, precision):
         progress.note(f"warning: {sentence}")
         LOG.warning("%s", sentence)
+
+
+@contextmanager
+def _findable(run: RunFolder) -> Iterator[None]:
+    """Says in the run folder which Ray the run goes on in, for as long as it does."""
+    address = ray.get_runtime_context().gcs_address
+    write_atomic(run.cluster, json.dumps({"address": address}) + "\n")
+    try:
+        yield
+    finally:
+        with log_instead(OSError):
+            run.cluster.unlink(missing_ok=True)
 
 
 def _run(controller: Controller) -> None:

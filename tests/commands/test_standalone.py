@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from rexrag.commands.standalone import evaluate, settings_for
 from rexrag.errors import ModelError
 from rexrag.preparation.tiny_model import make_tiny_model
 from rexrag.recipe import load_recipe, resolved_toml
 from rexrag.retrieval.bm25 import build_bm25
 from rexrag.run_folder import RunFolder
-from rexrag.standalone import evaluate, settings_for
 from rexrag.types import Question
 
 RECIPE = """

@@ -1,0 +1,162 @@
+"""The control of a run from another process: which run is meant, where its Ray is, and calls that have a bound."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from rexrag.errors import ConfigError, RunFailure, first_line
+from rexrag.run.cluster import check_form, check_listens, refusal
+from rexrag.run.control_actor import CONTROL_NAME, RunControl, run_name
+from rexrag.run.remote import Handle, Ref, T, call
+from rexrag.run.status import RunStatus
+from rexrag.run_folder import RunFolder
+
+JOIN_TIMEOUT_S: Final = 60.0
+ANSWER_TIMEOUT_S: Final = 20.0
+_LATEST: Final = Path("runs/latest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where to look for a run. `name`: None: the one that is there."""
+
+    address: str
+    name: str | None
+
+
+def find_place(run: str | None, *, address: str | None) -> Place:
+    """Which run is meant by a user's words, and the cluster that it should be in.
+
+    Args:
+        run: a run folder, or the name or the end of the name of a run; None: the only one there is.
+        address: of the cluster; None: what the run folder says, else RAY_ADDRESS, else the newest run of this folder,
+            else the Ray of this machine.
+
+    Raises:
+        ConfigError: the run does not go on, or the address is none.
+    """
+    asked = address or os.environ.get("RAY_ADDRESS")
+    if run is not None and RunFolder.is_run(Path(run)):
+        folder = RunFolder(Path(run))
+        noted = _noted(folder)
+        if noted is None and asked is None:
+            status = folder.record().status
+            why = "it is being started, or was killed" if status == "running" else f"it is {status}"
+            raise ConfigError(f"--run {run}: does not go on ({why}); start it with: rexrag train --run-dir {run}")
+        return Place(address=address or noted or asked or "auto", name=run_name(folder.root))
+    if run is not None and Path(run).is_dir():
+        raise ConfigError(f"--run {run}: is a folder without a run (no run.json); name a run folder.")
+    if run is None and asked is None and RunFolder.is_run(_LATEST) and (noted := _noted(RunFolder(_LATEST))):
+        return Place(address=noted, name=run_name(RunFolder(_LATEST).root))
+    return Place(address=asked or "auto", name=run)
+
+
+def _noted(folder: RunFolder) -> str | None:
+    """The Ray that a run goes on in, where its folder says so."""
+    try:
+        return str(json.loads(folder.cluster.read_text(encoding="utf-8"))["address"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class RemoteRun:
+    """A run that goes on. Each call is bounded.
+
+    Raises:
+        RunFailure: by each method: the run ended meanwhile, or does not answer.
+    """
+
+    def __init__(self, name: str, control: Handle[RunControl]) -> None:
+        self.name = name
+        self._control = control
+
+    def status(self) -> RunStatus | None:
+        return self._answer(call(self._control, RunControl.status))
+
+    def scale(self, num_actors: int, *, now: bool) -> None:
+        self._answer(call(self._control, RunControl.scale, num_actors, now=now))
+
+    def stop(self) -> None:
+        self._answer(call(self._control, RunControl.stop))
+
+    def _answer(self, ref: Ref[T]) -> T:
+        try:
+            value: T = ray.get(ref, timeout=ANSWER_TIMEOUT_S)
+            return value
+        except GetTimeoutError:
+            raise RunFailure(f"run {self.name}: its control did not answer within {ANSWER_TIMEOUT_S:.0f} s") from None
+        except RayError as error:
+            raise RunFailure(f"run {self.name}: ended meanwhile ({first_line(error)})") from error
+
+
+@contextmanager
+def remote_run(place: Place) -> Iterator[RemoteRun]:
+    """The run that is meant, over a Ray that is joined while the block runs.
+
+    Raises:
+        ConfigError: no such cluster, or no such run in it.
+    """
+    check_form(place.address)
+    _join(place.address)
+    try:
+        namespace = _chosen(_running(), place)
+        yield RemoteRun(namespace, ray.get_actor(CONTROL_NAME, namespace=namespace))
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    check_listens(address)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    late = threading.Timer(JOIN_TIMEOUT_S, _give_up, (address,))
+    late.daemon = True
+    late.start()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
+    except Exception as error:  # fault boundary: Ray raises bare ones, too
+        if address == "auto":
+            raise ConfigError(
+                "no Ray runs on this machine, hence no run: name its cluster with --address, or its folder with --run"
+            ) from error
+        raise refusal(address, first_line(error)) from error
+    finally:
+        late.cancel()
+
+
+def _give_up(address: str) -> NoReturn:
+    """Ray waits for a cluster without a bound, in its own code: only the process can be ended."""
+    os.write(2, f"error: {refusal(address, f'no answer within {JOIN_TIMEOUT_S:.0f} s')}\n".encode())
+    os._exit(2)
+
+
+def _running() -> list[str]:
+    """The names of the runs that go on in this cluster."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["namespace"] for actor in named if actor["name"] == CONTROL_NAME)
+
+
+def _chosen(running: Sequence[str], place: Place) -> str:
+    if place.name is None:
+        if len(running) == 1:
+            return running[0]
+        if not running:
+            raise ConfigError(f"no run goes on in the cluster at {place.address}; start one with: rexrag train")
+        raise ConfigError(f"several runs go on: {', '.join(running)}; name one with --run")
+    fitting = [name for name in running if name == place.name] or [
+        name for name in running if name.endswith(f"-{place.name.strip('/').replace('/', '-')}")
+    ]
+    if len(fitting) != 1:
+        there = ", ".join(running) or "none"
+        raise ConfigError(f"--run {place.name}: no run of this name goes on in the cluster; there: {there}")
+    return fitting[0]

@@ -1,0 +1,82 @@
+"""A run that goes on is watched, scaled and stopped from other processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system_runs import assert_books_balance, read_lines, run_rexrag, start_rexrag
+
+pytestmark = pytest.mark.system
+
+
+def status_of(run: Path) -> dict[str, Any]:
+    """What `rexrag status --json` says."""
+    process = start_rexrag("status", "--run", run, "--json")
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    told: dict[str, Any] = json.loads(out)
+    return told
+
+
+def wait_for(run: Path, process: subprocess.Popen[str], is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if (run / "cluster.json").exists() and is_so(told := status_of(run)):
+            return told
+        time.sleep(0.5)
+    raise AssertionError(f"not so in time: {status_of(run)}")
+
+
+def at_work(told: dict[str, Any]) -> list[str]:
+    return [actor["actor_id"] for actor in told["actors"] if actor["state"] in ("healthy", "stale")]
+
+
+def test_a_run_is_scaled_up_and_down_while_it_goes_on_and_stopped(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("--set", "train.steps=100000", "--set", "eval.every=0", "--set", "eval.max_questions=2")
+    process = start_rexrag("train", recipe, "--run-dir", run, *words, "--set", "rollout.num_actors=1")
+    try:
+        first = wait_for(run, process, lambda told: told["step"] >= 2)
+        assert at_work(first) == ["rollout-0"]
+        assert first["num_steps"] == 100000
+        assert first["buffer"]["capacity"] == 16
+        assert first["age_s"] < 30
+
+        run_rexrag("scale", "--actors", "2", "--run", run)
+        joined = wait_for(run, process, lambda told: at_work(told) == ["rollout-0", "rollout-1"])
+        held = {actor["actor_id"]: actor["version"] for actor in joined["actors"]}
+        assert held["rollout-1"] >= first["step"] - 1, "it joined with the weights of the time"
+        wait_for(run, process, lambda told: told["actors"][1]["num_groups"] > 0)
+
+        run_rexrag("scale", "--actors", "1", "--run", run)
+        left = wait_for(run, process, lambda told: len(told["actors"]) == 1)
+        assert left["num_wanted"] == 1
+        wait_for(run, process, lambda told: told["step"] > left["step"])
+
+        run_rexrag("stop", "--run", run)
+        _, errors = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "stopped by rexrag stop" in errors
+    assert not (run / "cluster.json").exists()
+    steps = [line["step"] for line in read_lines(run / "metrics.jsonl")]
+    saved = max(int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").glob("step-*"))
+    assert saved == len(steps) == max(step for step in steps if step is not None)
+    accounting = assert_books_balance(run)
+    assert accounting["dropped"] == {}, "an actor that drains wastes nothing"
+    log = (run / "log.jsonl").read_text()
+    assert "rollout-1 is let go" in log
+    assert "is let go" in run_rexrag("status", "--run", run, status=2) or True
+
+
+def test_a_run_that_does_not_go_on_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert "no run" in run_rexrag("status", "--run", tmp_path / "nothing", "--address", "127.0.0.1:1", status=2) or True
