@@ -168,13 +168,13 @@ def _print_layout(config: Config) -> None:
 
     from rexrag.run.cluster import cluster_address
     from rexrag.run.engine_choice import describe_engine
-    from rexrag.run.part_settings import describe_layout, plan_layout
+    from rexrag.run.layout import describe_layout, plan_machine
 
     if cluster_address() is not None:
         return
     cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
     try:
-        layout = plan_layout(config, num_cores=cores, node_cores=cores, num_gpus=gpus)
+        layout = plan_machine(config, num_cores=cores, num_gpus=gpus)
         lines = [*describe_layout(layout), describe_engine(config)]
     except ConfigError as error:  # of this machine, not of the recipe: it may be meant for a cluster
         lines = [f"it would not start: {error}"]

@@ -195,6 +195,9 @@ ROLLOUT_TOKENS_PER_S: Final = _metric(
     "rollout/tokens_per_s", "Tokens that all actors sampled per second since the step before."
 )
 ROLLOUT_ACTORS: Final = _metric("rollout/actors", "Rollout actors at work at the end of the step.")
+ROLLOUT_ACTORS_WANTED: Final = _metric(
+    "rollout/actors_wanted", "Rollout actors that were asked for at the end of the step."
+)
 ROLLOUT_REPLACED: Final = _metric("rollout/replaced", "Actors that died or broke and were replaced, since the start.")
 
 ENGINE_CANARY_KL: Final = _metric(

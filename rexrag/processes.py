@@ -8,10 +8,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
-from rexrag.errors import RexragError, RunFailure
+from rexrag.errors import RexragError, RunFailure, counted
 
 END_TIMEOUT_S = 60.0
 
@@ -19,6 +20,43 @@ StateT = TypeVar("StateT")
 StateT_co = TypeVar("StateT_co", covariant=True)
 ResultT = TypeVar("ResultT")
 ResultT_co = TypeVar("ResultT_co", covariant=True)
+
+
+Resources: TypeAlias = Mapping[str, float]
+"""Amounts by Ray's names: CPU, GPU, and those that a cluster has made up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a part computes with, torch threads and GPUs, and what Ray reserves for it besides GPUs."""
+
+    threads: int
+    gpus: float = 0.0
+    cpus: float = 0.0
+    resources: Resources = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """All that Ray reserves, by its names."""
+        amounts = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
+        return {name: amount for name, amount in amounts.items() if amount}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of an actor that has this share."""
+        return {
+            "num_cpus": self.cpus,
+            "num_gpus": self.gpus,
+            "resources": dict(self.resources),
+            "runtime_env": {"env_vars": process_environment(self.threads)},
+        }
+
+
+def in_words(amounts: Resources) -> str:
+    """Resources for a reader: 4 CPUs, 1 GPU, 1 rollout."""
+    known = ("CPU", "GPU")
+    words = [counted(amount, name) if name in known else f"{amount:g} {name}" for name, amount in amounts.items()]
+    return ", ".join(words) or "nothing"
 
 
 class Work(Protocol[StateT_co, ResultT_co]):

@@ -333,10 +333,7 @@ class GroupLease:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """The groups assigned to one learner step, as Arrow IPC streams in order of admission.
-
-    The learner applies the filter of §8 over the whole step before any forward pass.
-    """
+    """The groups of a learner step, in order of admission, as Arrow IPC streams. The filter of §8 is over them all."""
 
     step: int
     incarnation: str
@@ -374,6 +371,7 @@ class FleetReport:
     """How the actors do, since the last report. `tokens_per_s`: of all together, None after a replacement."""
 
     num_ready: int
+    num_wanted: int
     num_replaced: int
     tokens_per_s: float | None
     canary_kl: float | None

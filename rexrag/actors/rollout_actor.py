@@ -13,7 +13,7 @@ from rexrag.actors.build import RolloutSettings, build_runner
 from rexrag.actors.rollout_loop import ActorPulse, RolloutLoop
 from rexrag.engine.protocol import EngineStats
 from rexrag.model.weight_proof import Delivery, WeightUpdate
-from rexrag.processes import process_environment
+from rexrag.processes import Share
 from rexrag.reporting.log_file import log_process
 from rexrag.types import AppendOutcome, EpisodeScore, GroupLease, LeaseKey, Question, WeightVersion
 
@@ -100,21 +100,14 @@ def start_rollout_actor(
     version: WeightVersion,
     num_groups: int,
     buffer: RemoteHandle,
-    num_cpus: float,
-    num_gpus: float,
+    share: Share,
 ) -> ActorHandle[RolloutActor]:
-    """A `RolloutActor` in its own process, for which Ray reserves these shares; `run` lets it begin.
+    """A `RolloutActor` in its own process, which has this share; `run` lets it begin.
 
     Args:
         version: what the weights in `settings.model_path` are called.
         num_groups: groups that it runs at once.
     """
-    remote = ray.remote(RolloutActor).options(
-        name=actor_id,
-        num_cpus=num_cpus,
-        num_gpus=num_gpus,
-        max_concurrency=MAX_CALLS,
-        runtime_env={"env_vars": process_environment(settings.num_threads)},
-    )
+    remote = ray.remote(RolloutActor).options(name=actor_id, max_concurrency=MAX_CALLS, **share.options)
     handle = remote.remote(actor_id, settings=settings, version=version, num_groups=num_groups, buffer=buffer)
     return cast("ActorHandle[RolloutActor]", handle)

@@ -15,6 +15,7 @@ from typing import cast
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rexrag.buffer.recovery import open_buffer
 from rexrag.buffer.settings import ReplaySettings
@@ -124,8 +125,14 @@ class ReplayActor:
 
 
 def start_replay_actor(
-    settings: ReplaySettings, *, resume_step: int | None, is_new: bool = False
+    settings: ReplaySettings, *, resume_step: int | None, is_new: bool = False, node_id: str | None = None
 ) -> ActorHandle[ReplayActor]:
-    """A `ReplayActor` in its own process; see `open_buffer` for `resume_step` and `is_new`."""
-    handle = ray.remote(ReplayActor).options(num_cpus=0).remote(settings, resume_step=resume_step, is_new=is_new)
+    """A `ReplayActor` in its own process; see `open_buffer` for `resume_step` and `is_new`.
+
+    Args:
+        node_id: where it should be, if there is room; None: anywhere.
+    """
+    strategy = None if node_id is None else NodeAffinitySchedulingStrategy(node_id, soft=True)
+    remote = ray.remote(ReplayActor).options(num_cpus=0, scheduling_strategy=strategy)
+    handle = remote.remote(settings, resume_step=resume_step, is_new=is_new)
     return cast("ActorHandle[ReplayActor]", handle)

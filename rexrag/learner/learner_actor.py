@@ -19,7 +19,7 @@ from rexrag.learner.checkpoint import load_checkpoint, save_checkpoint
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.model.loading import Device, load_model, load_tokenizer
 from rexrag.model.weight_proof import Canary, WeightProof, WeightUpdate, bit_sum, distance
-from rexrag.processes import process_environment
+from rexrag.processes import Share
 from rexrag.reporting.log_file import log_process
 from rexrag.types import FloatArray, StepBatch, StepResult
 
@@ -62,7 +62,7 @@ _BESIDE: Final = "beside"
 class LearnerActor:
     """One learner rank.
 
-        learner = start_learner(spec, num_cpus=1.0, num_gpus=0.0)
+        learner = start_learner(spec, share=Share(threads=2))
         ray.get(learner.ready.remote())
         result = ray.get(learner.step.remote(batch))
         update = learner.export.remote("float32")      # a reference that actors read without a copy
@@ -74,6 +74,10 @@ class LearnerActor:
         self._spec = spec
         self._saving: Path | None = None
         self._scores: tuple[FloatArray, ...] | None = None
+
+    def node_id(self) -> str:
+        """The node that it is on."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def ready(self) -> None:
         """Build model and optimizer. Not done in the constructor, whose errors Ray hands on as text alone."""
@@ -135,14 +139,9 @@ class LearnerActor:
         return self._core.num_passes, saved
 
 
-def start_learner(spec: LearnerSpec, *, num_cpus: float, num_gpus: float) -> ActorHandle[LearnerActor]:
-    """A `LearnerActor` in its own process, for which Ray reserves these shares."""
-    options: dict[str, Any] = {
-        "num_cpus": num_cpus,
-        "num_gpus": num_gpus,
-        "concurrency_groups": {_BESIDE: 1},
-        "runtime_env": {"env_vars": process_environment(spec.threads)},
-    }
+def start_learner(spec: LearnerSpec, *, share: Share) -> ActorHandle[LearnerActor]:
+    """A `LearnerActor` in its own process, which has this share."""
+    options: dict[str, Any] = {**share.options, "concurrency_groups": {_BESIDE: 1}}
     remote: Any = ray.remote(**options)
     return cast("ActorHandle[LearnerActor]", remote(LearnerActor).remote(spec))
 

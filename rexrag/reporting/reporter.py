@@ -70,6 +70,7 @@ class Reporter:
             keys.TIME_STEP: step_s,
             keys.ROLLOUT_TOKENS_PER_S: fleet.tokens_per_s,
             keys.ROLLOUT_ACTORS: float(fleet.num_ready),
+            keys.ROLLOUT_ACTORS_WANTED: float(fleet.num_wanted),
             keys.ROLLOUT_REPLACED: float(fleet.num_replaced),
             keys.ENGINE_CANARY_KL: fleet.canary_kl,
             keys.ENGINE_UNPROVEN: float(fleet.num_unproven),

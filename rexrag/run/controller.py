@@ -27,6 +27,7 @@ from rexrag.errors import EnginePassError, PartDiedError, counted
 from rexrag.learner.checkpoint import prune
 from rexrag.learner.learner_actor import LearnerActor, ask_progress
 from rexrag.reporting.reporter import Reporter
+from rexrag.run.autoscale import Autoscaler, StepLoad
 from rexrag.run.fleet import Fleet
 from rexrag.run.remote import Handle, Ref, T, call, peek, value_of
 from rexrag.run.supervisor import Supervisor
@@ -48,6 +49,7 @@ class LoopSettings:
     eval_every: int
     keep_checkpoints: int
     groups_per_step: int
+    autoscale: tuple[int, int] | None
     transfer_dtype: Literal["float32", "bfloat16"]
 
 
@@ -85,6 +87,8 @@ class Controller:
         self._reporter = reporter
         self._questions = {"dev": dev, "test": test}
         self._saved_step = first.step
+        bounds = settings.autoscale
+        self._autoscaler = None if bounds is None else Autoscaler(least=bounds[0], most=bounds[1])
 
     def run(self) -> None:
         """All steps that are left, with the evaluations before, between and after.
@@ -120,17 +124,29 @@ class Controller:
         result = self._train(step, batch)
         self._note_outcome(result)
         self._push(updated=result.updated)
-        self._reporter.step(
-            result,
-            learner_wait_s=learner_wait_s,
-            step_s=time.monotonic() - started,
-            fleet=self._fleet.report(),
-        )
+        fleet, step_s = self._fleet.report(), time.monotonic() - started
+        self._reporter.step(result, learner_wait_s=learner_wait_s, step_s=step_s, fleet=fleet)
+        self._autoscale(wait_share=learner_wait_s / step_s, num_ready=fleet.num_ready)
         if step % self._settings.checkpoint_every == 0 or step == self._settings.num_steps:
             self._checkpoint()
         if self._has_evaluation(step):
             self._evaluate("dev")
         self._publish()
+
+    def _autoscale(self, *, wait_share: float, num_ready: int) -> None:
+        """Have more or fewer actors, by who waited for whom."""
+        if self._autoscaler is None:
+            return
+        status = self._wait(call(self._buffer, ReplayActor.status), what="the run waits for the buffer's status")
+        load = StepLoad(
+            wait_share=wait_share,
+            fill=status.finished / status.capacity,
+            num_ready=num_ready,
+            num_wanted=self._fleet.num_wanted,
+        )
+        if (wanted := self._autoscaler.decide(load)) != load.num_wanted:
+            LOG.info("%d rollout actors in place of %d, since %s", wanted, load.num_wanted, load)
+            self._fleet.resize(wanted)
 
     def _has_evaluation(self, step: int) -> bool:
         """Whether the dev questions are evaluated at this step: first, last, and every so often."""

@@ -23,6 +23,7 @@ from rexrag.actors.rollout_actor import RolloutActor, start_rollout_actor
 from rexrag.engine.protocol import EngineStats
 from rexrag.errors import EngineBrokenError, RexragError, RunFailure, counted
 from rexrag.model.weight_proof import Delivery, WeightUpdate
+from rexrag.processes import Share, in_words
 from rexrag.run.member import Member, new_member
 from rexrag.run.remote import Handle, Ref, call, value_of
 from rexrag.run.status import ActorReport
@@ -41,7 +42,7 @@ class Fleet:
 
     Args:
         version: what the weights in `settings.model_path` are called.
-        num_cpus, num_gpus: what Ray reserves for each actor.
+        share: what each actor computes with, and what Ray reserves for it.
         on_death: called with the id of an actor that died or is let go, so that its leases go back at once.
         hang_timeout_s: seconds that an actor may be silent, or write nothing though it has work, until it counts as
             dead.
@@ -53,8 +54,7 @@ class Fleet:
         *,
         num_actors: int,
         num_groups: int,
-        num_cpus: float,
-        num_gpus: float,
+        share: Share,
         version: WeightVersion,
         buffer: Handle[Any],
         on_death: Callable[[str], object],
@@ -62,8 +62,7 @@ class Fleet:
     ) -> None:
         self._settings = settings
         self._num_groups = num_groups
-        self._num_cpus = num_cpus
-        self._num_gpus = num_gpus
+        self._share = share
         self._initial = version
         self._current: tuple[WeightVersion, Ref[WeightUpdate] | None] = (version, None)
         self._buffer = buffer
@@ -153,6 +152,7 @@ class Fleet:
         deliveries, self._deliveries = self._deliveries, []
         return FleetReport(
             num_ready=len(self._ready()),
+            num_wanted=self.num_wanted,
             num_replaced=self._num_replaced,
             tokens_per_s=rate,
             canary_kl=max((delivery.canary_kl for delivery in deliveries), default=None),
@@ -236,10 +236,9 @@ class Fleet:
             if now - member.told_at > TELL_EVERY_S:
                 member.told_at = now
                 LOG.warning(
-                    "rollout actor %s has not started in %.0f s: it waits for a node with %s and %s free, or loads its "
-                    "model; at work: %s",
-                    *(member.actor_id, now - member.started_at),
-                    *(counted(self._num_cpus, "CPU"), counted(self._num_gpus, "GPU")),
+                    "rollout actor %s has not started in %.0f s: it waits for a node with %s free, or loads its model; "
+                    "at work: %s",
+                    *(member.actor_id, now - member.started_at, in_words(self._share.bundle)),
                     counted(len(self._ready()), "other actor"),
                 )
             return
@@ -260,8 +259,7 @@ class Fleet:
             version=self._initial,
             num_groups=self._num_groups,
             buffer=self._buffer,
-            num_cpus=self._num_cpus,
-            num_gpus=self._num_gpus,
+            share=self._share,
         )
         return new_member(actor_id, handle)
 

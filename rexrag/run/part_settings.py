@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -12,7 +11,6 @@ from rexrag.actors.episode import EpisodeSettings
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.config import Config
 from rexrag.env.prompt import read_template
-from rexrag.errors import ConfigError, counted
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
 from rexrag.learner.mixture_weights import ProbeSettings
@@ -30,95 +28,9 @@ if TYPE_CHECKING:
 SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How cores and GPUs are shared. `num_groups`: groups that one actor runs at once."""
-
-    num_actors: int
-    num_groups: int
-    actor_threads: int
-    learner_threads: int
-    cpus_per_process: float
-    actor_gpus: float
-    learner_gpus: float
-
-
 def device_of(num_gpus: float) -> Device:
     """Where a process computes to which Ray gives this share of a GPU."""
     return "cuda" if num_gpus else "cpu"
-
-
-def plan_layout(config: Config, *, num_cores: int, node_cores: int, num_gpus: float) -> Layout:
-    """Actors and threads for a cluster: half as many actors as cores, at least one; on GPUs as many as they hold.
-
-    Learner and actors each get threads for all cores of a node. When both compute they share them, and whenever one
-    waits, in evaluations, at the end of a batch or in a synchronous run, the other has the machine.
-
-    Of the GPUs the learner's share comes first: a whole one where there are more, else what one actor leaves.
-
-    Args:
-        num_cores, num_gpus: of the cluster, GPUs that torch can use. node_cores: of its largest node.
-
-    Raises:
-        ConfigError: learner and actors reserve more GPUs than the cluster has, for which Ray would wait for ever, or
-            actors on GPUs would leave none for the learner.
-    """
-    share = config.rollout.num_gpus
-    learner_gpus = _learner_gpus(config, num_gpus)
-    if config.rollout.num_actors is not None:
-        num_actors = config.rollout.num_actors
-    else:
-        num_actors = max(1, _actors_on(num_gpus, learner_gpus, share) if share else num_cores // 2)
-    if num_actors * share + learner_gpus > num_gpus:
-        raise ConfigError(
-            f"{counted(num_actors, 'rollout actor')} with rollout.num_gpus = {share:g} and a learner with "
-            f"{learner_gpus:g} need {counted(num_actors * share + learner_gpus, 'GPU')}, the cluster has "
-            f"{num_gpus:g} that "
-            "torch can use: lower these shares or rollout.num_actors, or set both shares to 0 to compute on CPUs"
-        )
-    actor_threads = config.rollout.threads_per_actor or max(1, min(num_cores // num_actors, node_cores))
-    return Layout(
-        num_actors=num_actors,
-        num_groups=max(1, config.rollout.episodes_per_actor // config.rollout.group_size),
-        actor_threads=actor_threads,
-        learner_threads=config.learner.threads or node_cores,
-        cpus_per_process=min(1.0, num_cores / (num_actors + 1)),
-        actor_gpus=share,
-        learner_gpus=learner_gpus,
-    )
-
-
-def _learner_gpus(config: Config, num_gpus: float) -> float:
-    if config.learner.num_gpus is not None:
-        return config.learner.num_gpus
-    taken = (config.rollout.num_actors or 1) * config.rollout.num_gpus
-    left = min(1.0, max(0.0, num_gpus - taken))
-    if taken and num_gpus and not left:
-        raise ConfigError(
-            f"rollout.num_gpus = {config.rollout.num_gpus:g}: with {counted(config.rollout.num_actors or 1, 'actor')} "
-            f"the {counted(num_gpus, 'GPU')} of the cluster would be used up, and the learner would be on the CPU; "
-            "lower it, such as to 0.5, or say learner.num_gpus = 0 if that is meant"
-        )
-    return left
-
-
-def _actors_on(num_gpus: float, learner_gpus: float, share: float) -> int:
-    """Actors that fit beside the learner; one does not lie over two GPUs."""
-    beside_learner = int((1.0 - learner_gpus) / share + 1e-9) if 0.0 < learner_gpus < 1.0 else 0
-    return beside_learner + int(num_gpus - math.ceil(learner_gpus)) * int(1.0 / share + 1e-9)
-
-
-def describe_layout(layout: Layout) -> list[str]:
-    """Which part gets which share, a line each."""
-
-    def place(gpus: float) -> str:
-        return f"{gpus:g} of a GPU" if 0 < gpus < 1 else counted(gpus, "GPU") if gpus else "on the CPU"
-
-    return [
-        f"{counted(layout.num_actors, 'rollout actor')}: {counted(layout.actor_threads, 'thread')} each, "
-        f"{place(layout.actor_gpus)}, {counted(layout.num_groups, 'group')} at once",
-        f"learner: {counted(layout.learner_threads, 'thread')}, {place(layout.learner_gpus)}",
-    ]
 
 
 def copied(settings: type[SettingsT], section: Section, **rest: object) -> SettingsT:
@@ -220,10 +132,12 @@ def replay_settings(
 
 def loop_settings(config: Config) -> LoopSettings:
     fastest = fastest_dtype(device_of(config.rollout.num_gpus))
+    bounds = config.rollout.autoscale
     return copied(
         LoopSettings,
         config.train,
         num_steps=config.train.steps,
         eval_every=config.eval.every,
+        autoscale=(bounds["min"], bounds["max"]) if bounds else None,
         transfer_dtype=fastest if config.rollout.dtype == "auto" else config.rollout.dtype,
     )

@@ -27,7 +27,7 @@ from rexrag.engine.vllm_settings import check_head_size
 from rexrag.errors import ConfigError, Interrupted, RexragError, RunFailure, first_line
 from rexrag.files import write_atomic
 from rexrag.hints import HintPool, load_hints
-from rexrag.learner.learner_actor import LearnerSpec, start_learner
+from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, start_learner
 from rexrag.model.checks import check_model
 from rexrag.model.weight_proof import Canary
 from rexrag.preparation.prepare import prepare
@@ -45,14 +45,14 @@ from rexrag.run.controller import Controller
 from rexrag.run.engine_choice import choose_engine
 from rexrag.run.fleet import Fleet
 from rexrag.run.identity import first_step_of, note_precision
+from rexrag.run.layout import Layout, plan_machine
 from rexrag.run.limits import canary_prompts, check_limits
+from rexrag.run.nodes import probe_paths, wait_for_layout
 from rexrag.run.part_settings import (
-    Layout,
     device_of,
     has_likelihood,
     learner_settings,
     loop_settings,
-    plan_layout,
     replay_settings,
     rollout_settings,
 )
@@ -94,7 +94,7 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
         choose_engine(config)
         if cluster_address() is None:
             # What a cluster has Ray will say; GPUs that this machine lacks are told before `[prepare]` takes minutes.
-            plan_layout(config, num_cores=num_cores, node_cores=num_cores, num_gpus=torch.cuda.device_count())
+            plan_machine(config, num_cores=num_cores, num_gpus=torch.cuda.device_count())
         num_threads = config.learner.threads or num_cores
         prepare(config, folder=run.prepared, num_threads=num_threads, progress=progress)
         inputs = read_inputs(request)
@@ -108,17 +108,15 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
 
 def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Board, progress: Progress) -> None:
     config, run = request.config, request.run
-    nodes = [max(1, int(node["Resources"].get("CPU", 0))) for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    # Ray counts the GPUs of a machine whose torch was built for the CPU alone, too.
-    gpus = ray.cluster_resources().get("GPU", 0.0) if torch.backends.cuda.is_built() else 0.0  # type: ignore[no-untyped-call]
-    layout = plan_layout(config, num_cores=sum(nodes), node_cores=max(nodes), num_gpus=float(gpus))
+    layout = _layout(request, inputs=inputs, stop=stop, progress=progress)
     _tell_precision(request, layout=layout, progress=progress)
     progress.stage("starting the learner and the rollout actors")
-    buffer = start_replay_actor(inputs.replay, resume_step=request.start_step, is_new=not request.resumed)
-    learner = start_learner(
-        _learner_spec(request, layout=layout, inputs=inputs),
-        num_cpus=layout.cpus_per_process,
-        num_gpus=layout.learner_gpus,
+    learner = start_learner(_learner_spec(request, layout=layout, inputs=inputs), share=layout.learner)
+    buffer = start_replay_actor(
+        inputs.replay,
+        resume_step=request.start_step,
+        is_new=not request.resumed,
+        node_id=None if cluster_address() is None else _node_of(learner, stall_timeout_s=config.train.stall_timeout_s),
     )
     position = _opened(buffer, stall_timeout_s=config.train.stall_timeout_s)
     for damage in position.damages:
@@ -168,16 +166,27 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     fleet.stop()
 
 
+def _layout(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, progress: Progress) -> Layout:
+    config = request.config
+    if cluster_address() is None:
+        num_gpus = float(torch.cuda.device_count())
+        return plan_machine(config, num_cores=os.cpu_count() or 1, num_gpus=num_gpus)
+    layout = wait_for_layout(config, progress=progress, stop=stop)
+    paths = {"model.path": Path(inputs.model_path), "retriever.path": config.retriever.path}
+    paths |= {"probe.hints": config.probe.hints, "env.prompt_file": config.env.prompt_file}
+    probe_paths({setting: path for setting, path in paths.items() if path is not None}, writable=request.run.root)
+    return layout
+
+
 def _start_fleet(
     request: TrainRequest, *, layout: Layout, inputs: Inputs, first: WeightVersion, buffer: Handle[ReplayActor]
 ) -> Fleet:
     config, log = request.config, request.run.log
     return Fleet(
-        rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor_threads, log_file=log),
+        rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor.threads, log_file=log),
         num_actors=layout.num_actors,
         num_groups=layout.num_groups,
-        num_cpus=layout.cpus_per_process,
-        num_gpus=config.rollout.num_gpus,
+        share=layout.actor,
         version=first,
         buffer=buffer,
         on_death=lambda actor_id: call(buffer, ReplayActor.release, actor_id),
@@ -188,7 +197,7 @@ def _start_fleet(
 def _tell_precision(request: TrainRequest, *, layout: Layout, progress: Progress) -> None:
     """What `auto` comes to here, where it is not what the run began with."""
     config = request.config
-    learner_dtype = learner_settings(config, device=device_of(layout.learner_gpus)).autocast
+    learner_dtype = learner_settings(config, device=device_of(layout.learner.gpus)).autocast
     precision = {"learner.autocast": learner_dtype, "rollout.dtype": loop_settings(config).transfer_dtype}
     for sentence in note_precision(request.run, precision):
         progress.note(f"warning: {sentence}")
@@ -213,6 +222,15 @@ def _run(controller: Controller) -> None:
     except Interrupted:
         controller.save()
         raise
+
+
+def _node_of(learner: Handle[LearnerActor], *, stall_timeout_s: float) -> str:
+    """Where the learner has found a place: the buffer goes there too, since each batch goes from one to the other."""
+    what = "the run waits for a node with room for its learner"
+    node = call(learner, LearnerActor.node_id)
+    if not ray.wait([node], timeout=stall_timeout_s)[0]:
+        raise RunFailure(f"{what}: none in {stall_timeout_s:.0f} s (train.stall_timeout_s)")
+    return result_of(node, what=what)
 
 
 def _opened(buffer: Handle[ReplayActor], *, stall_timeout_s: float) -> BufferPosition:
@@ -320,14 +338,14 @@ def _ray() -> Iterator[None]:
 def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> LearnerSpec:
     config = request.config
     assert config.model.path is not None, "the recipe was checked: a run has a model"
-    device = device_of(layout.learner_gpus)
+    device = device_of(layout.learner.gpus)
     return LearnerSpec(
         model=Path(config.model.path) if request.checkpoint is None else request.checkpoint,
         settings=learner_settings(config, device=device),
         device=device,
         hints=[inputs.hints.ids(index) for index in range(len(inputs.hints))],
         kept=[inputs.hints.kept(index) for index in range(len(inputs.hints))],
-        threads=layout.learner_threads,
+        threads=layout.learner.threads,
         seed=config.train.seed,
         evidence_folder=request.run.root,
         checkpoint=request.checkpoint,

@@ -405,6 +405,7 @@ def test_metrics_are_finite_documented_and_complete(tmp_path: Path) -> None:
         keys.TIME_LEARNER_WAIT,
         keys.ROLLOUT_TOKENS_PER_S,
         keys.ROLLOUT_ACTORS,
+        keys.ROLLOUT_ACTORS_WANTED,
         keys.ROLLOUT_REPLACED,
     }
     histograms = {key for key in keys.DESCRIPTIONS if key.startswith("histogram/")}

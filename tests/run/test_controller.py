@@ -66,6 +66,7 @@ def make_rig(folder: Path, *, num_steps: int = 3, eval_every: int = 0, checkpoin
             eval_every=eval_every,
             keep_checkpoints=9,
             groups_per_step=GROUPS,
+            autoscale=None,
             transfer_dtype="float32",
         ),
         run_folder=run,

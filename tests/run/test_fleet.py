@@ -20,6 +20,7 @@ from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
 from rexrag.config import Config
 from rexrag.errors import EngineBrokenError, RunFailure
 from rexrag.preparation.tiny_model import make_tiny_model
+from rexrag.processes import Share
 from rexrag.recipe import flatten, make_config
 from rexrag.retrieval.bm25 import build_bm25
 from rexrag.run import fleet as fleet_module
@@ -65,8 +66,7 @@ class Rig:
             settings,
             num_actors=num_actors,
             num_groups=1,
-            num_cpus=1.0,
-            num_gpus=0.0,
+            share=Share(threads=1, cpus=1.0),
             version=self.first,
             buffer=buffer,
             on_death=self.dead.append,
@@ -128,7 +128,7 @@ def test_a_replacement_without_a_place_holds_up_nobody(
         began = time.monotonic()
         one.until(lambda: time.monotonic() - began > 1.0)
     assert "rollout-2 has not started" in caplog.text
-    assert "1 CPU and 0 GPUs free" in caplog.text
+    assert "a node with 1 CPU free" in caplog.text
     second = WeightVersion(incarnation=one.first.incarnation, step=1)
     one.fleet.publish(second, None)
     one.until(lambda: one.fleet.is_current)

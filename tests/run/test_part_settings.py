@@ -16,7 +16,6 @@ from rexrag.actors.episode import EpisodeSettings
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.config import TABLES, Config
 from rexrag.engine.settings import EngineSettings
-from rexrag.errors import ConfigError
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
 from rexrag.learner.mixture_weights import ProbeSettings
@@ -24,7 +23,7 @@ from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
 from rexrag.recipe import flatten, make_config
 from rexrag.run.controller import LoopSettings
-from rexrag.run.part_settings import copied, describe_layout, device_of, learner_settings, plan_layout
+from rexrag.run.part_settings import copied, learner_settings
 
 EMPTY = inspect.Parameter.empty
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,52 +35,6 @@ SETTINGS = (
 
 def config_with(**settings: object) -> Config:
     return make_config({**flatten(Config()), **{k.replace("__", "."): v for k, v in settings.items()}}, sources={})
-
-
-@pytest.mark.parametrize(
-    ("settings", "num_gpus", "num_actors", "learner_gpus"),
-    [
-        ({}, 0, 4, 0.0),
-        ({}, 1, 4, 1.0),
-        ({"learner__num_gpus": 0.0}, 1, 4, 0.0),
-        ({"rollout__num_gpus": 0.5}, 1, 1, 0.5),
-        ({"rollout__num_gpus": 0.75}, 4, 3, 1.0),
-        ({"rollout__num_gpus": 1.0}, 2, 1, 1.0),
-        ({"rollout__num_gpus": 1.0}, 8, 7, 1.0),
-        ({"rollout__num_gpus": 0.5}, 8, 14, 1.0),
-        ({"rollout__num_gpus": 0.25, "learner__num_gpus": 0.5}, 2, 6, 0.5),
-        ({"rollout__num_gpus": 1.0, "learner__num_gpus": 0.0}, 1, 1, 0.0),
-        ({"rollout__num_gpus": 1.0, "rollout__num_actors": 3}, 4, 3, 1.0),
-        ({"rollout__num_gpus": 0.2, "rollout__num_actors": 4, "learner__num_gpus": 0.1}, 1, 4, 0.1),
-    ],
-)
-def test_gpus_are_shared(settings: dict[str, object], num_gpus: float, num_actors: int, learner_gpus: float) -> None:
-    layout = plan_layout(config_with(**settings), num_cores=8, node_cores=8, num_gpus=num_gpus)
-    assert layout.num_actors == num_actors
-    assert layout.learner_gpus == pytest.approx(learner_gpus)
-    assert device_of(layout.learner_gpus) == ("cuda" if learner_gpus else "cpu")
-
-
-def test_the_shares_are_told_in_words() -> None:
-    layout = plan_layout(config_with(rollout__num_gpus=0.5), num_cores=2, node_cores=2, num_gpus=1)
-    assert describe_layout(layout) == [
-        "1 rollout actor: 2 threads each, 0.5 of a GPU, 12 groups at once",
-        "learner: 2 threads, 0.5 of a GPU",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("settings", "num_gpus", "message"),
-    [
-        ({"rollout__num_gpus": 0.5}, 0, "rollout.num_gpus = 0.5 and a learner with 0 need 0.5 GPUs, the cluster has 0"),
-        ({"rollout__num_gpus": 1.0}, 1, "rollout.num_gpus = 1: with 1 actor the 1 GPU of the cluster would be used up"),
-        ({"learner__num_gpus": 1.0}, 0, "a learner with 1 need 1 GPU, the cluster has 0"),
-        ({"rollout__num_gpus": 0.5, "learner__num_gpus": 0.6}, 1, "need 1.1 GPUs, the cluster has 1"),
-    ],
-)
-def test_more_gpus_than_there_are_are_refused(settings: dict[str, object], num_gpus: float, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        plan_layout(config_with(**settings), num_cores=8, node_cores=8, num_gpus=num_gpus)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings.__name__)
@@ -137,7 +90,7 @@ def _attributes_read() -> set[str]:
     """All names that stand after a dot in the modules that read settings."""
     folders = ("run", "preparation")
     files = [*(path for name in folders for path in (ROOT / "rexrag" / name).glob("*.py"))]
-    files += [ROOT / "rexrag" / name for name in ("recipe.py", "standalone.py")]
+    files += [ROOT / "rexrag" / name for name in ("recipe.py", "commands/standalone.py")]
     return {
         node.attr
         for path in files

@@ -1,0 +1,192 @@
+"""How cores, GPUs and nodes are shared: what each part computes with, and what Ray reserves for it.
+
+On this machine alone learner and actors share the cores: each gets threads for all of them, since one mostly waits for
+the other, and nothing is reserved. On a cluster, which others may use too, a part reserves what it computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from rexrag.config import Config
+from rexrag.errors import ConfigError, counted
+from rexrag.processes import Resources, Share, in_words
+
+ACTOR_THREADS: Final = 4
+"""Threads of an actor on a cluster, where `rollout.threads_per_actor` does not say: few enough to fit on most nodes."""
+_SLACK: Final = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The parts of a run. `num_groups`: groups that one actor runs at once."""
+
+    num_actors: int
+    num_groups: int
+    actor: Share
+    learner: Share
+
+
+def plan_machine(config: Config, *, num_cores: int, num_gpus: float) -> Layout:
+    """The parts on one machine that is the run's own: half as many actors as cores, on GPUs as many as they hold.
+
+    Of the GPUs the learner's share comes first: a whole one where there are more, else what one actor leaves.
+
+    Args:
+        num_gpus: those that torch can use.
+
+    Raises:
+        ConfigError: learner and actors reserve more GPUs than there are, for which Ray would wait for ever, or actors
+            on GPUs would leave none for the learner.
+    """
+    share = config.rollout.num_gpus
+    learner_gpus = _learner_gpus(config, num_gpus)
+    if config.rollout.num_actors is not None:
+        num_actors = config.rollout.num_actors
+    else:
+        num_actors = max(1, _gpu_places(num_gpus - learner_gpus, share) if share else num_cores // 2)
+    if num_actors * share + learner_gpus > num_gpus:
+        raise ConfigError(
+            f"{counted(num_actors, 'rollout actor')} with rollout.num_gpus = {share:g} and a learner with "
+            f"{learner_gpus:g} need {counted(num_actors * share + learner_gpus, 'GPU')}, the cluster has "
+            f"{num_gpus:g} that "
+            "torch can use: lower these shares or rollout.num_actors, or set both shares to 0 to compute on CPUs"
+        )
+    threads = config.rollout.threads_per_actor or max(1, num_cores // num_actors)
+    return Layout(
+        num_actors=_within_bounds(config, num_actors),
+        num_groups=_num_groups(config),
+        actor=Share(threads=threads, gpus=share, cpus=0.0, resources={}),
+        learner=Share(threads=config.learner.threads or num_cores, gpus=learner_gpus, cpus=0.0, resources={}),
+    )
+
+
+def plan_cluster(config: Config, *, nodes: Sequence[Resources]) -> Layout:
+    """The parts on a cluster: the learner, and as many actors as fit beside it.
+
+    Where `rollout.num_actors` asks for more than fit, the others join when there is room.
+
+    Args:
+        nodes: what each node has.
+
+    Raises:
+        ConfigError: the nodes cannot hold the learner and one actor; says what is missing.
+    """
+    learner, actor = cluster_shares(config, nodes=nodes)
+    num_fitting = max((_num_fitting(left, actor) for left in _with_learner(nodes, learner)), default=-1)
+    if num_fitting < 1:
+        there = "; ".join(in_words(node) for node in nodes) or "none"
+        lacking = f"the learner ({in_words(learner.bundle)})"
+        if num_fitting == 0:
+            lacking += f" and beside it a rollout actor ({in_words(actor.bundle)})"
+        raise ConfigError(
+            f"no node of the cluster has room for {lacking}; its nodes: {there}; add nodes, or lower learner.threads, "
+            "rollout.threads_per_actor, the shares of GPUs or the resources"
+        )
+    return Layout(
+        num_actors=_within_bounds(config, config.rollout.num_actors or num_fitting),
+        num_groups=_num_groups(config),
+        actor=actor,
+        learner=learner,
+    )
+
+
+def cluster_shares(config: Config, *, nodes: Sequence[Resources]) -> tuple[Share, Share]:
+    """What learner and actor reserve on a cluster; threads that no setting names follow from its largest nodes."""
+    num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    learner_cores = _most_cores(nodes, config.learner.resources)
+    learner_threads = config.learner.threads or max(1, learner_cores // 2)
+    learner_gpus = _learner_gpus(config, num_gpus)
+    actor_cores = _most_cores(nodes, config.rollout.resources)
+    if config.rollout.num_gpus:  # so many that all shares of GPUs can be used, beside the learner
+        most_gpus = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
+        places = max(1, _gpu_places(most_gpus - learner_gpus, config.rollout.num_gpus))
+        actor_cores = max(0, actor_cores - learner_threads) // places
+    actor_threads = config.rollout.threads_per_actor or max(1, min(ACTOR_THREADS, actor_cores))
+    return (
+        Share(
+            threads=learner_threads,
+            gpus=learner_gpus,
+            cpus=float(learner_threads),
+            resources=config.learner.resources,
+        ),
+        Share(
+            threads=actor_threads,
+            gpus=config.rollout.num_gpus,
+            cpus=float(actor_threads),
+            resources=config.rollout.resources,
+        ),
+    )
+
+
+def describe_layout(layout: Layout) -> list[str]:
+    """Which part gets which share, a line each."""
+
+    def place(share: Share) -> str:
+        gpus = share.gpus
+        where = f"{gpus:g} of a GPU" if 0 < gpus < 1 else counted(gpus, "GPU") if gpus else "on the CPU"
+        reserved = {name: amount for name, amount in share.bundle.items() if name != "GPU"}
+        return f"{where}, reserves {in_words(reserved)}" if reserved else where
+
+    return [
+        f"{counted(layout.num_actors, 'rollout actor')}: {counted(layout.actor.threads, 'thread')} each, "
+        f"{place(layout.actor)}, {counted(layout.num_groups, 'group')} at once",
+        f"learner: {counted(layout.learner.threads, 'thread')}, {place(layout.learner)}",
+    ]
+
+
+def _num_groups(config: Config) -> int:
+    return max(1, config.rollout.episodes_per_actor // config.rollout.group_size)
+
+
+def _within_bounds(config: Config, num_actors: int) -> int:
+    bounds = config.rollout.autoscale
+    return min(max(num_actors, bounds["min"]), bounds["max"]) if bounds else num_actors
+
+
+def _learner_gpus(config: Config, num_gpus: float) -> float:
+    if config.learner.num_gpus is not None:
+        return config.learner.num_gpus
+    taken = (config.rollout.num_actors or 1) * config.rollout.num_gpus
+    left = min(1.0, max(0.0, num_gpus - taken))
+    if taken and num_gpus and not left:
+        raise ConfigError(
+            f"rollout.num_gpus = {config.rollout.num_gpus:g}: with {counted(config.rollout.num_actors or 1, 'actor')} "
+            f"the {counted(num_gpus, 'GPU')} of the cluster would be used up, and the learner would be on the CPU; "
+            "lower it, such as to 0.5, or say learner.num_gpus = 0 if that is meant"
+        )
+    return left
+
+
+def _gpu_places(num_gpus: float, share: float) -> int:
+    """How often a share of a GPU fits; none lies over two of them."""
+    whole = int(num_gpus + _SLACK)
+    return whole * int(1.0 / share + _SLACK) + int((num_gpus - whole) / share + _SLACK)
+
+
+def _most_cores(nodes: Sequence[Resources], resources: Resources) -> int:
+    """Cores of the largest node that has these resources; of any where none has."""
+    fitting = [node for node in nodes if all(node.get(name, 0.0) >= amount for name, amount in resources.items())]
+    return int(max((node.get("CPU", 0.0) for node in fitting or nodes), default=0.0))
+
+
+def _with_learner(nodes: Sequence[Resources], learner: Share) -> list[list[Resources]]:
+    """What is left of the nodes, for each one that the learner may be on."""
+    found = []
+    for index, node in enumerate(nodes):
+        left = {name: node.get(name, 0.0) - learner.bundle.get(name, 0.0) for name in {*node, *learner.bundle}}
+        if min(left.values(), default=0.0) >= -_SLACK:
+            found.append([*nodes[:index], left, *nodes[index + 1 :]])
+    return found
+
+
+def _num_fitting(nodes: Sequence[Resources], share: Share) -> int:
+    total = 0
+    for node in nodes:
+        counts = [int(node.get(name, 0.0) / amount + _SLACK) for name, amount in share.bundle.items() if name != "GPU"]
+        if share.gpus:
+            counts.append(_gpu_places(node.get("GPU", 0.0), share.gpus))
+        total += min(counts, default=0)
+    return total

@@ -1,0 +1,125 @@
+"""The nodes of the cluster that a run has joined: what they have, whether they are enough, and what they can see."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+import torch
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rexrag.config import Config
+from rexrag.errors import ConfigError, Interrupted, first_line
+from rexrag.processes import Resources
+from rexrag.reporting.terminal import Progress
+from rexrag.run.layout import Layout, cluster_shares, plan_cluster
+from rexrag.run.signals import StopSignal
+
+LOOK_EVERY_S: Final = 2.0
+PROBE_TIMEOUT_S: Final = 120.0
+_OF_RAY: Final = ("memory", "object_store_memory")
+
+
+def cluster_nodes() -> list[Resources]:
+    """What each living node has, by Ray's names. GPUs are none where torch is built for the CPU alone."""
+    return [resources for _, resources in _nodes()]
+
+
+def wait_for_layout(config: Config, *, progress: Progress, stop: StopSignal) -> Layout:
+    """The parts on this cluster, once its nodes can hold them; an autoscaler is asked for nodes meanwhile.
+
+    The wait is bounded by `train.stall_timeout_s` without a change among the nodes.
+
+    Raises:
+        ConfigError: the nodes are not enough.
+        Interrupted: a stop signal came.
+    """
+    seen: list[Resources] | None = None
+    changed_at = time.monotonic()
+    while True:
+        nodes = cluster_nodes()
+        try:
+            layout = plan_cluster(config, nodes=nodes)
+        except ConfigError as error:
+            if nodes != seen:
+                seen, changed_at = nodes, time.monotonic()
+                progress.note(f"waiting for nodes: {error}")
+                learner, actor = cluster_shares(config, nodes=nodes)
+                _ask_autoscaler([learner.bundle, *[actor.bundle] * (config.rollout.num_actors or 1)])
+            if time.monotonic() - changed_at > config.train.stall_timeout_s:
+                raise ConfigError(
+                    f"{error}; waited {config.train.stall_timeout_s:.0f} s without a change (train.stall_timeout_s)"
+                ) from None
+            if stop.received is not None:
+                raise Interrupted(f"stopped by {stop.received} while it waited for nodes") from None
+            time.sleep(LOOK_EVERY_S)
+        else:
+            if seen is not None:
+                _ask_autoscaler([])  # what is started from now on asks by itself
+            return layout
+
+
+def probe_paths(paths: Mapping[str, Path], *, writable: Path) -> None:
+    """Make sure that every node sees the files that the parts read, and can write into the run folder.
+
+    Args:
+        paths: by the setting that names them.
+
+    Raises:
+        ConfigError: names the node, the setting and the path.
+    """
+    nodes = _nodes()
+    if len(nodes) < 2:
+        return
+    look: Any = ray.remote(_missing).options(num_cpus=0, max_retries=0)
+    asked = {
+        name: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
+            {setting: str(path) for setting, path in paths.items()}, str(writable)
+        )
+        for (node_id, name), _ in nodes
+    }
+    problems = []
+    for name, ref in asked.items():
+        try:
+            problems += [f"node {name}: {problem}" for problem in ray.get(ref, timeout=PROBE_TIMEOUT_S)]
+        except RayError as error:
+            problems.append(f"node {name}: cannot be asked whether it sees the run's files ({first_line(error)})")
+    if problems:
+        raise ConfigError(
+            "\n".join(problems) + "\nPut what is missing on storage that all nodes share, at the same path on each."
+        )
+
+
+def _missing(paths: Mapping[str, str], writable: str) -> list[str]:
+    """Runs on a node."""
+    problems = [f"{setting} = {path}: is not there" for setting, path in paths.items() if not os.path.exists(path)]
+    if not os.access(writable, os.W_OK):
+        problems.append(f"--run-dir = {writable}: cannot be written to")
+    return problems
+
+
+def _nodes() -> list[tuple[tuple[str, str], Resources]]:
+    """Id, name and resources of each living node."""
+    has_cuda = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+    return [
+        (
+            (node["NodeID"], f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"),
+            {
+                name: float(amount)
+                for name, amount in node["Resources"].items()
+                if name not in _OF_RAY and not name.startswith("node:") and (has_cuda or name != "GPU")
+            },
+        )
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    ]
+
+
+def _ask_autoscaler(bundles: list[dict[str, float]]) -> None:
+    request_resources(bundles=bundles)

@@ -1,0 +1,129 @@
+"""How cores, GPUs and nodes are shared."""
+
+from __future__ import annotations
+
+import pytest
+
+from rexrag.config import Config
+from rexrag.errors import ConfigError
+from rexrag.recipe import flatten, make_config
+from rexrag.run.layout import describe_layout, plan_cluster, plan_machine
+from rexrag.run.part_settings import device_of
+
+
+def config_with(**settings: object) -> Config:
+    return make_config({**flatten(Config()), **{k.replace("__", "."): v for k, v in settings.items()}}, sources={})
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_gpus", "num_actors", "learner_gpus"),
+    [
+        ({}, 0, 4, 0.0),
+        ({}, 1, 4, 1.0),
+        ({"learner__num_gpus": 0.0}, 1, 4, 0.0),
+        ({"rollout__num_gpus": 0.5}, 1, 1, 0.5),
+        ({"rollout__num_gpus": 0.75}, 4, 3, 1.0),
+        ({"rollout__num_gpus": 1.0}, 2, 1, 1.0),
+        ({"rollout__num_gpus": 1.0}, 8, 7, 1.0),
+        ({"rollout__num_gpus": 0.5}, 8, 14, 1.0),
+        ({"rollout__num_gpus": 0.25, "learner__num_gpus": 0.5}, 2, 6, 0.5),
+        ({"rollout__num_gpus": 1.0, "learner__num_gpus": 0.0}, 1, 1, 0.0),
+        ({"rollout__num_gpus": 1.0, "rollout__num_actors": 3}, 4, 3, 1.0),
+        ({"rollout__num_gpus": 0.2, "rollout__num_actors": 4, "learner__num_gpus": 0.1}, 1, 4, 0.1),
+    ],
+)
+def test_gpus_are_shared(settings: dict[str, object], num_gpus: float, num_actors: int, learner_gpus: float) -> None:
+    layout = plan_machine(config_with(**settings), num_cores=8, num_gpus=num_gpus)
+    assert layout.num_actors == num_actors
+    assert layout.learner.gpus == pytest.approx(learner_gpus)
+    assert device_of(layout.learner.gpus) == ("cuda" if learner_gpus else "cpu")
+
+
+def test_the_shares_are_told_in_words() -> None:
+    layout = plan_machine(config_with(rollout__num_gpus=0.5), num_cores=2, num_gpus=1)
+    assert describe_layout(layout) == [
+        "1 rollout actor: 2 threads each, 0.5 of a GPU, 12 groups at once",
+        "learner: 2 threads, 0.5 of a GPU",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_gpus", "message"),
+    [
+        ({"rollout__num_gpus": 0.5}, 0, "rollout.num_gpus = 0.5 and a learner with 0 need 0.5 GPUs, the cluster has 0"),
+        ({"rollout__num_gpus": 1.0}, 1, "rollout.num_gpus = 1: with 1 actor the 1 GPU of the cluster would be used up"),
+        ({"learner__num_gpus": 1.0}, 0, "a learner with 1 need 1 GPU, the cluster has 0"),
+        ({"rollout__num_gpus": 0.5, "learner__num_gpus": 0.6}, 1, "need 1.1 GPUs, the cluster has 1"),
+    ],
+)
+def test_more_gpus_than_there_are_are_refused(settings: dict[str, object], num_gpus: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_machine(config_with(**settings), num_cores=8, num_gpus=num_gpus)
+
+
+SMALL = {"CPU": 4.0}
+LARGE = {"CPU": 16.0, "GPU": 4.0}
+
+
+def test_on_the_own_machine_nothing_is_reserved() -> None:
+    layout = plan_machine(config_with(rollout__resources={"rollout": 1}), num_cores=8, num_gpus=0)
+    assert layout.actor.bundle == layout.learner.bundle == {}
+    assert (layout.actor.threads, layout.learner.threads) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "num_actors", "actor", "learner"),
+    [
+        ({}, [SMALL, SMALL, SMALL], 2, {"CPU": 4.0}, {"CPU": 2.0}),
+        ({"rollout__threads_per_actor": 2}, [SMALL, SMALL, SMALL], 5, {"CPU": 2.0}, {"CPU": 2.0}),
+        ({"learner__threads": 4}, [SMALL, SMALL, SMALL], 2, {"CPU": 4.0}, {"CPU": 4.0}),
+        ({"rollout__num_actors": 9}, [SMALL, SMALL], 9, {"CPU": 4.0}, {"CPU": 2.0}),
+        ({"rollout__num_gpus": 0.5}, [LARGE, SMALL], 6, {"CPU": 1.0, "GPU": 0.5}, {"CPU": 8.0, "GPU": 1.0}),
+        ({"rollout__num_gpus": 1.0}, [LARGE, LARGE], 7, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}),
+        (
+            {"rollout__num_gpus": 0.5, "rollout__threads_per_actor": 1, "learner__num_gpus": 0.5},
+            [LARGE],
+            7,
+            {"CPU": 1.0, "GPU": 0.5},
+            {"CPU": 8.0, "GPU": 0.5},
+        ),
+        (
+            {"rollout__resources": {"rollout": 1}, "learner__resources": {"learner": 1}},
+            [{"CPU": 8.0, "learner": 1.0}, {"CPU": 8.0, "rollout": 1.0}, {"CPU": 8.0, "rollout": 1.0}],
+            2,
+            {"CPU": 4.0, "rollout": 1.0},
+            {"CPU": 4.0, "learner": 1.0},
+        ),
+        ({"rollout__autoscale": {"min": 3, "max": 4}}, [SMALL, SMALL, SMALL], 3, {"CPU": 4.0}, {"CPU": 2.0}),
+    ],
+)
+def test_on_a_cluster_a_part_reserves_what_it_computes_with(
+    settings: dict[str, object],
+    nodes: list[dict[str, float]],
+    num_actors: int,
+    actor: dict[str, float],
+    learner: dict[str, float],
+) -> None:
+    layout = plan_cluster(config_with(**settings), nodes=nodes)
+    assert layout.num_actors == num_actors
+    assert layout.actor.bundle == actor
+    assert layout.learner.bundle == learner
+    assert layout.actor.threads == actor["CPU"]
+    assert layout.learner.threads == learner["CPU"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "nodes", "message"),
+    [
+        ({}, [], r"no node of the cluster has room for the learner \(1 CPU\); its nodes: none; add nodes"),
+        ({}, [{"CPU": 1.0}], r"and beside it a rollout actor \(1 CPU\); its nodes: 1 CPU;"),
+        ({"learner__threads": 8}, [SMALL, SMALL], r"room for the learner \(8 CPUs\); its nodes: 4 CPUs; 4 CPUs;"),
+        ({"rollout__resources": {"rollout": 1}}, [SMALL], r"beside it a rollout actor \(4 CPUs, 1 rollout\)"),
+        ({"rollout__num_gpus": 1.0}, [SMALL], r"beside it a rollout actor \(2 CPUs, 1 GPU\)"),
+    ],
+)
+def test_a_cluster_that_is_too_small_says_what_is_missing(
+    settings: dict[str, object], nodes: list[dict[str, float]], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_cluster(config_with(**settings), nodes=nodes)
