@@ -203,7 +203,8 @@ def patch_between(old: object, new: object, path: str = "") -> list[Object]:
         operations += [{"op": "remove", "path": f"{path}/{index}"} for index in reversed(range(common, len(old)))]
         return operations + [{"op": "add", "path": f"{path}/-", "value": value} for value in new[common:]]
     if not isinstance(old, dict) or not isinstance(new, dict):
-        return [] if old == new else [{"op": "replace", "path": path, "value": new}]
+        # For Python true is 1.
+        return [] if old == new and type(old) is type(new) else [{"op": "replace", "path": path, "value": new}]
     for name in old | new:
         place = f"{path}/{str(name).replace('~', '~0').replace('/', '~1')}"
         if name not in new:
