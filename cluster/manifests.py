@@ -217,18 +217,21 @@ def patch_between(old: object, new: object, path: str = "") -> list[Object]:
 
 
 def files(image: str) -> dict[str, list[Object]]:
-    """All files by their path below the folder, each as its documents."""
+    """All files by their path below the folder, each as its documents.
+
+    The overlay lies beside its base: kustomize refuses a base that contains it.
+    """
     base = [*platform(FULL, image), ray_job(FULL, image)]
     small = [*platform(SMALL, image), ray_job(SMALL, image)]
     overlay = {
-        "resources": [".."],
+        "resources": ["../base"],
         "patches": [_patch(old, new) for old, new in zip(base, small, strict=True) if old != new],
     }
     return {
-        "platform.yaml": platform(FULL, image),
-        "rayjob.yaml": [ray_job(FULL, image)],
-        "raycluster.yaml": [ray_cluster(FULL, image)],
-        "kustomization.yaml": [_kustomization({"resources": ["platform.yaml", "rayjob.yaml"]})],
+        "base/platform.yaml": platform(FULL, image),
+        "base/rayjob.yaml": [ray_job(FULL, image)],
+        "base/raycluster.yaml": [ray_cluster(FULL, image)],
+        "base/kustomization.yaml": [_kustomization({"resources": ["platform.yaml", "rayjob.yaml"]})],
         "small/kustomization.yaml": [_kustomization(overlay)],
         "small/raycluster.yaml": [ray_cluster(SMALL, image)],
     }

@@ -50,6 +50,7 @@ def small_objects() -> list[Manifest]:
     overlay = documents(SMALL)[0]
     (base,) = overlay["resources"]
     folder = (SMALL.parent / base).resolve()
+    assert not SMALL.is_relative_to(folder), "kustomize refuses a base that contains its overlay"
     names = documents(folder / "kustomization.yaml")[0]["resources"]
     objects = [one for name in names for one in documents(folder / name)]
     for patch in overlay["patches"]:

@@ -207,8 +207,8 @@ def test_ports_are_closed_but_to_whom_needs_them() -> None:
 
 
 def test_tensorboard_reads_the_runs_folder_through_its_service() -> None:
-    (board,) = [one for one in documents(KUBERAY / "platform.yaml") if one["kind"] == "Deployment"]
-    (service,) = [one for one in documents(KUBERAY / "platform.yaml") if one["kind"] == "Service"]
+    (board,) = [one for one in documents(KUBERAY / "base" / "platform.yaml") if one["kind"] == "Deployment"]
+    (service,) = [one for one in documents(KUBERAY / "base" / "platform.yaml") if one["kind"] == "Service"]
     pod = board["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
@@ -261,7 +261,7 @@ def test_recipe_keys_in_the_manifests_exist() -> None:
 
 
 def test_a_try_that_fails_is_followed_by_one_on_a_new_cluster_and_the_same_run_folder() -> None:
-    (job,) = documents(KUBERAY / "rayjob.yaml")
+    (job,) = documents(KUBERAY / "base" / "rayjob.yaml")
     spec = job["spec"]
     assert spec["backoffLimit"] >= 1
     assert "clusterSelector" not in spec, "KubeRay retries only on clusters of the job's own"
@@ -278,7 +278,7 @@ def test_a_try_that_fails_is_followed_by_one_on_a_new_cluster_and_the_same_run_f
 
 
 def test_a_stop_and_an_eviction_leave_time() -> None:
-    (job,) = documents(KUBERAY / "rayjob.yaml")
+    (job,) = documents(KUBERAY / "base" / "rayjob.yaml")
     assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
     for group in (group for spec in CLUSTERS for group in spec["workerGroupSpecs"]):
         pod = group["template"]["spec"]

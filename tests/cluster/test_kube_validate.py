@@ -21,8 +21,8 @@ from cluster.validate_manifests import check_file, load_checker, main
 
 ROOT = KUBERAY.parent.parent
 CHECKER = load_checker()
-JOB_FILE = KUBERAY / "rayjob.yaml"
-PLATFORM_FILE = KUBERAY / "platform.yaml"
+JOB_FILE = KUBERAY / "base" / "rayjob.yaml"
+PLATFORM_FILE = KUBERAY / "base" / "platform.yaml"
 JOB = JOB_FILE.read_text(encoding="utf-8")
 PLATFORM = PLATFORM_FILE.read_text(encoding="utf-8")
 
@@ -230,8 +230,8 @@ def test_crds_of_ones_own_take_the_place_of_the_shipped_ones(
     mine.write_text(mine.read_text().replace("newField", "newfield"))
     assert main([str(mine), *words]) == 2
     assert "spec.newfield: unknown field; the nearest known one is `newField`" in capsys.readouterr().err
-    assert main([str(KUBERAY / "raycluster.yaml"), *words]) == 2
+    assert main([str(KUBERAY / "base" / "raycluster.yaml"), *words]) == 2
     assert "apiVersion ray.io/v1 has no schema" in capsys.readouterr().err
-    assert main([str(KUBERAY / "platform.yaml"), *words]) == 0
+    assert main([str(KUBERAY / "base" / "platform.yaml"), *words]) == 0
     assert main([str(mine), "--crds", str(tmp_path)]) == 2
     assert "no CustomResourceDefinition of ray.io" in capsys.readouterr().err
