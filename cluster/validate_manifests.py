@@ -117,12 +117,13 @@ def _validators(schema: Schema) -> dict[str, Draft202012Validator]:
 
 
 def check_file(path: Path, checker: Checker) -> list[str]:
-    """The problems of a file, each with its line. None: all its objects are known and valid.
+    """The problems of a file by line. None: all its objects are known and valid.
 
     Raises:
         ManifestError: the file cannot be read, is no YAML, or has no object.
     """
-    return [f"{path}:{line}: {text}" for document in _documents(path) for line, text in _problems(document, checker)]
+    found = {problem for document in _documents(path) for problem in _problems(document, checker)}
+    return [f"{path}:{line}: {text}" for line, text in sorted(found)]
 
 
 def _documents(path: Path) -> list[Document]:
@@ -155,7 +156,7 @@ def _problems(document: Document, checker: Checker) -> Iterator[tuple[int, str]]
         known = ", ".join(sorted(checker.validators))
         yield _line(document.node, ()), f"{title}: apiVersion {value.get('apiVersion')} has no schema; known: {known}"
         return
-    for error in sorted(validator.iter_errors(value), key=lambda one: [str(part) for part in one.absolute_path]):
+    for error in validator.iter_errors(value):
         for place, text in _explain(error):
             yield _line(document.node, place), f"{title}: {_dotted(place)}: {text}"
 
@@ -247,10 +248,14 @@ def main(words: Sequence[str]) -> int:
     problems: list[str] = []
     try:
         checker = load_checker(options.crds)
-        for file in options.files:
-            problems += check_file(file, checker)
     except UserError as error:
-        problems.append(f"error: {error}")
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    for file in options.files:
+        try:
+            problems += check_file(file, checker)
+        except ManifestError as error:
+            problems.append(str(error))
     files = counted(len(options.files), "file")
     if problems:
         sys.stderr.write("".join(f"{problem}\n" for problem in problems))

@@ -173,6 +173,17 @@ def test_a_repeated_key_inside_a_list_is_found(tmp_path: Path) -> None:
     assert found.startswith(f"{line + 1}: RayJob rexrag-train: spec.submitterPodTemplate.spec.containers[0].name: ")
 
 
+def test_each_problem_is_said_once_and_by_line(tmp_path: Path) -> None:
+    text = "apiVersion: apps/v1\nkind: Deployment\nmetadata: {}\nspec:\n  replicas: x\n  8080: y\n"
+    found = problems(text, tmp_path)
+    assert [one.partition(": ")[::2] for one in found] == [
+        ("4", "Deployment: spec.selector: is missing"),
+        ("4", "Deployment: spec.template: is missing"),
+        ("5", "Deployment: spec.replicas: = x: must be a whole number"),
+        ("6", "Deployment: spec[8080]: unknown field; the nearest known one is `template`"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -191,6 +202,8 @@ def test_a_file_without_manifests_is_refused(
     assert told in capsys.readouterr().err
     assert main([str(tmp_path / "absent.yaml")]) == 2
     assert "absent.yaml: cannot be read" in capsys.readouterr().err
+    assert main([str(path), str(JOB_FILE), str(tmp_path)]) == 2
+    assert "2 problems in 3 files" in capsys.readouterr().err
 
 
 def test_the_command_says_what_it_checked_against(tmp_path: Path) -> None:
