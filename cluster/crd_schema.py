@@ -72,12 +72,17 @@ def derive(crds: list[Schema], *, source: str) -> Schema:
         A JSON schema whose `$defs` hold one entry for each kind, `<apiVersion>/<kind>`, beside the shared parts.
 
     Raises:
-        SchemaError: no CRD has a version to derive from.
+        SchemaError: no CRD has a version to derive from, or one lacks what every CRD has.
     """
     kinds: dict[str, Schema] = {}
     for crd in crds:
-        for key, schema in _kinds_of(crd):
-            kinds[key] = _closed(schema)
+        try:
+            kinds |= {key: _closed(schema) for key, schema in _kinds_of(crd)}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SchemaError(
+                f"CRDs = {source}: one of {GROUP} is not whole ({type(error).__name__}: {error}); "
+                "name those of a KubeRay release."
+            ) from None
     if not kinds:
         raise SchemaError(f"CRDs = {source}: no version with a schema is served; name those of a KubeRay release.")
     for schema in kinds.values():

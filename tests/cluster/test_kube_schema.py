@@ -173,6 +173,10 @@ def test_folders_without_usable_crds_are_refused(tmp_path: Path) -> None:
         read_crds(tmp_path)
     with pytest.raises(SchemaError, match="no version with a schema is served"):
         derive([crd({"type": "object"}, deprecated=True)], source="old ones")
+    torn = crd({"type": "object"})
+    torn["spec"] = {"group": "ray.io", "versions": [{"name": "v1", "served": True}]}
+    with pytest.raises(SchemaError, match=r"CRDs = torn: one of ray\.io is not whole \(KeyError: 'names'\)"):
+        derive([torn], source="torn")
 
 
 def test_crds_are_read_zipped_or_not(tmp_path: Path) -> None:
