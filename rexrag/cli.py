@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from rexrag.commands import control
+from rexrag.commands import cluster, control
 from rexrag.config import Config
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError, counted
 from rexrag.sections import PrepareConfig
@@ -40,6 +40,7 @@ index_app = typer.Typer(no_args_is_help=True, help="Build and verify retrieval i
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 control.register(app)
+cluster.register(app)
 
 SHOWN_PROBLEMS = 20
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import rexrag.metrics as keys
+from rexrag.commands.token import use_token
 from rexrag.errors import counted
 
 if TYPE_CHECKING:
@@ -95,18 +94,11 @@ def stop(run: RunOption = None, address: AddressOption = None) -> None:
 
 @contextmanager
 def _found(run: str | None, address: str | None) -> Iterator[RemoteRun]:
-    # Ray reads it when it is imported. It sends a token by itself only to a cluster that it has found by itself.
-    if _has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    use_token()
     from rexrag.run.remote_control import find_place, remote_run
 
     with remote_run(find_place(run, address=address)) as found:
         yield found
-
-
-def _has_token() -> bool:
-    given = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
-    return bool(given) or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _shown(told: RunStatus | None) -> RenderableType:

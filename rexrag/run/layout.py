@@ -21,9 +21,15 @@ _SLACK: Final = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The parts of a run. `num_groups`: groups that one actor runs at once."""
+    """The parts of a run.
+
+    Attributes:
+        num_groups: groups that one actor runs at once.
+        num_fitting: actors for which there is room now.
+    """
 
     num_actors: int
+    num_fitting: int
     num_groups: int
     actor: Share
     learner: Share
@@ -55,8 +61,10 @@ def plan_machine(config: Config, *, num_cores: int, num_gpus: float) -> Layout:
             "torch can use: lower these shares or rollout.num_actors, or set both shares to 0 to compute on CPUs"
         )
     threads = config.rollout.threads_per_actor or max(1, num_cores // num_actors)
+    num_actors = _within_bounds(config, num_actors)
     return Layout(
-        num_actors=_within_bounds(config, num_actors),
+        num_actors=num_actors,
+        num_fitting=num_actors,
         num_groups=_num_groups(config),
         actor=Share(threads=threads, gpus=share, cpus=0.0, resources={}),
         learner=Share(threads=config.learner.threads or num_cores, gpus=learner_gpus, cpus=0.0, resources={}),
@@ -87,6 +95,7 @@ def plan_cluster(config: Config, *, nodes: Sequence[Resources]) -> Layout:
         )
     return Layout(
         num_actors=_within_bounds(config, config.rollout.num_actors or num_fitting),
+        num_fitting=num_fitting,
         num_groups=_num_groups(config),
         actor=actor,
         learner=learner,
@@ -130,11 +139,14 @@ def describe_layout(layout: Layout) -> list[str]:
         reserved = {name: amount for name, amount in share.bundle.items() if name != "GPU"}
         return f"{where}, reserves {in_words(reserved)}" if reserved else where
 
-    return [
+    lines = [
         f"{counted(layout.num_actors, 'rollout actor')}: {counted(layout.actor.threads, 'thread')} each, "
         f"{place(layout.actor)}, {counted(layout.num_groups, 'group')} at once",
         f"learner: {counted(layout.learner.threads, 'thread')}, {place(layout.learner)}",
     ]
+    if layout.num_fitting < layout.num_actors:
+        lines.append(f"room for {layout.num_fitting} of the rollout actors now; the others join when there is more")
+    return lines
 
 
 def _num_groups(config: Config) -> int:

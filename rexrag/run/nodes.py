@@ -18,6 +18,7 @@ from rexrag.config import Config
 from rexrag.errors import ConfigError, Interrupted, first_line
 from rexrag.processes import Resources
 from rexrag.reporting.terminal import Progress
+from rexrag.run.joining import joined
 from rexrag.run.layout import Layout, cluster_shares, plan_cluster
 from rexrag.run.signals import StopSignal
 
@@ -29,6 +30,16 @@ _OF_RAY: Final = ("memory", "object_store_memory")
 def cluster_nodes() -> list[Resources]:
     """What each living node has, by Ray's names. GPUs are none where torch is built for the CPU alone."""
     return [resources for _, resources in _nodes()]
+
+
+def nodes_at(address: str) -> list[Resources]:
+    """`cluster_nodes` of a cluster that is joined for as long as it takes.
+
+    Raises:
+        ConfigError: no cluster there.
+    """
+    with joined(address):
+        return cluster_nodes()
 
 
 def wait_for_layout(config: Config, *, progress: Progress, stop: StopSignal) -> Layout:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from rexrag.errors import ConfigError, RunFailure, first_line
-from rexrag.run.cluster import check_form, check_listens, refusal
 from rexrag.run.control_actor import CONTROL_NAME, RunControl, run_name
+from rexrag.run.joining import joined
 from rexrag.run.remote import Handle, Ref, T, call
 from rexrag.run.status import RunStatus
 from rexrag.run_folder import RunFolder
 
-JOIN_TIMEOUT_S: Final = 60.0
 ANSWER_TIMEOUT_S: Final = 20.0
 _LATEST: Final = Path("runs/latest")
 
@@ -107,37 +104,9 @@ def remote_run(place: Place) -> Iterator[RemoteRun]:
     Raises:
         ConfigError: no such cluster, or no such run in it.
     """
-    check_form(place.address)
-    _join(place.address)
-    try:
+    with joined(place.address):
         namespace = _chosen(_running(), place)
         yield RemoteRun(namespace, ray.get_actor(CONTROL_NAME, namespace=namespace))
-    finally:
-        ray.shutdown()
-
-
-def _join(address: str) -> None:
-    check_listens(address)
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    late = threading.Timer(JOIN_TIMEOUT_S, _give_up, (address,))
-    late.daemon = True
-    late.start()
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    except Exception as error:  # fault boundary: Ray raises bare ones, too
-        if address == "auto":
-            raise ConfigError(
-                "no Ray runs on this machine, hence no run: name its cluster with --address, or its folder with --run"
-            ) from error
-        raise refusal(address, first_line(error)) from error
-    finally:
-        late.cancel()
-
-
-def _give_up(address: str) -> NoReturn:
-    """Ray waits for a cluster without a bound, in its own code: only the process can be ended."""
-    os.write(2, f"error: {refusal(address, f'no answer within {JOIN_TIMEOUT_S:.0f} s')}\n".encode())
-    os._exit(2)
 
 
 def _running() -> list[str]:

@@ -65,6 +65,15 @@ SMALL = {"CPU": 4.0}
 LARGE = {"CPU": 16.0, "GPU": 4.0}
 
 
+def test_actors_without_a_place_are_told() -> None:
+    told = describe_layout(plan_cluster(config_with(rollout__num_actors=9), nodes=[SMALL, SMALL]))
+    assert told == [
+        "9 rollout actors: 4 threads each, on the CPU, reserves 4 CPUs, 12 groups at once",
+        "learner: 2 threads, on the CPU, reserves 2 CPUs",
+        "room for 1 of the rollout actors now; the others join when there is more",
+    ]
+
+
 def test_on_the_own_machine_nothing_is_reserved() -> None:
     layout = plan_machine(config_with(rollout__resources={"rollout": 1}), num_cores=8, num_gpus=0)
     assert layout.actor.bundle == layout.learner.bundle == {}
