@@ -17,6 +17,7 @@ from typing import Final, Self
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 import rexrag.metrics as keys
 from rexrag.files import append_line
@@ -42,6 +43,8 @@ _CHARTS: Final[Mapping[str, Sequence[str]]] = {
     "what weights are owed to": (keys.WEIGHT_BY_MIXTURE, keys.WEIGHT_BY_STALENESS, keys.WEIGHT_BY_MISMATCH),
     "age, learner steps": (keys.STALENESS_MEAN, keys.STALENESS_MAX),
 }
+_RESULTS: Final = ("eval/test/em", "eval/dev/em", keys.TARGET_EM)
+"""What the table of runs compares beside their settings."""
 _EVAL_SCALARS: Final = ("em", "em_low", "em_high", "f1")
 
 
@@ -53,12 +56,17 @@ class Board:
 
     Args:
         purge_step: on a resume the first step that is written anew: TensorBoard forgets later points.
+        settings: of the run, by their keys, for TensorBoard's table of runs.
     """
 
-    def __init__(self, run: RunFolder, *, purge_step: int | None) -> None:
+    def __init__(self, run: RunFolder, *, purge_step: int | None, settings: Mapping[str, object] | None = None) -> None:
         self._run = run
         names = ["", *dict.fromkeys(name for name, _ in _COMPARED.values())]
         self._writers = {name: SummaryWriter(run.tensorboard / name, purge_step=purge_step) for name in names}
+        if settings:
+            shown = {key: value for key, value in settings.items() if isinstance(value, bool | int | float | str)}
+            for summary in _hparams(shown):
+                self._writers[""]._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
         if purge_step is None:
             charts = {title: ["Multiline", [f"^{tag}$" for tag in tags]] for title, tags in _CHARTS.items()}
             self._writers[""].add_custom_scalars({"REX-RAG": charts})
@@ -116,6 +124,12 @@ class Board:
     def _flush(self) -> None:
         for writer in self._writers.values():
             writer.flush()
+
+
+def _hparams(settings: Mapping[str, bool | int | float | str]) -> Sequence[object]:
+    """Summaries of what the settings are, and of those of this run."""
+    experiment, start, _ = hparams(settings, dict.fromkeys(_RESULTS))  # type: ignore[no-untyped-call]
+    return experiment, start
 
 
 def _append(path: Path, line: Mapping[str, object]) -> None:

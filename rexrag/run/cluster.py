@@ -50,7 +50,7 @@ def check_form(address: str | None) -> None:
     if address.startswith(("http://", "https://")):
         raise ConfigError(
             f"RAY_ADDRESS = {address}: is where jobs are submitted to, and a run is such a job: submit it "
-            f"(cluster/submit.sh, or ray job submit --address {address} -- rexrag train ...), or {_FORM}"
+            f"(rexrag submit RECIPE --run-dir DIR), or {_FORM}"
         )
     _host_and_port(address)
 

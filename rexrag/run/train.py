@@ -31,6 +31,7 @@ from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, start_learne
 from rexrag.model.checks import check_model
 from rexrag.model.weight_proof import Canary
 from rexrag.preparation.prepare import prepare
+from rexrag.recipe import flatten
 from rexrag.reporting.board import Board
 from rexrag.reporting.log_file import log_instead
 from rexrag.reporting.reporter import Reporter
@@ -101,7 +102,8 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
         for note in inputs.notes:
             progress.note(note)
         progress.stage("starting Ray")
-        with _ray(), Board(run, purge_step=request.start_step + 1 if request.resumed else None) as board:
+        purge_step = request.start_step + 1 if request.resumed else None
+        with _ray(), Board(run, purge_step=purge_step, settings=flatten(config)) as board:
             stop.be_graceful()
             _train(request, inputs=inputs, stop=stop, board=board, progress=progress)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from rexrag.reporting.board import Board
 from rexrag.reporting.log_file import log_to
@@ -120,3 +121,21 @@ def test_log_records_become_lines_while_the_block_runs(run: RunFolder) -> None:
     first, second = (json.loads(line) for line in run.log.read_text().splitlines())
     assert (first["level"], first["source"], first["message"]) == ("INFO", "rexrag.somewhere", "three of 5")
     assert "ValueError: broken" in second["traceback"]
+
+
+def test_the_settings_of_a_run_stand_in_the_table_of_runs(run: RunFolder) -> None:
+    settings: dict[str, object] = {
+        "method": "rex",
+        "train.steps": 3,
+        "probe.rate": 0.5,
+        "data.dev": [],
+        "model.path": None,
+    }
+    with Board(run, purge_step=None, settings=settings):
+        pass
+    found = events(run).PluginTagToContent("hparams")
+    started = HParamsPluginData.FromString(found["_hparams_/session_start_info"]).session_start_info
+    assert dict(started.hparams.items()).keys() == {"method", "train.steps", "probe.rate"}
+    assert started.hparams["method"].string_value == "rex"
+    experiment = HParamsPluginData.FromString(found["_hparams_/experiment"]).experiment
+    assert "eval/test/em" in [info.name.tag for info in experiment.metric_infos]
