@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -26,7 +29,10 @@ RunOption = Annotated[
     str | None, typer.Option("--run", metavar="NAME|DIR", help="Run folder or name; without it the only one there is.")
 ]
 AddressOption = Annotated[
-    str | None, typer.Option("--address", metavar="HOST:PORT", help="Ray cluster; without it the one of the run.")
+    str | None,
+    typer.Option(
+        "--address", metavar="HOST:PORT|URL", help="Ray cluster, or its job server; without it the one of the run."
+    ),
 ]
 WATCH_EVERY_S = 2.0
 _SHOWN = (
@@ -54,7 +60,7 @@ def status(
 ) -> None:
     """How a run that goes on is doing, and who waits for whom."""
     console = Console(highlight=False)
-    with _found(run, address) as found:
+    with _found(run, address, *(["--json"] if as_json else []), *(["--watch"] if watch else [])) as found:
         if as_json:
             while True:
                 told = found.status()
@@ -80,7 +86,7 @@ def scale(
     ] = False,
 ) -> None:
     """Have more or fewer rollout actors while a run goes on."""
-    with _found(run, address) as found:
+    with _found(run, address, "--actors", str(actors), *(["--now"] if now else [])) as found:
         found.scale(actors, now=now)
         typer.echo(f"{found.name}: {counted(actors, 'rollout actor')} asked for; rexrag status shows them come and go")
 
@@ -93,8 +99,19 @@ def stop(run: RunOption = None, address: AddressOption = None) -> None:
 
 
 @contextmanager
-def _found(run: str | None, address: str | None) -> Iterator[RemoteRun]:
+def _found(run: str | None, address: str | None, *words: str) -> Iterator[RemoteRun]:
+    """The run that is meant. Behind a job server it is found from there, by the same command as a job.
+
+    Args:
+        words: of the command, besides which run is meant.
+    """
     use_token()
+    asked = address or os.environ.get("RAY_ADDRESS") or ""
+    if asked.startswith(("http://", "https://")) and (address is not None or run is None or not Path(run).is_dir()):
+        from rexrag.run.submission import JobServer
+
+        command = (str(click.get_current_context().info_name), *words)
+        raise typer.Exit(JobServer(asked).ask((*command, *(() if run is None else ("--run", run)))))
     from rexrag.run.remote_control import find_place, remote_run
 
     with remote_run(find_place(run, address=address)) as found:

@@ -120,6 +120,23 @@ class JobServer:
                 ) from None
             raise ConfigError(f"--address = {self._address}: refuses the job: {first_line(error)}") from error
 
+    def ask(self, words: Sequence[str]) -> int:
+        """Run `rexrag WORDS` on the cluster, where a run can be found, and copy what it says; returns its exit status.
+
+        Raises:
+            ConfigError: the job is refused.
+        """
+        try:
+            job_id = self._client.submit_job(entrypoint=shlex.join(("python", "-m", "rexrag", *words)))
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"--address = {self._address}: refuses the job: {first_line(error)}") from error
+        try:
+            return self.follow(job_id)
+        finally:
+            with contextlib.suppress(RuntimeError):
+                self._client.stop_job(job_id)
+                self._client.delete_job(job_id)
+
     def follow(self, job_id: str) -> int:
         """Copy the job's log to stdout until it ends; returns its exit status.
 

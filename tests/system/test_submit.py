@@ -156,6 +156,8 @@ def test_a_job_is_watched_and_stopped_over_the_cluster(recipe: Path, tmp_path: P
         assert "goes on already" in second.stderr
         told = control("status")
         assert "rollout-0" in told.stdout, told.stderr
+        told = control("status", "--address", cluster["RAY_ADDRESS"])
+        assert "rollout-0" in told.stdout, told.stdout + told.stderr
         assert control("stop").returncode == 0
         done = job.result(timeout=90)
     assert done.returncode == 130, done.stdout + done.stderr
