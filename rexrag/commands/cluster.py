@@ -35,7 +35,7 @@ def submit(
     ] = None,
     working_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder to upload; without it the current one, or the recipe's."),
+        typer.Option(metavar="DIR", help="Folder to upload with the recipe in it; without it the recipe's own."),
     ] = None,
     stop_wait_s: Annotated[int, typer.Option(min=1, help="Seconds from a stop's SIGTERM to its SIGKILL.")] = 600,
     follow: Annotated[bool, typer.Option("--follow", help="Show the job's log until it ends.")] = False,

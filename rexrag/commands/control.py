@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -60,7 +59,7 @@ def status(
 ) -> None:
     """How a run that goes on is doing, and who waits for whom."""
     console = Console(highlight=False)
-    with _found(run, address, *(["--json"] if as_json else []), *(["--watch"] if watch else [])) as found:
+    with _found(run, address, "status", *(["--json"] if as_json else []), *(["--watch"] if watch else [])) as found:
         if as_json:
             while True:
                 told = found.status()
@@ -86,14 +85,14 @@ def scale(
     ] = False,
 ) -> None:
     """Have more or fewer rollout actors while a run goes on."""
-    with _found(run, address, "--actors", str(actors), *(["--now"] if now else [])) as found:
+    with _found(run, address, "scale", "--actors", str(actors), *(["--now"] if now else [])) as found:
         found.scale(actors, now=now)
         typer.echo(f"{found.name}: {counted(actors, 'rollout actor')} asked for; rexrag status shows them come and go")
 
 
 def stop(run: RunOption = None, address: AddressOption = None) -> None:
     """End a run after the step that it is in, with a checkpoint."""
-    with _found(run, address) as found:
+    with _found(run, address, "stop") as found:
         found.stop()
         typer.echo(f"{found.name}: asked to stop; it ends after a checkpoint of its last step")
 
@@ -103,15 +102,14 @@ def _found(run: str | None, address: str | None, *words: str) -> Iterator[Remote
     """The run that is meant. Behind a job server it is found from there, by the same command as a job.
 
     Args:
-        words: of the command, besides which run is meant.
+        words: the command and its options, but for which run is meant.
     """
     use_token()
     asked = address or os.environ.get("RAY_ADDRESS") or ""
     if asked.startswith(("http://", "https://")) and (address is not None or run is None or not Path(run).is_dir()):
         from rexrag.run.submission import JobServer
 
-        command = (str(click.get_current_context().info_name), *words)
-        raise typer.Exit(JobServer(asked).ask((*command, *(() if run is None else ("--run", run)))))
+        raise typer.Exit(JobServer(asked).ask((*words, *(() if run is None else ("--run", run)))))
     from rexrag.run.remote_control import find_place, remote_run
 
     with remote_run(find_place(run, address=address)) as found:

@@ -99,7 +99,7 @@ class Controller:
         """
         first = self._version.step
         self._wait(call(self._learner, LearnerActor.ready), what="the run waits for the learner to load its model")
-        self._supervisor.until(lambda: self._fleet.is_ready, what="the run waits for its rollout actors to start")
+        self._supervisor.until(lambda: self._fleet.can_begin, what="the run waits for its rollout actors to start")
         self._fleet.run()
         if first == 0:
             self._evaluate("test")

@@ -44,6 +44,7 @@ class Fleet:
         version: what the weights in `settings.model_path` are called.
         share: what each actor computes with, and what Ray reserves for it.
         on_death: called with the id of an actor that died or is let go, so that its leases go back at once.
+        num_fitting: actors for which there is room at first; the others are not waited for. None: all.
         hang_timeout_s: seconds that an actor may be silent, or write nothing though it has work, until it counts as
             dead.
     """
@@ -58,6 +59,7 @@ class Fleet:
         version: WeightVersion,
         buffer: Handle[Any],
         on_death: Callable[[str], object],
+        num_fitting: int | None = None,
         hang_timeout_s: float = HANG_TIMEOUT_S,
     ) -> None:
         self._settings = settings
@@ -67,6 +69,7 @@ class Fleet:
         self._current: tuple[WeightVersion, Ref[WeightUpdate] | None] = (version, None)
         self._buffer = buffer
         self._on_death = on_death
+        self._num_first = num_actors if num_fitting is None else min(num_actors, num_fitting)
         self._hang_timeout_s = hang_timeout_s
         self._is_running = False
         self._num_started = 0
@@ -124,6 +127,11 @@ class Fleet:
     def is_ready(self) -> bool:
         """Whether every actor has been built."""
         return all(member.is_ready for member in self._members)
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether the actors for which there was room at first have been built."""
+        return len(self._working()) >= min(self._num_first, self.num_wanted)
 
     @property
     def is_current(self) -> bool:

@@ -46,7 +46,7 @@ def plan_job(
     Args:
         recipe: a file here, which is uploaded with its folder, or an absolute path on shared storage.
         words: further words of `rexrag train`.
-        working_dir: the folder to upload; None: the current one where the recipe is in it, else the recipe's.
+        working_dir: the folder to upload, which the recipe is in; None: the recipe's own.
 
     Raises:
         ConfigError: the run folder would not outlive the job, or the recipe would not be found.
@@ -62,8 +62,7 @@ def plan_job(
         named = recipe
     else:
         found = recipe.resolve()
-        here = Path.cwd()
-        root = (working_dir or (here if found.is_relative_to(here) else found.parent)).resolve()
+        root = (working_dir or found.parent).resolve()
         if not found.is_relative_to(root):
             raise ConfigError(f"RECIPE = {recipe}: must be in --working-dir = {root}, which is what the cluster gets")
         named, working_dir = found.relative_to(root), root

@@ -188,6 +188,7 @@ def _start_fleet(
         rollout_settings(config, model_path=inputs.model_path, num_threads=layout.actor.threads, log_file=log),
         num_actors=layout.num_actors,
         num_groups=layout.num_groups,
+        num_fitting=layout.num_fitting,
         share=layout.actor,
         version=first,
         buffer=buffer,

@@ -129,7 +129,7 @@ class LocalFleet:
         self._is_dead = True
 
     @property
-    def is_ready(self) -> bool:
+    def can_begin(self) -> bool:
         return True
 
     @property

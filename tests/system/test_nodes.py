@@ -1,0 +1,154 @@
+"""A run over several Ray nodes: it waits for nodes, takes in new ones, outlives their loss, and is resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+from system_runs import assert_books_balance, read_lines
+
+from rexrag.run.nodes import _missing
+
+pytestmark = pytest.mark.system
+
+SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+"""Ray takes fifteen seconds by itself until it counts a node as lost."""
+SETTINGS = (
+    "learner.resources={learner=1}",
+    "rollout.resources={rollout=1}",
+    "learner.threads=1",
+    "rollout.threads_per_actor=1",
+    "rollout.num_actors=2",
+    "train.steps=100000",
+    "train.checkpoint_every=2",
+    "eval.every=0",
+    "eval.max_questions=2",
+)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that offers nothing, beside which a test puts its nodes."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": SOON})
+    yield made
+    made.shutdown()  # type: ignore[no-untyped-call]
+
+
+class Job:
+    """`rexrag train` on the cluster; `told` is what it has said."""
+
+    def __init__(self, recipe: Path, run: Path, *, address: str) -> None:
+        self.run = run
+        self._environment = {**os.environ, "RAY_ADDRESS": address}
+        words = [word for setting in SETTINGS for word in ("--set", setting)]
+        self.process = self._start("train", str(recipe), "--run-dir", str(run), *words)
+        self.told = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _start(self, *words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "rexrag", *words]
+        out = subprocess.PIPE
+        return subprocess.Popen(command, env=self._environment, stdout=out, stderr=subprocess.STDOUT, text=True)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.told += line
+
+    def ask(self, *words: str) -> str:
+        process = self._start(*words, "--run", str(self.run))
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, out
+        return out
+
+    def until(self, is_so: Callable[[dict[str, Any]], bool], *, timeout_s: float = 240.0) -> dict[str, Any]:
+        """Wait until the run's status is so."""
+        deadline = time.monotonic() + timeout_s
+        status: dict[str, Any] = {}
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.told
+            if (self.run / "cluster.json").exists():
+                status = json.loads(self.ask("status", "--json"))
+                if is_so(status):
+                    return status
+            time.sleep(0.5)
+        raise AssertionError(f"not so in time: {status}\n{self.told}")
+
+    def until_told(self, words: str) -> None:
+        deadline = time.monotonic() + 120
+        while words not in self.told:
+            assert self.process.poll() is None, self.told
+            assert time.monotonic() < deadline, self.told
+            time.sleep(0.2)
+
+    def ended(self, *, status: int) -> None:
+        assert self.process.wait(timeout=120) == status, self.told
+        self._reader.join(timeout=10)
+
+
+def states(status: dict[str, Any]) -> dict[str, str]:
+    at_work = ("healthy", "stale", "suspect")
+    return {a["actor_id"]: "at work" if a["state"] in at_work else a["state"] for a in status["actors"]}
+
+
+def test_a_run_takes_in_nodes_outlives_their_loss_and_is_resumed(
+    recipe: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    run = tmp_path / "run"
+    learner_node = cluster.add_node(num_cpus=1, resources={"learner": 1})
+    job = Job(recipe, run, address=cluster.address)
+    again: Job | None = None
+    try:
+        job.until_told("waiting for nodes: no node of the cluster has room for the learner")
+        assert "and beside it a rollout actor (1 CPU, 1 rollout)" in " ".join(job.told.split())
+        cluster.add_node(num_cpus=1, resources={"rollout": 1})
+
+        began = job.until(lambda status: status["step"] >= 2)
+        assert states(began) == {"rollout-0": "at work", "rollout-1": "starting"}, "it begins with what has room"
+
+        second = cluster.add_node(num_cpus=1, resources={"rollout": 1})
+        job.until(lambda status: states(status) == {"rollout-0": "at work", "rollout-1": "at work"})
+
+        cluster.remove_node(second, allow_graceful=False)
+        lost = job.until(lambda status: states(status) == {"rollout-0": "at work", "rollout-2": "starting"})
+        job.until(lambda status: status["step"] > lost["step"] + 1)
+
+        cluster.remove_node(learner_node, allow_graceful=False)
+        job.ended(status=1)
+        assert "its process died" in job.told
+        done = len(read_lines(run / "metrics.jsonl"))
+
+        cluster.add_node(num_cpus=1, resources={"learner": 1})
+        again = Job(recipe, run, address=cluster.address)
+        again.until(lambda status: status["step"] > done)
+        again.ask("stop")
+        again.ended(status=130)
+    finally:
+        job.process.kill()
+        if again is not None:
+            again.process.kill()
+    steps = [line["step"] for line in read_lines(run / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)), "each step once"
+    dropped = assert_books_balance(run)["dropped"]
+    assert isinstance(dropped, dict)
+    assert dropped.keys() <= {"lost"}, "only what came after the checkpoint is asked again"
+
+
+def test_a_node_says_which_files_it_does_not_see(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    paths = {"model.path": str(tmp_path / "model"), "retriever.path": str(tmp_path / "index")}
+    assert _missing(paths, str(tmp_path)) == [f"retriever.path = {tmp_path / 'index'}: is not there"]
+    assert "cannot be written to" in _missing({}, str(tmp_path / "absent"))[0]
