@@ -62,8 +62,7 @@ def status(
     with _found(run, address, "status", *(["--json"] if as_json else []), *(["--watch"] if watch else [])) as found:
         if as_json:
             while True:
-                told = found.status()
-                console.print_json(json.dumps(None if told is None else told.to_json()), indent=None)
+                console.print_json(json.dumps(found.status().to_json()), indent=None)
                 if not watch:
                     return
                 time.sleep(WATCH_EVERY_S)
@@ -116,9 +115,7 @@ def _found(run: str | None, address: str | None, *words: str) -> Iterator[Remote
         yield found
 
 
-def _shown(told: RunStatus | None) -> RenderableType:
-    if told is None:
-        return Text("the run has just begun and has said nothing yet")
+def _shown(told: RunStatus) -> RenderableType:
     head = [f"{told.name}  {told.stage}, step {told.step} of {told.num_steps}", told.run_folder]
     head += [f"EM on {split} {line['em']:.3f} at step {line['step']:.0f}" for split, line in told.evaluations.items()]
     if told.waiting is not None:

@@ -88,7 +88,7 @@ def probe_paths(paths: Mapping[str, Path], *, writable: Path) -> None:
     nodes = _nodes()
     if len(nodes) < 2:
         return
-    look: Any = ray.remote(_missing).options(num_cpus=0, max_retries=0)
+    look: Any = ray.remote(num_cpus=0, max_retries=0)(_missing)
     asked = {
         name: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
             {setting: str(path) for setting, path in paths.items()}, str(writable)

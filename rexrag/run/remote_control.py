@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,8 +79,14 @@ class RemoteRun:
         self.name = name
         self._control = control
 
-    def status(self) -> RunStatus | None:
-        return self._answer(call(self._control, RunControl.status))
+    def status(self) -> RunStatus:
+        """What the run said last; a run that has just begun says it within a second or two."""
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while (told := self._answer(call(self._control, RunControl.status))) is None:
+            if time.monotonic() > deadline:
+                raise RunFailure(f"run {self.name}: has said nothing of itself within {ANSWER_TIMEOUT_S:.0f} s")
+            time.sleep(0.2)
+        return told
 
     def scale(self, num_actors: int, *, now: bool) -> None:
         self._answer(call(self._control, RunControl.scale, num_actors, now=now))
