@@ -59,6 +59,7 @@ class RolloutActor:
         self, actor_id: str, *, settings: RolloutSettings, version: WeightVersion, num_groups: int, buffer: RemoteHandle
     ) -> None:
         log_process(settings.log_file, part=actor_id)
+        self._node_id = str(ray.get_runtime_context().get_node_id())
         self._node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         runner, self._engine = build_runner(settings, version=version)
         self._loop = RolloutLoop(
@@ -81,7 +82,7 @@ class RolloutActor:
         await self._loop.drain()
 
     async def pulse(self) -> ActorPulse:
-        return self._loop.pulse(node=self._node)
+        return self._loop.pulse(node=self._node, node_id=self._node_id)
 
     async def update_weights(self, version: WeightVersion, update: WeightUpdate | None) -> Delivery | None:
         return await self._loop.update_weights(version, update)

@@ -50,12 +50,13 @@ class BufferClient(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ActorPulse:
-    """How an actor does. `num_groups`: groups at hand."""
+    """How an actor does. `num_groups`: groups at hand; `node`, `node_id`: its node's address, and Ray's id of it."""
 
     stats: EngineStats
     version: WeightVersion
     num_groups: int
     node: str
+    node_id: str
 
 
 @dataclass(kw_only=True, eq=False)
@@ -163,10 +164,15 @@ class RolloutLoop:
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
-    def pulse(self, *, node: str) -> ActorPulse:
+    def pulse(self, *, node: str, node_id: str) -> ActorPulse:
         """How this loop does, on the node that its shell names."""
-        version, num_groups = self._engine.version, len(self._running)
-        return ActorPulse(stats=self._engine.stats(), version=version, num_groups=num_groups, node=node)
+        return ActorPulse(
+            stats=self._engine.stats(),
+            version=self._engine.version,
+            num_groups=len(self._running),
+            node=node,
+            node_id=node_id,
+        )
 
     async def _lease_and_start(self) -> None:
         self._changed.clear()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 import ray
@@ -107,6 +107,14 @@ class Fleet:
                 self._let_go(member)
             else:
                 member.draining = call(member.handle, RolloutActor.drain)
+
+    def leave(self, node_ids: Collection[str]) -> None:
+        """Finish what was begun on nodes that will go, and start as many actors elsewhere."""
+        for member in self._working():
+            if member.pulse is not None and member.pulse.node_id in node_ids:
+                LOG.warning("rollout actor %s finishes: its node %s will go", member.actor_id, member.pulse.node)
+                member.draining = call(member.handle, RolloutActor.drain)
+                self._members.append(self._start())
 
     @property
     def num_wanted(self) -> int:

@@ -7,7 +7,7 @@ the other, and nothing is reserved. On a cluster, which others may use too, a pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from rexrag.config import Config
@@ -82,13 +82,17 @@ def plan_cluster(config: Config, *, nodes: Sequence[Resources]) -> Layout:
     Raises:
         ConfigError: the nodes cannot hold the learner and one actor; says what is missing.
     """
-    learner, actor = cluster_shares(config, nodes=nodes)
-    num_fitting = max((_num_fitting(left, actor) for left in _with_learner(nodes, learner)), default=-1)
+    learner, preferred = cluster_shares(config, nodes=nodes)
+    actor = preferred
+    num_fitting = _num_beside(nodes, learner, actor)
+    while num_fitting == 0 and config.rollout.threads_per_actor is None and actor.threads > 1:
+        actor = replace(actor, threads=actor.threads - 1, cpus=actor.cpus - 1.0)
+        num_fitting = _num_beside(nodes, learner, actor)
     if num_fitting < 1:
         there = "; ".join(in_words(node) for node in nodes) or "none"
         lacking = f"the learner ({in_words(learner.bundle)})"
         if num_fitting == 0:
-            lacking += f" and beside it a rollout actor ({in_words(actor.bundle)})"
+            lacking += f" and beside it a rollout actor ({in_words(preferred.bundle)})"
         raise ConfigError(
             f"no node of the cluster has room for {lacking}; its nodes: {there}; add nodes, or lower learner.threads, "
             "rollout.threads_per_actor, the shares of GPUs or the resources"
@@ -182,6 +186,11 @@ def _most_cores(nodes: Sequence[Resources], resources: Resources) -> int:
     """Cores of the largest node that has these resources; of any where none has."""
     fitting = [node for node in nodes if all(node.get(name, 0.0) >= amount for name, amount in resources.items())]
     return int(max((node.get("CPU", 0.0) for node in fitting or nodes), default=0.0))
+
+
+def _num_beside(nodes: Sequence[Resources], learner: Share, actor: Share) -> int:
+    """How many actors fit beside the learner, wherever that is best placed; -1: it is not itself."""
+    return max((_num_fitting(left, actor) for left in _with_learner(nodes, learner)), default=-1)
 
 
 def _with_learner(nodes: Sequence[Resources], learner: Share) -> list[list[Resources]]:

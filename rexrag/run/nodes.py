@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import ray
 import torch
+from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -30,6 +31,11 @@ _OF_RAY: Final = ("memory", "object_store_memory")
 def cluster_nodes() -> list[Resources]:
     """What each living node has, by Ray's names. GPUs are none where torch is built for the CPU alone."""
     return [resources for _, resources in _nodes()]
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ids of the nodes that will go: they were told to, by a preemption, an autoscaler or an operator."""
+    return frozenset(state.get_draining_nodes())
 
 
 def nodes_at(address: str) -> list[Resources]:

@@ -16,11 +16,13 @@ import ray
 from rexrag.errors import Interrupted, RunFailure
 from rexrag.run.control import Desk
 from rexrag.run.fleet import Fleet
+from rexrag.run.nodes import draining_nodes
 from rexrag.run.remote import Handle, Ref, T, result_of
 from rexrag.run.signals import StopSignal
 
 POLL_S: Final = 0.2
 PING_EVERY_S: Final = 5.0
+NODES_EVERY_S: Final = 2.0
 PROGRESS_EVERY_S: Final = 10.0
 
 
@@ -32,6 +34,7 @@ class Supervisor:
     Args:
         stall_timeout_s: seconds without progress that end a wait.
         desk: where those outside ask for the run; None: nobody does.
+        learner_node: where the learner is, by Ray's id; None: on this machine, as all else, and no node can go.
     """
 
     def __init__(
@@ -42,12 +45,15 @@ class Supervisor:
         stop: StopSignal,
         stall_timeout_s: float,
         desk: Desk | None = None,
+        learner_node: str | None = None,
     ) -> None:
         self._fleet = fleet
         self._parts = parts
         self._stop = stop
         self._stall_timeout_s = stall_timeout_s
         self._desk = desk
+        self._learner_node = learner_node
+        self._looked_at_nodes = 0.0
         self._pings: dict[str, Ref[Any]] = {}
         self._last_ping = 0.0
 
@@ -103,6 +109,7 @@ class Supervisor:
     def look(self, *, interruptible: bool = True) -> None:
         """Replace dead rollout actors, notice a dead buffer or learner, hear a stop signal and what else is wanted."""
         self._hear()
+        self._leave_nodes()
         if interruptible and self._stop.received is not None:
             raise Interrupted(f"stopped by {self._stop.received}")
         self._fleet.check()
@@ -116,6 +123,17 @@ class Supervisor:
             self._stop.ask("rexrag stop")
         elif wanted.num_actors is not None:
             self._fleet.resize(wanted.num_actors, now=wanted.now)
+
+    def _leave_nodes(self) -> None:
+        """Let the parts on nodes that will go end in time: actors finish elsewhere, the run ends with a checkpoint."""
+        now = time.monotonic()
+        if self._learner_node is None or now - self._looked_at_nodes < NODES_EVERY_S:
+            return
+        self._looked_at_nodes = now
+        if draining := draining_nodes():
+            self._fleet.leave(draining)
+            if self._learner_node in draining:
+                self._stop.ask("its learner's node, which will go")
 
     def _ping(self) -> None:
         due = time.monotonic() - self._last_ping >= PING_EVERY_S

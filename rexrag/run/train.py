@@ -114,12 +114,8 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     _tell_precision(request, layout=layout, progress=progress)
     progress.stage("starting the learner and the rollout actors")
     learner = start_learner(_learner_spec(request, layout=layout, inputs=inputs), share=layout.learner)
-    buffer = start_replay_actor(
-        inputs.replay,
-        resume_step=request.start_step,
-        is_new=not request.resumed,
-        node_id=None if cluster_address() is None else _node_of(learner, stall_timeout_s=config.train.stall_timeout_s),
-    )
+    node = None if cluster_address() is None else _node_of(learner, stall_timeout_s=config.train.stall_timeout_s)
+    buffer = start_replay_actor(inputs.replay, resume_step=request.start_step, is_new=not request.resumed, node_id=node)
     position = _opened(buffer, stall_timeout_s=config.train.stall_timeout_s)
     for damage in position.damages:
         progress.note(f"warning: {damage}")
@@ -141,6 +137,7 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         stop=stop,
         stall_timeout_s=config.train.stall_timeout_s,
         desk=desk,
+        learner_node=node,
     )
     controller = Controller(
         loop_settings(config),

@@ -86,6 +86,7 @@ def test_on_the_own_machine_nothing_is_reserved() -> None:
         ({}, [SMALL, SMALL, SMALL], 2, {"CPU": 4.0}, {"CPU": 2.0}),
         ({"rollout__threads_per_actor": 2}, [SMALL, SMALL, SMALL], 5, {"CPU": 2.0}, {"CPU": 2.0}),
         ({"learner__threads": 4}, [SMALL, SMALL, SMALL], 2, {"CPU": 4.0}, {"CPU": 4.0}),
+        ({}, [SMALL], 1, {"CPU": 2.0}, {"CPU": 2.0}),
         ({"rollout__num_actors": 9}, [SMALL, SMALL], 9, {"CPU": 4.0}, {"CPU": 2.0}),
         ({"rollout__num_gpus": 0.5}, [LARGE, SMALL], 6, {"CPU": 1.0, "GPU": 0.5}, {"CPU": 8.0, "GPU": 1.0}),
         ({"rollout__num_gpus": 1.0}, [LARGE, LARGE], 7, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}),

@@ -99,6 +99,22 @@ class Job:
         self._reader.join(timeout=10)
 
 
+def drain(node: Any, cluster: Cluster) -> None:  # noqa: ANN401
+    """Tell a node that it will go, as a preemption does."""
+    words = ("ray", "drain-node", "--address", cluster.address, "--node-id", node.node_id)
+    why = (
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+        "--deadline-remaining-seconds",
+        "600",
+    )
+    command = [str(Path(sys.executable).parent / words[0]), *words[1:], *why]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def states(status: dict[str, Any]) -> dict[str, str]:
     at_work = ("healthy", "stale", "suspect")
     return {a["actor_id"]: "at work" if a["state"] in at_work else a["state"] for a in status["actors"]}
@@ -122,8 +138,13 @@ def test_a_run_takes_in_nodes_outlives_their_loss_and_is_resumed(
         second = cluster.add_node(num_cpus=1, resources={"rollout": 1})
         job.until(lambda status: states(status) == {"rollout-0": "at work", "rollout-1": "at work"})
 
-        cluster.remove_node(second, allow_graceful=False)
-        lost = job.until(lambda status: states(status) == {"rollout-0": "at work", "rollout-2": "starting"})
+        third = cluster.add_node(num_cpus=1, resources={"rollout": 1})
+        drain(second, cluster)
+        job.until(lambda status: states(status) == {"rollout-0": "at work", "rollout-2": "at work"})
+        cluster.remove_node(second)
+
+        cluster.remove_node(third, allow_graceful=False)
+        lost = job.until(lambda status: states(status) == {"rollout-0": "at work", "rollout-3": "starting"})
         job.until(lambda status: status["step"] > lost["step"] + 1)
 
         cluster.remove_node(learner_node, allow_graceful=False)
@@ -131,11 +152,12 @@ def test_a_run_takes_in_nodes_outlives_their_loss_and_is_resumed(
         assert "its process died" in job.told
         done = len(read_lines(run / "metrics.jsonl"))
 
-        cluster.add_node(num_cpus=1, resources={"learner": 1})
+        learner_node = cluster.add_node(num_cpus=1, resources={"learner": 1})
         again = Job(recipe, run, address=cluster.address)
         again.until(lambda status: status["step"] > done)
-        again.ask("stop")
+        drain(learner_node, cluster)
         again.ended(status=130)
+        assert "stopped by its learner's node, which will go" in again.told
     finally:
         job.process.kill()
         if again is not None:
