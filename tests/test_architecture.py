@@ -27,7 +27,7 @@ ENTRANCES = {"rexrag.cli", "rexrag.__main__"}
 MAX_TOP_MODULES = 14
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_RAY_FILES = 15
+MAX_RAY_FILES = 16
 
 
 def module_of(path: Path) -> str:

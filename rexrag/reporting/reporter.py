@@ -7,7 +7,7 @@ scores of an evaluation ──▶ figures with intervals ──▶ board (eval.j
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import rexrag.metrics as keys
@@ -31,10 +31,21 @@ class Told:
 
 
 class Reporter:
-    """Tells stages, steps and evaluations, each as it happens. `told`: the last of each."""
+    """Tells stages, steps and evaluations, each as it happens. `told`: the last of each.
 
-    def __init__(self, *, board: Board, progress: Progress) -> None:
+    Args:
+        record: told the metrics of each step too.
+    """
+
+    def __init__(
+        self,
+        *,
+        board: Board,
+        progress: Progress,
+        record: Callable[[Mapping[str, float | None]], None] | None = None,
+    ) -> None:
         self.told = Told()
+        self._record = record
         self._board = board
         self._progress = progress
         self._alarms = Alarms()
@@ -79,6 +90,8 @@ class Reporter:
         metrics |= flags
         self.told.stage, self.told.step, self.told.metrics = "training", result.step, metrics
         self._board.step(result.step, metrics=metrics, histograms=result.histograms)
+        if self._record is not None:
+            self._record(metrics)
         self._tell_samples(result)
         self._progress.step(result.step, metrics=metrics)
         for warning in warnings:

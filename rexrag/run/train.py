@@ -41,7 +41,7 @@ from rexrag.retrieval.open import open_target
 from rexrag.reward import is_user_reward, load_reward, try_reward
 from rexrag.run.cluster import check_reachable, cluster_address, refusal
 from rexrag.run.control import Desk
-from rexrag.run.control_actor import start_control
+from rexrag.run.control_actor import run_name, start_control
 from rexrag.run.controller import Controller
 from rexrag.run.engine_choice import choose_engine
 from rexrag.run.fleet import Fleet
@@ -58,6 +58,7 @@ from rexrag.run.part_settings import (
     rollout_settings,
 )
 from rexrag.run.plan import TrainRequest
+from rexrag.run.ray_metrics import RayMetrics
 from rexrag.run.remote import Handle, call, result_of
 from rexrag.run.signals import StopSignal
 from rexrag.run.supervisor import Supervisor
@@ -121,7 +122,8 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         progress.note(f"warning: {damage}")
     first = WeightVersion(incarnation=position.incarnation, step=request.start_step)
     fleet = _start_fleet(request, layout=layout, inputs=inputs, first=first, buffer=buffer)
-    reporter = Reporter(board=board, progress=progress)
+    record = None if node is None else RayMetrics(run_name(run.root)).record
+    reporter = Reporter(board=board, progress=progress, record=record)
     desk = Desk(
         start_control(run.root),
         run_folder=run.root,
