@@ -29,3 +29,4 @@ class RayMetrics:
             if key not in self._gauges:
                 name = re.sub(r"[^a-z0-9_]", "_", f"rexrag_{key}")
                 self._gauges[key] = Gauge(name, description=DESCRIPTIONS[described(key)], tag_keys=("run",))
+            self._gauges[key].set(value, tags=self._labels)
