@@ -227,7 +227,7 @@ class Chaos:
             recipe.write_text(
                 RECIPE.format(folder=self._folder, url=server.url, steps=self._steps, groups=GROUPS_PER_STEP)
             )
-            words = ["train", str(recipe), "--run-dir", str(self._run)]
+            words = ["train", str(recipe), "--run-dir", str(self._run), *self._words()]
             while not self._is_finished():
                 self.report.starts += 1
                 self._start(words, server)
@@ -236,15 +236,18 @@ class Chaos:
         self._write_books()
         return self.report
 
+    def _words(self) -> list[str]:
+        """Settings beside those of the recipe."""
+        return []
+
     def _is_finished(self) -> bool:
         record = self._run / "run.json"
         return record.exists() and json.loads(record.read_text())["status"] == "finished"
 
     def _start(self, words: list[str], server: SearchServer) -> None:
         log = (self._folder / f"start-{self.report.starts}.log").open("w")
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         command = [sys.executable, "-m", "rexrag", *words]
-        with log, subprocess.Popen(command, stdout=log, stderr=log, env=environment) as process:
+        with log, subprocess.Popen(command, stdout=log, stderr=log, env=self._environment()) as process:
             try:
                 self._hurt_now_and_then(process, server)
             finally:
@@ -252,6 +255,9 @@ class Chaos:
                 _kill_tree(process.pid)
         if process.returncode == 2:
             raise RuntimeError(f"the run was refused: {(self._folder / log.name).read_text()[-2000:]}")
+
+    def _environment(self) -> dict[str, str]:
+        return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
 
     def _hurt_now_and_then(self, process: subprocess.Popen[bytes], server: SearchServer) -> None:
         """One fault after another, each some steps after the one before."""
@@ -270,22 +276,32 @@ class Chaos:
         self._look()
 
     def _hurt_once(self, fault: str, process: subprocess.Popen[bytes], server: SearchServer) -> None:
+        if not self._play_fault(fault, process, server):
+            self._faults.insert(0, fault)
+            return
+        self.report.faults[fault] += 1
+        self._look()
+        now = time.monotonic()
+        self._stuck.append((fault, now))
+        self._behind.append((fault, now, self._most_steps))
+
+    def _play_fault(self, fault: str, process: subprocess.Popen[bytes], server: SearchServer) -> bool:
+        """Whether there was somebody to hurt."""
         if fault in SERVER_FAULTS:
             server.mood = SERVER_FAULTS[fault]
             threading.Timer(SERVER_FAULT_S, lambda: setattr(server, "mood", "answer")).start()
         elif fault == "driver":
             _kill_tree(process.pid)
         else:
-            victims = _children(process.pid, title=KILLED[fault])
+            victims = _children(self._root_pid(process), title=KILLED[fault])
             if not victims:
-                self._faults.insert(0, fault)
-                return
+                return False
             self._rng.choice(victims).kill()
-        self.report.faults[fault] += 1
-        self._look()
-        now = time.monotonic()
-        self._stuck.append((fault, now))
-        self._behind.append((fault, now, self._most_steps))
+        return True
+
+    def _root_pid(self, process: subprocess.Popen[bytes]) -> int:
+        """The process below which the parts of the run are."""
+        return process.pid
 
     def _num_steps(self) -> int:
         path = self._run / "metrics.jsonl"

@@ -241,6 +241,13 @@ def test_the_section_on_faults_is_that_of_its_figures() -> None:
     assert report["commit"]
 
 
+def test_the_section_on_faults_of_nodes_is_that_of_its_figures() -> None:
+    section = runpy.run_path(str(ROOT / "benchmarks" / "chaos_table.py"))["nodes_section"]
+    report = json.loads((ROOT / "benchmarks" / "results" / "node_chaos.json").read_text(encoding="utf-8"))
+    assert section(report) in (DOCS / "results.md").read_text(encoding="utf-8")
+    assert (report["lost"], report["trained_twice"], report["unplayed"]) == (0, 0, {})
+
+
 def test_examples_of_data_files_are_valid(tmp_path: Path) -> None:
     blocks = re.findall(r"^```jsonl\n(.*?)^```", (DOCS / "data.md").read_text(encoding="utf-8"), re.M | re.DOTALL)
     kinds = []
