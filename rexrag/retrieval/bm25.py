@@ -87,21 +87,15 @@ def build_bm25(corpus: str | Path, out: str | Path) -> Manifest:
     return manifest
 
 
-INLINE_PASSAGES: Final = 50_000
-"""Up to so many a search takes less than a pass of an engine, and is done where it is asked for: episodes then go on in
-one order, and a synchronous run is the same each time, bit for bit."""
-
-
-class BM25Retriever:
-    """Searches an index folder in this process, in threads of its own: the event loop goes on meanwhile.
-
-        retriever = BM25Retriever(folder)
-        passages = await retriever.search("currency of Gabon", top_k=3)
+class BM25Index:
+    """An index folder, opened for searches that block: a `BatchIndex` whose form of a query is its text.
 
     Each distinct term of a query counts once. A query without a term that occurs in the corpus finds nothing: an
     empty result, which says so truthfully. Passages of equal score come in an order that depends on the query and
     the passages' ids alone: the same for the same query, another for other queries, so that no passage always
     stands first.
+
+    Several threads may search at once.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -127,27 +121,27 @@ class BM25Retriever:
                 f"{counted(len(self._corpus), 'offset')} do not fit the "
                 f"{manifest.passages} of its manifest; build it again"
             )
-        self._lookup = lru_cache(maxsize=_CACHED_QUERIES)(self._find)
-        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
-        self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="bm25")
 
-    async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
-        """The best passages, best first, at most `top_k`; empty where no term of the query is known.
+    @property
+    def num_passages(self) -> int:
+        return len(self._corpus)
+
+    def prepare(self, queries: Sequence[str]) -> Sequence[str]:
+        return queries
+
+    def find(self, prepared: Sequence[str], *, top_k: int) -> list[tuple[Passage, ...]]:
+        """Of each query the best passages, best first, at most `top_k`; none where no term of it is known.
 
         Raises:
             RetrievalIndexError: the corpus changed under the index.
         """
-        assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
-        if len(self._corpus) <= INLINE_PASSAGES:
-            return self._lookup(query, top_k)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._lookup, query, top_k)
+        return [self.find_one(query, top_k) for query in prepared]
 
-    async def close(self) -> None:
-        self._threads.shutdown()
-        self._lookup.cache_clear()
+    def close(self) -> None:
         self._corpus.close()
 
-    def _find(self, query: str, top_k: int) -> tuple[Passage, ...]:
+    def find_one(self, query: str, top_k: int) -> tuple[Passage, ...]:
+        """`find` for a single query."""
         # Half a surrogate pair has no UTF-8 form, which the analyser asks for.
         words = self._analyser.analyze(query.encode("utf-8", "replace").decode("utf-8"))
         terms = list(dict.fromkeys(words))[:_MAX_QUERY_TERMS]
@@ -182,6 +176,38 @@ class BM25Retriever:
     def _values(self, field: str, addresses: list[tantivy.DocAddress]) -> list[int]:
         values = self._searcher.fast_field_values(field, addresses)
         return [value for value in values if isinstance(value, int)]
+
+
+INLINE_PASSAGES: Final = 50_000
+"""Up to so many a search takes less than a pass of an engine, and is done where it is asked for: episodes then go on in
+one order, and a synchronous run is the same each time, bit for bit."""
+
+
+class BM25Retriever:
+    """Searches an index folder in this process, in threads of its own: the event loop goes on meanwhile.
+
+    retriever = BM25Retriever(folder)
+    passages = await retriever.search("currency of Gabon", top_k=3)
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Errors are those of `BM25Index`."""
+        self._index = BM25Index(folder)
+        self._lookup = lru_cache(maxsize=_CACHED_QUERIES)(self._index.find_one)
+        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="bm25")
+
+    async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
+        """As `BM25Index.find`, for one query."""
+        assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
+        if self._index.num_passages <= INLINE_PASSAGES:
+            return self._lookup(query, top_k)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._lookup, query, top_k)
+
+    async def close(self) -> None:
+        self._threads.shutdown()
+        self._lookup.cache_clear()
+        self._index.close()
 
 
 def _mixed(keys: npt.NDArray[np.uint64], query: str) -> npt.NDArray[np.uint64]:
