@@ -22,6 +22,7 @@ from rich.console import Console
 
 from rexrag.config import Config, PrepareConfig
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError, counted
+from rexrag.retrieval.serve_command import serve_index
 
 if TYPE_CHECKING:
     from rexrag.data.check import CheckReport
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at data files.")
-index_app = typer.Typer(no_args_is_help=True, help="Build and verify retrieval indexes.")
+index_app = typer.Typer(no_args_is_help=True, help="Build, verify and serve retrieval indexes.")
 app.add_typer(data_app, name="data")
 app.add_typer(index_app, name="index")
 
@@ -305,6 +306,9 @@ def check_index(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Inde
 
     manifest = verify(folder)
     STDOUT.print(f"{folder}: {manifest.kind}, {counted(manifest.passages, 'passage')}, as it was built")
+
+
+index_app.command("serve")(serve_index)
 
 
 @app.command("eval")

@@ -6,8 +6,17 @@ from pathlib import Path
 from typing import Literal
 
 from rexrag.errors import ConfigError
-from rexrag.retrieval.bm25 import BM25Retriever
+from rexrag.retrieval.bm25 import BM25Index, BM25Retriever
 from rexrag.retrieval.http import HttpRetriever
+
+
+def open_index(folder: Path) -> BM25Index:
+    """The index in a folder, of the kind that its manifest names, for calls that block.
+
+    Raises:
+        RetrievalIndexError: no usable index there.
+    """
+    return BM25Index(folder)
 
 
 def open_retriever(
