@@ -36,6 +36,7 @@ from rexrag.retrieval.manifest import (
     read_manifest,
     write_manifest,
 )
+from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import Passage
 
 OFFSETS_NAME: Final = "offsets.u64"
@@ -203,6 +204,9 @@ class BM25Retriever:
         if self._index.num_passages <= INLINE_PASSAGES:
             return self._lookup(query, top_k)
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._lookup, query, top_k)
+
+    def state(self) -> RetrieverState:
+        return RetrieverState()
 
     async def close(self) -> None:
         self._threads.shutdown()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -18,6 +19,9 @@ import httpx
 from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError, counted
 from rexrag.retrieval.answers import Body, RetryableError, passages_of, read_bounded
 from rexrag.retrieval.backoff import longest_search_s, pause_bound_s
+from rexrag.retrieval.breaker import MAX_FAILURES_IN_A_ROW, Breaker
+from rexrag.retrieval.outages import Outages
+from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import Passage
 
 LOG = logging.getLogger(__name__)
@@ -37,17 +41,24 @@ class HttpRetriever:
         passages = await retriever.search("currency of Gabon", top_k=3)
         await retriever.close()
 
+    A server that fails some times in a row is left alone: searches wait, each up to `max_wait_s`, while one probe at a
+    time asks whether it is back. Who has no attempt left by then is told of the outage.
+
     Requests go straight to the server: proxies of the environment are not used. One instance belongs to one
     event loop.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, max_retries: int) -> None:
+    def __init__(
+        self, url: str, *, timeout_s: float, max_retries: int, token: str | None = None, is_patient: bool = True
+    ) -> None:
         """Nothing is sent yet.
 
         Args:
             url: base of the server, or its /retrieve.
             timeout_s: bound of one attempt as a whole, seconds.
             max_retries: attempts after the first.
+            token: sent as a bearer token.
+            is_patient: whether searches wait for a server that is down; else they have their attempts, and that is it.
 
         Raises:
             ConfigError: no http or https URL.
@@ -57,13 +68,21 @@ class HttpRetriever:
         self._has_told_empty = False
         self._timeout_s = timeout_s
         self._max_retries = max_retries
+        self._token = token
         self._client = httpx.AsyncClient(
             timeout=timeout_s,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            headers={"Accept-Encoding": "gzip"},
+            headers={"Accept-Encoding": "gzip"} | ({} if token is None else {"Authorization": f"Bearer {token}"}),
             trust_env=False,
         )
         self._jitter = random.Random()
+        self._num_retried = 0
+        self._outages = Outages(
+            self._endpoint,
+            breaker=Breaker(max_failures=MAX_FAILURES_IN_A_ROW if is_patient else None),
+            probe=lambda: self._attempt(_PROBE_QUERY, 1),
+            is_silence=lambda error: isinstance(error, RetryableError) and not error.is_busy,
+        )
 
     @property
     def max_wait_s(self) -> float:
@@ -79,16 +98,46 @@ class HttpRetriever:
             RetrieverError: it failed at every attempt.
         """
         assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
+        began = time.monotonic()
+        latest = began + self.max_wait_s - self._timeout_s  # an attempt that begins then ends within the bound
+        failure = "other searches failed"
         for attempt in range(self._max_retries + 1):
-            if attempt:
-                await asyncio.sleep(self._jitter.uniform(0.0, pause_bound_s(attempt - 1)))
+            if not await self._outages.wait(until=latest):
+                waited_s = time.monotonic() - began
+                raise RetrieverError(f"{self._endpoint} did not answer for {waited_s:.3g} s, at last with: {failure}")
+            if time.monotonic() > latest + self._timeout_s / 2:
+                raise RetrieverError(f"{self._endpoint} failed {counted(attempt, 'time')}, at last with: {failure}")
+            self._num_retried += attempt > 0
             try:
-                return await self._attempt(query, top_k)
+                passages = await self._attempt(query, top_k)
             except RetryableError as error:
                 failure = str(error)
+                if error.is_busy:
+                    self._outages.succeeded()
+                else:
+                    self._outages.failed(error)
+                if attempt < self._max_retries:
+                    await self._pause(attempt, until=latest, wanted_s=error.retry_after_s)
+            except (QueryRefusedError, RetrieverSetupError):
+                self._outages.succeeded()
+                raise
+            else:
+                self._outages.succeeded()
+                return passages
         raise RetrieverError(
             f"{self._endpoint} failed {counted(self._max_retries + 1, 'time')}, at last with: {failure}"
         )
+
+    def state(self) -> RetrieverState:
+        outages = self._outages
+        return RetrieverState(
+            is_down=outages.is_open, outages=outages.outages, outage_s=outages.outage_s, retried=self._num_retried
+        )
+
+    async def _pause(self, attempt: int, *, until: float, wanted_s: float | None) -> None:
+        """After a failed attempt; where the server says how long, that long at least. Not beyond the search's bound."""
+        pause_s = (wanted_s or 0.0) + self._jitter.uniform(0.0, pause_bound_s(attempt))
+        await asyncio.sleep(max(0.0, min(pause_s, until - time.monotonic())))
 
     def check(self) -> None:
         """Make sure that a usable server is there; blocks, for use before anything runs.
@@ -110,7 +159,13 @@ class HttpRetriever:
 
     async def _check(self) -> None:
         # Another instance, since a client belongs to one event loop.
-        asked = HttpRetriever(self._url, timeout_s=self._timeout_s, max_retries=self._max_retries)
+        asked = HttpRetriever(
+            self._url,
+            timeout_s=self._timeout_s,
+            max_retries=self._max_retries,
+            token=self._token,
+            is_patient=False,
+        )
         try:
             health = await asked._send("GET", f"{self._url}/health")
             if health.status >= 500:
@@ -120,6 +175,7 @@ class HttpRetriever:
             await asked.close()
 
     async def close(self) -> None:
+        await self._outages.close()
         await self._client.aclose()
 
     async def _attempt(self, query: str, top_k: int) -> tuple[Passage, ...]:
@@ -161,7 +217,13 @@ class HttpRetriever:
         async with self._client.stream(method, url, json=json) as response:
             encoding = response.headers.get("Content-Encoding", "").strip().lower()
             content, is_whole = await read_bounded(response.aiter_raw(), encoding=encoding)
-        body = Body(url=url, status=response.status_code, content=content, is_whole=is_whole)
+        body = Body(
+            url=url,
+            status=response.status_code,
+            content=content,
+            is_whole=is_whole,
+            retry_after=response.headers.get("Retry-After", ""),
+        )
         return body, response.headers.get("Location") if response.status_code in _REDIRECTS else None
 
     def _redirected(self, url: str, location: str) -> str:

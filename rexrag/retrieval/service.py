@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Final, Generic, NamedTuple, TypeAlias
 
 from rexrag.errors import Overloaded, SearchTimeoutError, counted
-from rexrag.retrieval.protocol import BatchIndex, PreparedT
+from rexrag.retrieval.protocol import BatchIndex, PreparedT, RetrieverState
 from rexrag.types import Passage
 
 Passages: TypeAlias = tuple[Passage, ...]
@@ -125,6 +125,7 @@ class SearchService(Generic[PreparedT]):
         self._tasks: list[asyncio.Task[None]] = []
         self._seconds_per_query = _FIRST_SECONDS_PER_QUERY
         self._last_found_at = 0.0
+        self._may_be_abandoned = False
         self._is_closing = False
 
     @property
@@ -175,7 +176,11 @@ class SearchService(Generic[PreparedT]):
         finally:
             for entry in entries.values():
                 entry.num_callers -= 1
+                self._may_be_abandoned |= entry.num_callers == 0
         return [known[key] for key in keys]
+
+    def state(self) -> RetrieverState:
+        return RetrieverState()
 
     async def close(self) -> None:
         """Answer what was accepted, then end the threads and close the index."""
@@ -193,6 +198,9 @@ class SearchService(Generic[PreparedT]):
     def _join(self, keys: Sequence[_Key]) -> dict[_Key, _Entry]:
         """An entry for each distinct key: that of an equal query on its way, else a new one."""
         new = [key for key in dict.fromkeys(keys) if key not in self._on_way]
+        if new and len(self._waiting) + len(new) > self._settings.max_waiting:
+            self._drop_abandoned()
+            new = [key for key in dict.fromkeys(keys) if key not in self._on_way]
         if new and len(self._waiting) + len(new) > self._settings.max_waiting:
             self._counters.refused += len(keys)
             retry_after_s = max(_LEAST_RETRY_S, len(self._waiting) * self._seconds_per_query)
@@ -257,10 +265,26 @@ class SearchService(Generic[PreparedT]):
             if entry.num_callers:
                 batch.append(entry)
             else:
-                self._counters.abandoned += 1
-                self._forget(entry)
-                entry.answer.cancel()
+                self._abandon(entry)
         return batch
+
+    def _drop_abandoned(self) -> None:
+        """Make room: what nobody waits for any more is no load."""
+        if not self._may_be_abandoned:
+            return
+        self._may_be_abandoned = False
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        for entry in waiting:
+            if entry.num_callers:
+                self._waiting.append(entry)
+            else:
+                self._abandon(entry)
+
+    def _abandon(self, entry: _Entry) -> None:
+        self._counters.abandoned += 1
+        self._forget(entry)
+        entry.answer.cancel()
 
     async def _find_forever(self) -> None:
         loop = asyncio.get_running_loop()

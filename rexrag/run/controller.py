@@ -125,6 +125,7 @@ class Controller:
             learner_wait_s=learner_wait_s,
             step_s=time.monotonic() - started,
             fleet=self._fleet.report(),
+            searches=self._fleet.searches(),
         )
         if step % self._settings.checkpoint_every == 0 or step == self._settings.num_steps:
             self._checkpoint()

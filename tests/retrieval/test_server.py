@@ -149,7 +149,7 @@ def test_bodies_that_are_no_requests(client: httpx.Client, url: str) -> None:
 
 
 def test_a_body_without_end_is_not_held_beyond_the_limit(client: httpx.Client, url: str) -> None:
-    sent = []
+    sent: list[int] = []
 
     def endless() -> Iterator[bytes]:
         while len(sent) < 20_000:

@@ -219,6 +219,30 @@ def test_a_caller_whose_time_is_over_is_told_and_its_query_is_not_searched_for()
     run(scenario)
 
 
+def test_callers_that_have_gone_take_no_room() -> None:
+    index = EchoIndex(gated="prepare")
+
+    async def scenario() -> None:
+        service = SearchService(index, settings=ServiceSettings(max_waiting=2))
+        first = asyncio.create_task(service.search("first", top_k=1))
+        await asyncio.sleep(0.01)
+        gone = [asyncio.create_task(service.search(f"gone {i}", top_k=1)) for i in range(2)]
+        await asyncio.sleep(0.01)
+        for task in gone:
+            task.cancel()
+        await asyncio.sleep(0.01)
+        # One of those that were given up is wanted again, together with a new one.
+        callers = asyncio.create_task(service.search_many(["gone 1", "new"], top_k=1))
+        await asyncio.sleep(0.01)
+        index.gate.set()
+        assert [tuple(found) for found in await callers] == [answer_to("gone 1", 1), answer_to("new", 1)]
+        await first
+        assert sorted(index.batches[1]) == ["gone 1", "new"]
+        await service.close()
+
+    run(scenario)
+
+
 def test_an_end_finishes_what_was_accepted_and_takes_nothing_more() -> None:
     index = EchoIndex(gated="find")
 
