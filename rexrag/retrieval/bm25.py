@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 from array import array
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import tantivy
 
-from rexrag.data.corpus import Corpus, iter_corpus_rows
+from rexrag.data.corpus import iter_corpus_rows
 from rexrag.data.formats import format_of
 from rexrag.errors import DataError, RetrievalIndexError, counted
 from rexrag.retrieval.analysers import ANALYSERS, choose_analyser
@@ -32,15 +31,13 @@ from rexrag.retrieval.manifest import (
     describe_corpus,
     describe_files,
     new_index_folder,
-    open_corpus_path,
     read_manifest,
     write_manifest,
 )
 from rexrag.retrieval.protocol import RetrieverState
+from rexrag.retrieval.stored_passages import OFFSETS_NAME, PASSAGES_NAME, open_passages, store_passages
 from rexrag.types import Passage
 
-OFFSETS_NAME: Final = "offsets.u64"
-PASSAGES_NAME: Final = "passages.jsonl"
 POSTINGS_NAME: Final = "tantivy"
 
 _MAX_QUERY_TERMS: Final = 256
@@ -69,7 +66,7 @@ def build_bm25(corpus: str | Path, out: str | Path) -> Manifest:
     stored = format_of(source) != "jsonl"
     with new_index_folder(target) as folder:
         described = describe_corpus(source, out=target, stored=stored)
-        jsonl, num_empty = _convert(source, folder / PASSAGES_NAME) if stored else (source, 0)
+        jsonl, num_empty = store_passages(source, folder / PASSAGES_NAME) if stored else (source, 0)
         analyser = choose_analyser(jsonl)
         starts, num_empty_lines = _write_postings(jsonl, folder / POSTINGS_NAME, analyser=analyser)
         starts.tofile(folder / OFFSETS_NAME)
@@ -108,12 +105,13 @@ class BM25Index:
         root = Path(folder)
         manifest = read_manifest(root)
         check_sizes(root, manifest)
+        if manifest.analyser is None:
+            raise RetrievalIndexError(f'{root}: a {manifest.kind} index, no bm25; set retriever.kind = "faiss"')
         if manifest.analyser not in ANALYSERS:
             known = ", ".join(ANALYSERS)
             message = f"{root}: analyser {manifest.analyser!r} is unknown, this build has {known}; build it again"
             raise RetrievalIndexError(message)
-        path = root / PASSAGES_NAME if manifest.corpus.stored else open_corpus_path(root, manifest)
-        self._corpus = Corpus.open(path, offsets=root / OFFSETS_NAME)
+        self._corpus = open_passages(root, manifest)
         self._analyser = ANALYSERS[manifest.analyser]()
         self._searcher, self._schema = _open_postings(root / POSTINGS_NAME)
         if not self._searcher.num_docs == len(self._corpus) == manifest.passages:
@@ -225,16 +223,6 @@ def _mixed(keys: npt.NDArray[np.uint64], query: str) -> npt.NDArray[np.uint64]:
 
 def _hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-def _convert(corpus: Path, jsonl: Path) -> tuple[Path, int]:
-    """The corpus as jsonl, and its number of rows without text."""
-    empty: list[int] = []
-    with jsonl.open("w", encoding="utf-8") as file:
-        for _, passage in iter_corpus_rows(corpus, on_empty=lambda row: empty.append(row.number)):
-            row = {"id": passage.id, "title": passage.title, "text": passage.text}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return jsonl, len(empty)
 
 
 def _write_postings(jsonl: Path, folder: Path, *, analyser: str) -> tuple[npt.NDArray[np.uint64], int]:

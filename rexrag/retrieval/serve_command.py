@@ -35,6 +35,9 @@ def serve_index(
     max_query_chars: Annotated[int, typer.Option(min=1, help="Most characters of a query.")] = _LIMITS.max_query_chars,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request.")] = _LIMITS.max_body_bytes,
     deadline: Annotated[float, typer.Option(min=0.001, max=3600, help="Bound of a request, seconds.")] = 60.0,
+    encoder: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Where the encoder of a dense index is now.")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that compute; by default one for each core.")
     ] = None,
@@ -61,7 +64,7 @@ def serve_index(
     )
     told = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     with bind(host, port) as listener:
-        index = open_index(folder)
+        index = open_index(folder, encoder=encoder, num_threads=num_threads)
         if token is None and not is_loopback(listener):
             told.print(
                 f"warning: --host {host}: whoever reaches this machine can search the corpus; give --token-file, or "
