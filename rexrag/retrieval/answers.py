@@ -13,6 +13,7 @@ from typing import Final
 from rexrag.data.corpus import passage_of
 from rexrag.data.rows import RowError, id_of, shown
 from rexrag.errors import QueryRefusedError, RetrieverSetupError
+from rexrag.retrieval.attempts import RetryableError
 from rexrag.types import Passage
 
 MAX_BODY_BYTES: Final = 1 << 24
@@ -27,20 +28,6 @@ _FILLER_SCORE: Final = 1e38
 _SHOWN_CHARS: Final = 200
 _INFLATE_BYTES: Final = 1 << 16
 _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS
-
-
-class RetryableError(Exception):
-    """A failure that may pass: connection, time-out, 5xx, 429.
-
-    Attributes:
-        retry_after_s: seconds after which the server wants to be asked again, where it says so.
-        is_busy: the server answers, but has no room for this query now: no outage.
-    """
-
-    def __init__(self, message: str, *, retry_after_s: float | None = None, is_busy: bool = False) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-        self.is_busy = is_busy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import httpx
 
-from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError, counted
-from rexrag.retrieval.answers import Body, RetryableError, passages_of, read_bounded
-from rexrag.retrieval.backoff import longest_search_s, pause_bound_s
-from rexrag.retrieval.breaker import MAX_FAILURES_IN_A_ROW, Breaker
-from rexrag.retrieval.outages import Outages
+from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError
+from rexrag.retrieval.answers import Body, passages_of, read_bounded
+from rexrag.retrieval.attempts import PROBE_QUERY, Attempts, RetryableError
 from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import Passage
 
@@ -28,7 +24,6 @@ LOG = logging.getLogger(__name__)
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS: Final = 3
-_PROBE_QUERY: Final = "test"
 _INLINE_BYTES: Final = 1 << 16
 """Answers up to this length are parsed where they arrive; longer ones would hold up the event loop."""
 
@@ -75,19 +70,18 @@ class HttpRetriever:
             headers={"Accept-Encoding": "gzip"} | ({} if token is None else {"Authorization": f"Bearer {token}"}),
             trust_env=False,
         )
-        self._jitter = random.Random()
-        self._num_retried = 0
-        self._outages = Outages(
+        self._attempts = Attempts(
             self._endpoint,
-            breaker=Breaker(max_failures=MAX_FAILURES_IN_A_ROW if is_patient else None),
-            probe=lambda: self._attempt(_PROBE_QUERY, 1),
-            is_silence=lambda error: isinstance(error, RetryableError) and not error.is_busy,
+            attempt=self._attempt,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            is_patient=is_patient,
         )
 
     @property
     def max_wait_s(self) -> float:
         """Bound of a whole `search`, seconds: all attempts and all pauses between them."""
-        return longest_search_s(timeout_s=self._timeout_s, max_retries=self._max_retries)
+        return self._attempts.max_wait_s
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
         """The server's passages for a query, best first, at most `top_k`.
@@ -98,46 +92,10 @@ class HttpRetriever:
             RetrieverError: it failed at every attempt.
         """
         assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
-        began = time.monotonic()
-        latest = began + self.max_wait_s - self._timeout_s  # an attempt that begins then ends within the bound
-        failure = "other searches failed"
-        for attempt in range(self._max_retries + 1):
-            if not await self._outages.wait(until=latest):
-                waited_s = time.monotonic() - began
-                raise RetrieverError(f"{self._endpoint} did not answer for {waited_s:.3g} s, at last with: {failure}")
-            if time.monotonic() > latest + self._timeout_s / 2:
-                raise RetrieverError(f"{self._endpoint} failed {counted(attempt, 'time')}, at last with: {failure}")
-            self._num_retried += attempt > 0
-            try:
-                passages = await self._attempt(query, top_k)
-            except RetryableError as error:
-                failure = str(error)
-                if error.is_busy:
-                    self._outages.succeeded()
-                else:
-                    self._outages.failed(error)
-                if attempt < self._max_retries:
-                    await self._pause(attempt, until=latest, wanted_s=error.retry_after_s)
-            except (QueryRefusedError, RetrieverSetupError):
-                self._outages.succeeded()
-                raise
-            else:
-                self._outages.succeeded()
-                return passages
-        raise RetrieverError(
-            f"{self._endpoint} failed {counted(self._max_retries + 1, 'time')}, at last with: {failure}"
-        )
+        return await self._attempts.search(query, top_k)
 
     def state(self) -> RetrieverState:
-        outages = self._outages
-        return RetrieverState(
-            is_down=outages.is_open, outages=outages.outages, outage_s=outages.outage_s, retried=self._num_retried
-        )
-
-    async def _pause(self, attempt: int, *, until: float, wanted_s: float | None) -> None:
-        """After a failed attempt; where the server says how long, that long at least. Not beyond the search's bound."""
-        pause_s = (wanted_s or 0.0) + self._jitter.uniform(0.0, pause_bound_s(attempt))
-        await asyncio.sleep(max(0.0, min(pause_s, until - time.monotonic())))
+        return self._attempts.state()
 
     def check(self) -> None:
         """Make sure that a usable server is there; blocks, for use before anything runs.
@@ -170,12 +128,12 @@ class HttpRetriever:
             health = await asked._send("GET", f"{self._url}/health")
             if health.status >= 500:
                 raise RetryableError(f"/health: {health.described}")
-            await asked.search(_PROBE_QUERY, top_k=1)
+            await asked.search(PROBE_QUERY, top_k=1)
         finally:
             await asked.close()
 
     async def close(self) -> None:
-        await self._outages.close()
+        await self._attempts.close()
         await self._client.aclose()
 
     async def _attempt(self, query: str, top_k: int) -> tuple[Passage, ...]:
