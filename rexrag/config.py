@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from rexrag.retrieval.backoff import longest_search_s
+from rexrag.retrieval.settings import REMOTE, RetrieverConfig
 
 
 def _as_list(value: object) -> object:
@@ -40,18 +40,6 @@ class DataConfig(Section):
     )
     eval: Paths = Field([], description="Held-out questions, evaluated before and after training.")
     skip_bad_rows: bool = Field(False, description="Count and skip bad rows instead of stopping at the first.")
-
-
-class RetrieverConfig(Section):
-    kind: Literal["bm25", "http"] = Field(
-        "bm25", description="In-process BM25 index, or a server with the /retrieve API."
-    )
-    path: Path | None = Field(None, description="Index folder (kind `bm25`).")
-    url: str | None = Field(None, description="Base URL of the server (kind `http`), such as http://127.0.0.1:8000.")
-    timeout_s: float = Field(10.0, gt=0, le=600, description="Bound of one HTTP attempt, seconds.")
-    max_retries: int = Field(
-        5, ge=0, le=100, description="Attempts after the first before the episode is masked as `env_error`."
-    )
 
 
 class EnvConfig(Section):
@@ -332,11 +320,10 @@ def _lease_problems(config: Config) -> list[str]:
             f"replay.lease_timeout_s = {replay.lease_timeout_s}: must be at most replay.lease_deadline_s "
             f"({replay.lease_deadline_s}); lower the one or raise the other."
         )
-    silent_s = longest_search_s(timeout_s=retriever.timeout_s, max_retries=retriever.max_retries)
-    if retriever.kind == "http" and replay.lease_timeout_s <= silent_s:
+    if retriever.kind in REMOTE and replay.lease_timeout_s <= retriever.silent_s:
         problems.append(
-            f"replay.lease_timeout_s = {replay.lease_timeout_s:g}: must be above {silent_s:g}, the seconds that one "
-            f"search may take with retriever.timeout_s = {retriever.timeout_s:g} and retriever.max_retries = "
+            f"replay.lease_timeout_s = {replay.lease_timeout_s:g}: must be above {retriever.silent_s:g}, the seconds "
+            f"that one search may take with retriever.timeout_s = {retriever.timeout_s:g} and retriever.max_retries = "
             f"{retriever.max_retries}, or groups that wait for it go to another actor; raise it, or lower one of these."
         )
     return problems

@@ -23,7 +23,7 @@ class RetryableError(Exception):
     Attributes:
         retry_after_s: seconds after which the back end wants to be asked again, where it says so.
         is_busy: it answers, but has no room for this query now: no outage.
-        is_elsewhere: another part of it may answer at once: the next attempt needs no pause.
+        is_elsewhere: another part of it may answer at once: no outage, and the next attempt needs no pause.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Attempts:
     def _note(self, error: RetryableError) -> None:
         if error.is_busy:
             self._outages.succeeded()
-        else:
+        elif not error.is_elsewhere:
             self._outages.failed(error)
 
     async def _pause(self, attempt: int, *, until: float, wanted_s: float | None) -> None:

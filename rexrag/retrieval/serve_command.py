@@ -51,7 +51,7 @@ def serve_index(
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(num_threads)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    from rexrag.retrieval.open import open_index
+    from rexrag.retrieval.folders import open_index
     from rexrag.retrieval.server import ServerSettings, bind, is_loopback, serve
 
     token = None if token_file is None else read_token(token_file, name="--token-file")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from rexrag.actors.build import RolloutSettings
 from rexrag.actors.episode import EpisodeSettings
 from rexrag.buffer.settings import ReplaySettings
-from rexrag.config import Config, Section
+from rexrag.config import Config
 from rexrag.env.prompt import read_template
 from rexrag.errors import ConfigError, counted
 from rexrag.learner.correction import CorrectionSettings
@@ -19,12 +19,14 @@ from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
 from rexrag.model.loading import Device, fastest_dtype
+from rexrag.retrieval.settings import RetrieverSettings, SearchActorSettings
 from rexrag.run.controller import LoopSettings
 from rexrag.run.engine_choice import choose_engine
 from rexrag.types import Question
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from pydantic import BaseModel
 
 SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
@@ -40,6 +42,9 @@ class Layout:
     cpus_per_process: float
     actor_gpus: float
     learner_gpus: float
+    num_searchers: int
+    searcher_cpus: float
+    searcher_gpus: float
 
 
 def device_of(num_gpus: float) -> Device:
@@ -63,28 +68,54 @@ def plan_layout(config: Config, *, num_cores: int, node_cores: int, num_gpus: fl
             actors on GPUs would leave none for the learner.
     """
     share = config.rollout.num_gpus
-    learner_gpus = _learner_gpus(config, num_gpus)
+    pool_cpus, pool_gpus = _pool_share(config, num_cores=num_cores)
+    learner_gpus = _learner_gpus(config, num_gpus - pool_gpus)
     if config.rollout.num_actors is not None:
         num_actors = config.rollout.num_actors
     else:
-        num_actors = max(1, _actors_on(num_gpus, learner_gpus, share) if share else num_cores // 2)
-    if num_actors * share + learner_gpus > num_gpus:
+        left = num_gpus - pool_gpus
+        num_actors = max(1, _actors_on(left, learner_gpus, share) if share else int(num_cores - pool_cpus) // 2)
+    needed_gpus = num_actors * share + learner_gpus + pool_gpus
+    if needed_gpus > num_gpus:
+        pool = f", and a pool of search actors with {pool_gpus:g}," if pool_gpus else ""
         raise ConfigError(
             f"{counted(num_actors, 'rollout actor')} with rollout.num_gpus = {share:g} and a learner with "
-            f"{learner_gpus:g} need {counted(num_actors * share + learner_gpus, 'GPU')}, the cluster has "
-            f"{num_gpus:g} that "
-            "torch can use: lower these shares or rollout.num_actors, or set both shares to 0 to compute on CPUs"
+            f"{learner_gpus:g}{pool} need {counted(needed_gpus, 'GPU')}, the cluster has {num_gpus:g} that torch can "
+            "use: lower these shares or rollout.num_actors, or set the shares to 0 to compute on CPUs"
         )
+    has_pool = config.retriever.kind == "ray"
     actor_threads = config.rollout.threads_per_actor or max(1, min(num_cores // num_actors, node_cores))
     return Layout(
         num_actors=num_actors,
         num_groups=max(1, config.rollout.episodes_per_actor // config.rollout.group_size),
         actor_threads=actor_threads,
         learner_threads=config.learner.threads or node_cores,
-        cpus_per_process=min(1.0, num_cores / (num_actors + 1)),
+        cpus_per_process=min(1.0, (num_cores - pool_cpus) / (num_actors + 1)),
         actor_gpus=share,
         learner_gpus=learner_gpus,
+        num_searchers=config.retriever.num_actors if has_pool else 0,
+        searcher_cpus=config.retriever.num_cpus if has_pool else 0.0,
+        searcher_gpus=config.retriever.num_gpus if has_pool else 0.0,
     )
+
+
+def _pool_share(config: Config, *, num_cores: int) -> tuple[float, float]:
+    """Cores and GPUs of the search actors together.
+
+    Raises:
+        ConfigError: they would leave no core for the rest of the run.
+    """
+    retriever = config.retriever
+    if retriever.kind != "ray":
+        return 0.0, 0.0
+    cpus = retriever.num_actors * retriever.num_cpus
+    if cpus >= num_cores:
+        raise ConfigError(
+            f"{counted(retriever.num_actors, 'search actor')} with retriever.num_cpus = {retriever.num_cpus:g} would "
+            f"take {cpus:g} of the cluster's {counted(num_cores, 'core')}, which leaves none to the rest of the run: "
+            "lower retriever.num_actors or retriever.num_cpus"
+        )
+    return cpus, retriever.num_actors * retriever.num_gpus
 
 
 def _learner_gpus(config: Config, num_gpus: float) -> float:
@@ -113,14 +144,19 @@ def describe_layout(layout: Layout) -> list[str]:
     def place(gpus: float) -> str:
         return f"{gpus:g} of a GPU" if 0 < gpus < 1 else counted(gpus, "GPU") if gpus else "on the CPU"
 
+    searchers = [
+        f"{counted(layout.num_searchers, 'search actor')}: {counted(layout.searcher_cpus, 'core')} each, "
+        f"{place(layout.searcher_gpus)}"
+    ]
     return [
+        *(searchers if layout.num_searchers else []),
         f"{counted(layout.num_actors, 'rollout actor')}: {counted(layout.actor_threads, 'thread')} each, "
         f"{place(layout.actor_gpus)}, {counted(layout.num_groups, 'group')} at once",
         f"learner: {counted(layout.learner_threads, 'thread')}, {place(layout.learner_gpus)}",
     ]
 
 
-def copied(settings: type[SettingsT], section: Section, **rest: object) -> SettingsT:
+def copied(settings: type[SettingsT], section: BaseModel, **rest: object) -> SettingsT:
     """Settings of a part: the section's fields of the same names, and `rest`, which goes before them.
 
     Raises:
@@ -161,7 +197,6 @@ def has_likelihood(config: Config) -> bool:
 def rollout_settings(
     config: Config, *, model_path: str, num_threads: int, log_file: Path | None = None
 ) -> RolloutSettings:
-    retriever = config.retriever
     return RolloutSettings(
         model_path=model_path,
         episodes=episode_settings(config),
@@ -172,17 +207,17 @@ def rollout_settings(
         gpu_share=config.rollout.num_gpus,
         inflight=config.weights.inflight,
         num_threads=num_threads,
-        retriever_kind=retriever.kind,
-        retriever_path=retriever.path,
-        retriever_url=retriever.url,
-        retriever_timeout_s=retriever.timeout_s,
-        retriever_max_retries=retriever.max_retries,
+        retriever=copied(RetrieverSettings, config.retriever),
         reward_kind=config.reward.kind,
         format_weight=config.reward.format_weight,
         never_negative=has_likelihood(config),
         hints_file=config.probe.hints,
         log_file=log_file,
     )
+
+
+def search_actor_settings(config: Config, *, log_file: Path | None) -> SearchActorSettings:
+    return copied(SearchActorSettings, config.retriever, log_file=log_file)
 
 
 def learner_settings(config: Config, *, device: Device) -> LearnerSettings:

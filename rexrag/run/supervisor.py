@@ -15,6 +15,7 @@ import ray
 from rexrag.errors import Interrupted, RunFailure
 from rexrag.run.fleet import Fleet
 from rexrag.run.remote import Handle, Ref, T, result_of
+from rexrag.run.search_pool import SearchPool
 from rexrag.run.signals import StopSignal
 
 POLL_S: Final = 0.2
@@ -29,12 +30,20 @@ class Supervisor:
 
     Args:
         stall_timeout_s: seconds without progress that end a wait.
+        pool: search actors to look after, too.
     """
 
     def __init__(
-        self, *, fleet: Fleet, parts: Mapping[str, Handle[Any]], stop: StopSignal, stall_timeout_s: float
+        self,
+        *,
+        fleet: Fleet,
+        parts: Mapping[str, Handle[Any]],
+        stop: StopSignal,
+        stall_timeout_s: float,
+        pool: SearchPool | None = None,
     ) -> None:
         self._fleet = fleet
+        self._pool = pool
         self._parts = parts
         self._stop = stop
         self._stall_timeout_s = stall_timeout_s
@@ -94,6 +103,8 @@ class Supervisor:
         if interruptible and self._stop.received is not None:
             raise Interrupted(f"stopped by {self._stop.received}")
         self._fleet.check()
+        if self._pool is not None:
+            self._pool.look()
         self._ping()
 
     def _ping(self) -> None:

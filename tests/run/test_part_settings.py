@@ -23,6 +23,7 @@ from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
 from rexrag.recipe import flatten, make_config
+from rexrag.retrieval.settings import RetrieverSettings, SearchActorSettings
 from rexrag.run.controller import LoopSettings
 from rexrag.run.part_settings import copied, describe_layout, device_of, learner_settings, plan_layout
 
@@ -30,7 +31,7 @@ EMPTY = inspect.Parameter.empty
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     RolloutSettings, EpisodeSettings, ReplaySettings, EngineSettings, CorrectionSettings, LossSettings,
-    ProbeSettings, OptimizerSettings, LearnerSettings, LoopSettings,
+    ProbeSettings, OptimizerSettings, LearnerSettings, LoopSettings, RetrieverSettings, SearchActorSettings,
 )  # fmt: skip
 
 
@@ -68,6 +69,30 @@ def test_the_shares_are_told_in_words() -> None:
         "1 rollout actor: 2 threads each, 0.5 of a GPU, 12 groups at once",
         "learner: 2 threads, 0.5 of a GPU",
     ]
+
+
+def test_a_pool_of_search_actors_has_its_share_first() -> None:
+    pool = {"retriever__kind": "ray", "retriever__num_actors": 2}
+    layout = plan_layout(config_with(**pool, retriever__num_cpus=2.0), num_cores=8, node_cores=8, num_gpus=0)
+    assert (layout.num_searchers, layout.searcher_cpus, layout.searcher_gpus) == (2, 2.0, 0.0)
+    assert layout.num_actors == 2, "one for two of the cores that are left"
+    assert layout.cpus_per_process == 1.0
+    assert describe_layout(layout)[0] == "2 search actors: 2 cores each, on the CPU"
+    tight = plan_layout(config_with(**pool, retriever__num_cpus=0.5), num_cores=2, node_cores=2, num_gpus=0)
+    assert tight.num_actors == 1
+    assert tight.num_searchers * tight.searcher_cpus + 2 * tight.cpus_per_process <= 2
+    on_gpu = plan_layout(config_with(**pool, retriever__num_gpus=0.25), num_cores=8, node_cores=8, num_gpus=1)
+    assert (on_gpu.searcher_gpus, on_gpu.learner_gpus) == (0.25, 0.5)
+    assert describe_layout(on_gpu)[0] == "2 search actors: 1 core each, 0.25 of a GPU"
+    unused = plan_layout(config_with(retriever__num_actors=7), num_cores=2, node_cores=2, num_gpus=0)
+    assert unused.num_searchers == 0
+    assert len(describe_layout(unused)) == 2
+    with pytest.raises(ConfigError, match=r"2 search actors with retriever.num_cpus = 1 would take 2 of .* 2 cores"):
+        plan_layout(config_with(**pool), num_cores=2, node_cores=2, num_gpus=0)
+    with pytest.raises(ConfigError, match=r"pool of search actors with 2, need 3 GPUs, the cluster has 2"):
+        plan_layout(
+            config_with(**pool, retriever__num_gpus=1.0, learner__num_gpus=1.0), num_cores=8, node_cores=8, num_gpus=2
+        )
 
 
 @pytest.mark.parametrize(
