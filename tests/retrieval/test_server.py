@@ -63,6 +63,15 @@ def post(client: httpx.Client, url: str, **body: object) -> httpx.Response:
     return client.post(f"{url}/retrieve", content=json.dumps(body), headers={"Content-Type": "application/json"})
 
 
+def test_a_connection_is_kept_and_answered_at_once(client: httpx.Client, url: str) -> None:
+    seconds = []
+    for number in range(30):
+        began = time.monotonic()
+        post(client, url, queries=[f"Gabon {number}"])
+        seconds.append(time.monotonic() - began)
+    assert sorted(seconds)[10] < 0.03, "small packets do not wait for each other's acknowledgement"
+
+
 def test_what_a_client_of_search_r1_sends_and_reads(client: httpx.Client, url: str) -> None:
     payload = {"queries": ["city Oyem", "currency"], "topk": 3, "return_scores": True}
     results = client.post(f"{url}/retrieve", json=payload).json()["result"]
