@@ -15,11 +15,14 @@ from rexrag.errors import ConfigError, counted
 from rexrag.retrieval.packages import require_faiss
 
 if TYPE_CHECKING:
+    from rexrag.retrieval.dense_build import DenseSettings
     from rexrag.retrieval.encoder_settings import EncoderOverrides
     from rexrag.retrieval.manifest import Manifest
 
 index_app = typer.Typer(no_args_is_help=True, help="Build and verify retrieval indexes.")
 
+LEAST_RECALL = 0.95
+"""Of the three best passages; a smaller share is warned of."""
 STDOUT = Console(highlight=False, soft_wrap=True, markup=False)
 
 
@@ -37,6 +40,15 @@ class IndexPrecision(StrEnum):
     FP32 = "fp32"
     FP16 = "fp16"
     INT8 = "int8"
+
+
+class IndexTarget(StrEnum):
+    """What a FAISS file may be converted to."""
+
+    FLAT_FP32 = "flat-fp32"
+    FLAT_FP16 = "flat-fp16"
+    FLAT_INT8 = "flat-int8"
+    IVF = "ivf"
 
 
 class IndexPooling(StrEnum):
@@ -83,7 +95,7 @@ def build_index(
 ) -> None:
     """Build an index over a corpus."""
     started = time.monotonic()
-    own = {"--pooling": pooling, "--normalize": normalize, "--query-prefix": query_prefix}
+    own: dict[str, object] = {"--pooling": pooling, "--normalize": normalize, "--query-prefix": query_prefix}
     own |= {"--passage-prefix": passage_prefix, "--max-tokens": max_tokens}
     if kind is IndexKind.BM25:
         from rexrag.retrieval.bm25 import build_bm25
@@ -97,18 +109,30 @@ def build_index(
         raise ConfigError(f"--kind {kind.value} needs --encoder, the folder of a sentence encoder")
     require_faiss()
     from rexrag.reporting.terminal import Progress
-    from rexrag.retrieval.dense_build import DEFAULT_MEMORY_GB, DenseSettings, build_dense
+    from rexrag.retrieval.dense_build import build_dense
 
-    settings = DenseSettings(
-        kind="flat" if kind is IndexKind.FLAT else "ivf",
-        precision=(precision or (IndexPrecision.FP16 if kind is IndexKind.FLAT else IndexPrecision.INT8)).value,
-        memory_gb=DEFAULT_MEMORY_GB if memory is None else memory,
-        use_gpu=gpu,
-    )
+    default = IndexPrecision.FP16 if kind is IndexKind.FLAT else IndexPrecision.INT8
+    settings = _settings(kind, precision=precision or default, memory=memory, gpu=gpu)
     with Progress() as progress:
         overrides = _overrides(own)
         manifest = build_dense(corpus, out, encoder=encoder, settings=settings, overrides=overrides, progress=progress)
     _tell(out, manifest, started=started)
+
+
+def _settings(
+    kind: IndexKind | IndexTarget, *, precision: IndexPrecision | None = None, memory: float | None, gpu: bool
+) -> DenseSettings:
+    """What flags say of an index."""
+    from rexrag.retrieval.dense_build import DEFAULT_MEMORY_GB, DenseSettings
+
+    name, _, of_name = kind.value.partition("-")
+    chosen = precision or IndexPrecision(of_name or IndexPrecision.INT8)
+    return DenseSettings(
+        kind="flat" if name == "flat" else "ivf",
+        precision=chosen.value,
+        memory_gb=DEFAULT_MEMORY_GB if memory is None else memory,
+        use_gpu=gpu,
+    )
 
 
 def _overrides(own: Mapping[str, object]) -> EncoderOverrides:
@@ -131,10 +155,71 @@ def _tell(out: Path, manifest: Manifest, *, started: float) -> None:
     prefixes = f"{settings.query_prefix!r} before queries, {settings.passage_prefix!r} before passages"
     length = "length 1" if settings.normalize else "their own length"
     STDOUT.print(f"encoder: {settings.pooling} of at most {settings.max_tokens} tokens, {length}, {prefixes}")
+    if dense.lists is not None and dense.probes is not None:
+        STDOUT.print(f"{counted(dense.lists, 'list')}, of which a search looks through {dense.probes}")
+    if dense.recall is None:
+        STDOUT.print("recall: not measured, since the file does not give its vectors back")
+        return
     STDOUT.print(
         f"recall against brute force, {counted(dense.recall.queries, 'query', 'queries')}: "
         f"{dense.recall.at_3:.3f} of the best 3, {dense.recall.at_10:.3f} of the best 10"
     )
+    if (advice := recall_advice(manifest)) is not None:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"warning: {advice}", markup=False)
+
+
+def recall_advice(manifest: Manifest) -> str | None:
+    """What to change where a search misses more than a twentieth of the three best passages."""
+    dense = manifest.dense
+    if dense is None or dense.recall is None or dense.recall.at_3 >= LEAST_RECALL:
+        return None
+    if manifest.kind == "adopted":
+        remedy = "convert it with --to flat-fp16, or search more of it where it was made (nprobe, efSearch)"
+    elif manifest.kind == "ivf":
+        remedy = "give more --memory, so that its lists are trained with more vectors, or take flat"
+    else:
+        remedy = f"keep the vectors as --precision {'fp16' if dense.precision == 'int8' else 'fp32'}"
+    return f"recall of the best 3 is {dense.recall.at_3:.3f}, below {LEAST_RECALL}; {remedy}"
+
+
+@index_app.command("adopt")
+def adopt_index(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="FAISS index made elsewhere.")],
+    corpus: CorpusOption,
+    out: OutOption,
+    encoder: Annotated[str, typer.Option(metavar="PATH", help="Encoder that it was made with: folder or hub id.")],
+    to: Annotated[
+        IndexTarget | None, typer.Option(help="Convert it. Without: use the file where it is, without a copy.")
+    ] = None,
+    memory: MemoryOption = None,
+    gpu: GpuOption = False,
+    pooling: PoolingOption = None,
+    normalize: NormalizeOption = None,
+    query_prefix: QueryPrefixOption = None,
+    passage_prefix: PassagePrefixOption = None,
+    max_tokens: MaxTokensOption = None,
+) -> None:
+    """Make an index of a FAISS file, once it is known to be of this corpus and this encoder."""
+    require_faiss()
+    from rexrag.reporting.terminal import Progress
+    from rexrag.retrieval.adopt import adopt
+
+    started = time.monotonic()
+    own: dict[str, object] = {"--pooling": pooling, "--normalize": normalize, "--query-prefix": query_prefix}
+    own |= {"--passage-prefix": passage_prefix, "--max-tokens": max_tokens}
+    settings = _settings(to or IndexTarget.FLAT_FP16, memory=memory, gpu=gpu)
+    with Progress() as progress:
+        manifest = adopt(
+            file,
+            out,
+            corpus=corpus,
+            encoder=encoder,
+            convert=to is not None,
+            settings=settings,
+            overrides=_overrides(own),
+            progress=progress,
+        )
+    _tell(out, manifest, started=started)
 
 
 @index_app.command("check")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from rexrag.retrieval.dense import VECTORS_NAME
 from rexrag.retrieval.encoder import Device, Encoder, Vectors
 from rexrag.retrieval.encoder_settings import EncoderOverrides
 from rexrag.retrieval.faiss_files import Precision, empty_flat, open_faiss, write_flat
+from rexrag.retrieval.ivf import choose_probes, write_ivf
 from rexrag.retrieval.manifest import (
     CorpusEntry,
     DenseEntry,
     EncoderEntry,
+    ForeignFile,
     Manifest,
     describe_corpus,
     describe_files,
@@ -88,7 +91,11 @@ class DenseSettings:
 
     def block_rows(self, dimension: int) -> int:
         """Vectors that are worked on at a time: a sixteenth of the memory, as float32."""
-        return max(256, int(self.memory_gb * 2**30 / 16) // (4 * dimension))
+        return max(256, self.memory_bytes // 16 // (4 * dimension))
+
+    @property
+    def memory_bytes(self) -> int:
+        return int(self.memory_gb * 2**30)
 
 
 def build_dense(
@@ -153,15 +160,54 @@ def write_index(
 ) -> DenseEntry:
     """Write `vectors.faiss` and measure its recall."""
     rows = settings.block_rows(source.dimension)
-    limits = _limits(source, rows) if settings.precision == "int8" else None
     path = folder / VECTORS_NAME
-    progress.stage("writing vectors", total=source.count)
-    empty = empty_flat(source.dimension, settings.precision, limits=limits)
-    write_flat(path, empty, source.blocks(rows), count=source.count)
+    if settings.kind == "ivf":
+        progress.stage("filling lists", total=source.count)
+        write_ivf(
+            path, source, memory_bytes=settings.memory_bytes, use_gpu=settings.use_gpu, progress=progress.advance_to
+        )
+    else:
+        progress.stage("writing vectors", total=source.count)
+        limits = _limits(source, rows) if settings.precision == "int8" else None
+        empty = empty_flat(source.dimension, settings.precision, limits=limits)
+        write_flat(path, empty, told(source.blocks(rows), progress.advance_to), count=source.count)
     progress.stage("measuring recall")
     exact = ExactResults(source, encode_sample(corpus, encoder), block_rows=rows)
-    recall = exact.measure(Searcher(open_faiss(path)))
-    return DenseEntry(encoder=describe_encoder(encoder), precision=settings.precision, recall=recall)
+    searcher = Searcher(open_faiss(path))
+    return describe_dense(searcher, exact, encoder=encoder, precision=settings.precision)
+
+
+def describe_dense(
+    searcher: Searcher,
+    exact: ExactResults | None,
+    *,
+    encoder: Encoder,
+    precision: Precision | None,
+    file: ForeignFile | None = None,
+) -> DenseEntry:
+    """An index with its measured recall; of one with lists it is chosen first how many are looked through."""
+    probes, part = None, slice(None)
+    if searcher.num_lists is not None and exact is not None:
+        probes = choose_probes(searcher, exact)
+        part = exact.second_half  # the first half chose
+    return DenseEntry(
+        encoder=describe_encoder(encoder),
+        metric="l2" if searcher.is_l2 else "inner_product",
+        precision=precision,
+        lists=searcher.num_lists,
+        probes=probes,
+        recall=exact and exact.measure(searcher, part=part),
+        file=file,
+    )
+
+
+def told(blocks: Iterator[Vectors], progress: Callable[[int], None]) -> Iterator[Vectors]:
+    """The blocks themselves; tells how many vectors went by."""
+    done = 0
+    for block in blocks:
+        yield block
+        done += len(block)
+        progress(done)
 
 
 def _limits(source: VectorSource, rows: int) -> Vectors:

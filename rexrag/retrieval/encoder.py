@@ -15,7 +15,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from rexrag.errors import ModelError, RetrievalIndexError, first_line
 from rexrag.files import sha256_file
-from rexrag.model.fetching import resolve_model
+from rexrag.model.fetching import is_hub_id, resolve_model
 from rexrag.model.loading import load_config, load_tokenizer
 from rexrag.model.stored_weights import stored_tensors
 from rexrag.model.weight_names import compare_names
@@ -83,7 +83,7 @@ class Encoder:
         Raises:
             ModelError: no encoder there, one that cannot be loaded, or settings that are unknown or do not fit it.
         """
-        folder = resolve_model(str(path))
+        folder = _folder_of(path)
         found = settings or find_settings(folder, overrides)
         load_config(folder)
         tokenizer = load_tokenizer(folder)
@@ -191,6 +191,15 @@ def fingerprint(folder: Path) -> str:
     for file in (*files, folder / "tokenizer.json"):
         digest.update(bytes.fromhex(sha256_file(file)))
     return digest.hexdigest()
+
+
+def _folder_of(path: str | Path) -> Path:
+    name = str(path)
+    if not Path(name).expanduser().is_dir() and not is_hub_id(name):
+        raise ModelError(
+            f"encoder {name}: no such folder; name a sentence encoder's, or a hub id of the form owner/name"
+        )
+    return resolve_model(name)
 
 
 def _load_model(folder: Path) -> PreTrainedModel:

@@ -93,6 +93,7 @@ class DenseEntry(_Table):
         metric: inner product, or L2 distance (of an index made elsewhere).
         precision: of the stored vectors; None where the file was made elsewhere.
         probes: lists that a search of an `ivf` index looks through.
+        recall: None where the file does not give its vectors back.
         file: set where the index is one made elsewhere that was not copied.
     """
 
@@ -101,7 +102,7 @@ class DenseEntry(_Table):
     precision: Literal["fp32", "fp16", "int8"] | None
     lists: int | None = None
     probes: int | None = None
-    recall: RecallEntry
+    recall: RecallEntry | None
     file: ForeignFile | None = None
 
 
@@ -179,6 +180,10 @@ def check_index(folder: str | Path) -> Manifest:
     path = locate_corpus(root, manifest)
     if (path.exists() or not manifest.corpus.stored) and (problem := _wrong_content(path, corpus)):
         wrong.append(f"corpus {problem}")
+    if manifest.dense is not None and (file := manifest.dense.file) is not None:
+        place = _moved(root, path=file.path, relative_path=file.relative_path)
+        if problem := _wrong_content(place, FileEntry(bytes=file.bytes, sha256=file.sha256)):
+            wrong.append(f"vectors {problem}")
     if wrong:
         raise RetrievalIndexError(f"{root}: differs from what was built: {'; '.join(wrong)}; build it again")
     return manifest
@@ -229,6 +234,17 @@ def describe_corpus(corpus: Path, *, out: Path, stored: bool) -> CorpusEntry:
         bytes=path.stat().st_size,
         sha256=sha256_file(path),
         stored=stored,
+    )
+
+
+def describe_foreign(file: Path, *, out: Path) -> ForeignFile:
+    """Size, hash and place of a file that stays where it is, for an index that will be at `out`."""
+    path = file.resolve()
+    return ForeignFile(
+        path=str(path),
+        relative_path=os.path.relpath(path, out.resolve()),
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
     )
 
 

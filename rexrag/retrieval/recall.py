@@ -48,6 +48,8 @@ class ExactResults:
             block_rows: vectors in memory at a time.
         """
         self.queries = queries
+        half = len(queries) // 2
+        self.first_half, self.second_half = slice(half), slice(half, None)
         self._source = source
         depth = min(DEPTH, source.count)
         self._scores, _ = knn_ground_truth(  # type: ignore[no-untyped-call]

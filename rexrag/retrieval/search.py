@@ -33,10 +33,22 @@ class Searcher:
         self.index = index
         self.count = int(index.ntotal)
         self._num_threads = num_threads
-        self._is_l2 = index.metric_type == faiss.METRIC_L2
+        self.is_l2 = index.metric_type == faiss.METRIC_L2
         self._can_scan = isinstance(index, faiss.IndexScalarQuantizer)
+        # As FAISS comes (128,000 for queries times dimensions), batches of up to hundreds of queries go the slow way.
+        faiss.cvar.distance_compute_blas_threshold = 3 * index.d
         if probes is not None:
-            index.nprobe = probes
+            self.set_probes(probes)
+
+    @property
+    def num_lists(self) -> int | None:
+        """None for an index without lists."""
+        lists = faiss.try_extract_index_ivf(self.index)
+        return None if lists is None else int(lists.nlist)
+
+    def set_probes(self, probes: int) -> None:
+        """Look through so many lists from now on; the index must have lists."""
+        faiss.extract_index_ivf(self.index).nprobe = probes
 
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         """The best rows for each query, best first, at most `top_k`; -1 where there are no more.
@@ -55,13 +67,13 @@ class Searcher:
             scores, rows = self._scan(queries, fetched)
         else:
             scores, rows = self.index.search(np.ascontiguousarray(queries), fetched)
-        if self._is_l2:
+        if self.is_l2:
             scores = (1 - scores / 2).astype(np.float32)
         return _ordered(scores, rows, top_k)
 
     def _scan(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         metric = self.index.metric_type
-        best = faiss.ResultHeap(len(queries), top_k, keep_max=not self._is_l2)
+        best = faiss.ResultHeap(len(queries), top_k, keep_max=not self.is_l2)
         block = max(1, _BLOCK_BYTES // (4 * self.index.d))
         decoded = np.empty((block, self.index.d), dtype=np.float32)
         for start in range(0, self.count, block):
@@ -75,7 +87,6 @@ class Searcher:
 
 def _ordered(scores: Vectors, rows: Rows, top_k: int) -> tuple[Vectors, Rows]:
     """By falling score, to about six digits, and where it is equal by row; missing ones last."""
-    rounded: Vectors = np.round(scores, 6)
-    rounded[rows < 0] = -np.inf
+    rounded: Vectors = np.round(np.where(rows < 0, -np.inf, scores), 6)
     order = np.lexsort((rows, -rounded), axis=-1)[:, :top_k]
     return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1)
