@@ -177,6 +177,7 @@ def make_server(index: BatchIndex[Any], *, settings: ServerSettings) -> uvicorn.
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         lifespan="on",
         timeout_keep_alive=_IDLE_CONNECTION_S,
         timeout_graceful_shutdown=math.ceil(settings.deadline_s),
