@@ -21,6 +21,8 @@ import typer
 from rich.console import Console
 
 from rexrag.commands import cluster, control
+from rexrag.commands.index import index_app
+from rexrag.commands.serve import serve_index
 from rexrag.config import Config
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError, counted
 from rexrag.sections import PrepareConfig
@@ -36,8 +38,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at data files.")
-index_app = typer.Typer(no_args_is_help=True, help="Build and verify retrieval indexes.")
 app.add_typer(data_app, name="data")
+index_app.command("serve")(serve_index)
 app.add_typer(index_app, name="index")
 control.register(app)
 cluster.register(app)
@@ -58,12 +60,6 @@ class WorldName(StrEnum):
 
     GEO = "geo"
     SYNTHETIC = "synthetic"
-
-
-class IndexKind(StrEnum):
-    """Indexes that can be built."""
-
-    BM25 = "bm25"
 
 
 def main() -> None:
@@ -282,33 +278,6 @@ def _problem_list(report: CheckReport, *, with_rows: bool) -> str:
         if report.num_problems > SHOWN_PROBLEMS:
             lines.append(f"and {report.num_problems - SHOWN_PROBLEMS} more (--json lists {len(report.problems)})")
     return "\n".join(lines)
-
-
-@index_app.command("build")
-def build_index(
-    corpus: Annotated[Path, typer.Option(metavar="F", help="Corpus (jsonl or parquet).")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the index.")],
-    kind: Annotated[IndexKind, typer.Option(help="Kind of index.")] = IndexKind.BM25,
-) -> None:
-    """Build an index over a corpus."""
-    from rexrag.retrieval.bm25 import build_bm25
-
-    started = time.monotonic()
-    manifest = build_bm25(corpus, out)
-    left_out = f", rows without text left out: {manifest.empty_rows}" if manifest.empty_rows else ""
-    seconds = time.monotonic() - started
-    STDOUT.print(
-        f"{out}: {kind.value}, {counted(manifest.passages, 'passage')}, {manifest.analyser}{left_out}, {seconds:.1f} s"
-    )
-
-
-@index_app.command("check")
-def check_index(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Index folder.")]) -> None:
-    """Verify the hashes of an index and of its corpus."""
-    from rexrag.retrieval.manifest import check_index as verify
-
-    manifest = verify(folder)
-    STDOUT.print(f"{folder}: {manifest.kind}, {counted(manifest.passages, 'passage')}, as it was built")
 
 
 @app.command("eval")

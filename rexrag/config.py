@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from pydantic import Field, model_validator
 
-from rexrag.retrieval.backoff import longest_search_s
+from rexrag.retrieval.settings import REMOTE, RetrieverConfig
 from rexrag.sections import (
     CorrectionConfig,
     DataConfig,
@@ -23,7 +23,6 @@ from rexrag.sections import (
     PrepareConfig,
     ProbeConfig,
     ReplayConfig,
-    RetrieverConfig,
     RewardConfig,
     RolloutConfig,
     Section,
@@ -115,11 +114,10 @@ def _lease_problems(config: Config) -> list[str]:
             f"replay.lease_timeout_s = {replay.lease_timeout_s}: must be at most replay.lease_deadline_s "
             f"({replay.lease_deadline_s}); lower the one or raise the other."
         )
-    silent_s = longest_search_s(timeout_s=retriever.timeout_s, max_retries=retriever.max_retries)
-    if retriever.kind == "http" and replay.lease_timeout_s <= silent_s:
+    if retriever.kind in REMOTE and replay.lease_timeout_s <= retriever.silent_s:
         problems.append(
-            f"replay.lease_timeout_s = {replay.lease_timeout_s:g}: must be above {silent_s:g}, the seconds that one "
-            f"search may take with retriever.timeout_s = {retriever.timeout_s:g} and retriever.max_retries = "
+            f"replay.lease_timeout_s = {replay.lease_timeout_s:g}: must be above {retriever.silent_s:g}, the seconds "
+            f"that one search may take with retriever.timeout_s = {retriever.timeout_s:g} and retriever.max_retries = "
             f"{retriever.max_retries}, or groups that wait for it go to another actor; raise it, or lower one of these."
         )
     return problems

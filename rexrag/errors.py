@@ -63,6 +63,18 @@ class QueryRefusedError(RexragError):
     """The search server refuses this query (too long, say) and would answer another: the model's doing, no outage."""
 
 
+class Overloaded(RexragError):
+    """A search service has no room for another query. `retry_after_s`: when there should be some, an estimate."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class SearchTimeoutError(RexragError):
+    """A search service had no answer within the time that its caller gave it."""
+
+
 class UnknownLeaseError(RexragError):
     """An append or a renewal for a group that was never issued, or whose lease has ended for good."""
 

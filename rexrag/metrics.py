@@ -208,6 +208,19 @@ ENGINE_UNPROVEN: Final = _metric(
     "engine/unproven", "Weight updates of which neither the canary nor the bits can tell them from those before."
 )
 
+# Searches of all actors since the step before.
+SEARCH_EMPTY: Final = _metric("search/empty", "Searches that were answered and found nothing.")
+SEARCH_FAILED: Final = _metric(
+    "search/failed", "Searches that could not be made in the end: their episodes are masked as `env_error`."
+)
+SEARCH_RETRIED: Final = _metric("search/retried", "Attempts of searches after their first.")
+SEARCH_OUTAGES: Final = _metric(
+    "search/outages", "Outages of the retriever that began, summed over the actors, each of which meets it by itself."
+)
+SEARCH_OUTAGE_S: Final = _metric(
+    "search/outage_s", "Seconds in which the retriever did not answer, summed over the actors."
+)
+
 # Warnings: 1 while a bound is passed, else 0.
 WARNING_ESS: Final = _metric("warning/low_ess", "The effective sample size of targets or probes is below .1.")
 WARNING_TRUNCATION: Final = _metric("warning/truncation", "More than a tenth of the staleness weights was cut.")

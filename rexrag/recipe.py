@@ -28,7 +28,10 @@ from rexrag.files import read_user_text
 from rexrag.methods import METHODS
 
 _PATH_KEYS: Final = frozenset(
-    {"data.train", "data.dev", "data.eval", "retriever.path", "probe.hints", "env.prompt_file", "model.path"}
+    {
+        *("data.train", "data.dev", "data.eval", "model.path", "probe.hints", "env.prompt_file"),
+        *("retriever.path", "retriever.encoder", "retriever.token_file"),
+    }
 )
 _SET: Final = "--set"
 _DEFAULT: Final = "default"

@@ -40,18 +40,6 @@ class DataConfig(Section):
     skip_bad_rows: bool = Field(False, description="Count and skip bad rows instead of stopping at the first.")
 
 
-class RetrieverConfig(Section):
-    kind: Literal["bm25", "http"] = Field(
-        "bm25", description="In-process BM25 index, or a server with the /retrieve API."
-    )
-    path: Path | None = Field(None, description="Index folder (kind `bm25`).")
-    url: str | None = Field(None, description="Base URL of the server (kind `http`), such as http://127.0.0.1:8000.")
-    timeout_s: float = Field(10.0, gt=0, le=600, description="Bound of one HTTP attempt, seconds.")
-    max_retries: int = Field(
-        5, ge=0, le=100, description="Attempts after the first before the episode is masked as `env_error`."
-    )
-
-
 class EnvConfig(Section):
     max_turns: int = Field(
         5,

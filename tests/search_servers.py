@@ -18,6 +18,7 @@ class Request:
     path: str
     body: dict[str, object]
     stopped: threading.Event
+    headers: Mapping[str, str]
 
 
 @dataclass
@@ -58,7 +59,9 @@ def serve(answer: Callable[[Request], Answer]) -> Iterator[SearchServer]:
             self._serve(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
         def _serve(self, body: dict[str, object]) -> None:
-            request = Request(method=self.command, path=self.path, body=body, stopped=stopped)
+            request = Request(
+                method=self.command, path=self.path, body=body, stopped=stopped, headers=dict(self.headers)
+            )
             server.requests.append(request)
             if (answered := answer(request)) is None:
                 return

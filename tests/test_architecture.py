@@ -19,6 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FOUNDATION = {
     *("rexrag.types", "rexrag.errors", "rexrag.sections", "rexrag.config", "rexrag.metrics"),
     "rexrag.retrieval.backoff",  # arithmetic that both the settings and the retriever need
+    "rexrag.retrieval.settings",
 }
 APART = ("rexrag.engine", "rexrag.actors", "rexrag.buffer", "rexrag.learner")
 ENGINE_OF_ACTORS = {"rexrag.engine.protocol"}

@@ -54,7 +54,12 @@ def numbers_before_plurals(path: Path) -> Iterator[str]:
             for value, text in pairwise(node.values):
                 if isinstance(value, ast.FormattedValue) and isinstance(text, ast.Constant):
                     number = ast.unparse(value.value)
-                    is_word = number in ("split", "reason") or number.isupper() or "encoding" in number
+                    is_word = (
+                        number in ("split", "reason")
+                        or number.isupper()
+                        or "encoding" in number
+                        or number.endswith("_prefix")
+                    )
                     if not is_word and COUNTED.match(str(text.value)):
                         yield f"{path.relative_to(ROOT)}:{value.lineno}: {number}{text.value!s}"
         elif isinstance(node, ast.Constant) and re.search(rf"%[dg]{COUNTED.pattern}", str(node.value)):

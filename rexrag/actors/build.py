@@ -19,6 +19,7 @@ from rexrag.model.checks import load_codec
 from rexrag.model.fetching import resolve_model
 from rexrag.model.loading import Device, fastest_dtype, load_model
 from rexrag.retrieval.open import open_retriever
+from rexrag.retrieval.settings import RetrieverSettings
 from rexrag.reward import load_reward
 from rexrag.types import WeightVersion
 
@@ -36,11 +37,7 @@ class RolloutSettings:
     gpu_share: float
     inflight: Literal["keep", "recompute"]
     num_threads: int
-    retriever_kind: Literal["bm25", "http"]
-    retriever_path: Path | None
-    retriever_url: str | None
-    retriever_timeout_s: float
-    retriever_max_retries: int
+    retriever: RetrieverSettings
     reward_kind: str
     format_weight: float
     never_negative: bool
@@ -60,14 +57,8 @@ def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[
     codec = load_codec(settings.model_path)
     episodes = settings.episodes
     hints = load_hints(settings.hints_file, codec=codec, removable=episodes.scored != "none")
+    retriever = open_retriever(settings.retriever)  # before the engine: it is the quicker one to fail
     engine = _build_engine(settings, codec=codec, max_length=longest_sequence(episodes, hints), version=version)
-    retriever = open_retriever(
-        settings.retriever_kind,
-        path=settings.retriever_path,
-        url=settings.retriever_url,
-        timeout_s=settings.retriever_timeout_s,
-        max_retries=settings.retriever_max_retries,
-    )
     reward = load_reward(
         settings.reward_kind, format_weight=settings.format_weight, never_negative=settings.never_negative
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rexrag.actors.alternative import score_probe, score_target
@@ -57,6 +57,14 @@ class EpisodeSettings:
     system_prompt: str | None
 
 
+@dataclass
+class SearchCounts:
+    """Searches of all episodes of an actor: those that found nothing, and those that could not be made."""
+
+    empty: int = 0
+    failed: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class EpisodeParts:
     """What an episode is played with; shared by all episodes of an actor."""
@@ -67,6 +75,7 @@ class EpisodeParts:
     hints: HintPool
     scorer: Scorer
     settings: EpisodeSettings
+    searches: SearchCounts = field(default_factory=SearchCounts)
 
 
 class Episode:
@@ -221,10 +230,12 @@ class Episode:
             draft.turns[-1] = replace(draft.turns[-1], action="refused")
             return self._append_env(draft, render_refusal(codec=self._parts.codec))
         except RetrieverError as error:
+            self._parts.searches.failed += 1
             draft.failure = str(error)
             return EndReason.ENV_ERROR
         finally:
             draft.search_s += time.monotonic() - began
+        self._parts.searches.empty += not passages
         codec = self._parts.codec
         ids = render_observation(passages, codec=codec, max_tokens=settings.max_observation_tokens)
         end_reason = self._append_env(draft, ids)

@@ -15,6 +15,7 @@ from rexrag.engine.protocol import EngineStats
 from rexrag.model.weight_proof import Delivery, WeightUpdate
 from rexrag.processes import Share
 from rexrag.reporting.log_file import log_process
+from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import AppendOutcome, EpisodeScore, GroupLease, LeaseKey, Question, WeightVersion
 
 MAX_CALLS: Final = 64
@@ -92,6 +93,9 @@ class RolloutActor:
 
     async def stats(self) -> EngineStats:
         return self._loop.stats()
+
+    async def searches(self) -> RetrieverState:
+        return self._loop.searches()
 
 
 def start_rollout_actor(

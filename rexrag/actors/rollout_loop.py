@@ -1,8 +1,8 @@
 """The life of a rollout actor: lease groups, run them at once, append each when it is finished.
 
     lease ──▶ run_group (targets and probes, concurrently) ──▶ append
-      │ waits for: a free slot here, admission by the buffer, the weights that a lease asks for
-      └ unblocked by: a finished group, the learner taking groups, `update_weights`
+      │ waits for: a free slot here, a retriever that answers, admission by the buffer, the weights a lease asks for
+      └ unblocked by: a finished group, the retriever's probe, the learner taking groups, `update_weights`
 
 Leases are renewed by what the groups and the engine have written, not by being alive.
 
@@ -24,12 +24,14 @@ from rexrag.arrow import group_to_ipc
 from rexrag.engine.protocol import Engine, EngineStats
 from rexrag.errors import EngineBrokenError, EnginePassError, RunFailure, UnknownLeaseError, UserError
 from rexrag.model.weight_proof import Delivery, WeightUpdate
+from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import AppendOutcome, EpisodeScore, GroupLease, LeaseKey, Question, WeightVersion
 
 LOG = logging.getLogger(__name__)
 
 LEASE_WAIT_S = 5.0
 RENEW_EVERY_S = 5.0
+OUTAGE_POLL_S = 0.5
 MAX_BURSTS_IN_A_ROW = 3
 """Bursts of broken groups without a group that comes through: one more, and it is not the groups."""
 
@@ -174,11 +176,17 @@ class RolloutLoop:
             node_id=node_id,
         )
 
+    def searches(self) -> RetrieverState:
+        return self._runner.searches()
+
     async def _lease_and_start(self) -> None:
         self._changed.clear()
         free = self._num_groups - len(self._running)
         if free < 1 or self._draining.is_set():
             await self._wait_for_change()
+            return
+        if self._runner.searches().is_down:
+            await self._wait_for_change(timeout_s=OUTAGE_POLL_S)  # a group begun now would only wait for its searches
             return
         held = self._proven
         leases = await self._buffer.lease(self._actor_id, num=free, held=held, wait_s=LEASE_WAIT_S)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rexrag.actors.episode import Episode, EpisodeParts
 from rexrag.actors.seeds import draw_seed
 from rexrag.errors import RetrieverError, RunFailure, UserError, counted
+from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import EpisodeScore, GroupLease, Question, Trajectory, TrajectoryGroup, WeightVersion
 
 
@@ -30,6 +32,11 @@ class EpisodeRunner:
 
     def __init__(self, parts: EpisodeParts) -> None:
         self._parts = parts
+
+    def searches(self) -> RetrieverState:
+        """How the retriever does, and what its searches came to."""
+        counts = self._parts.searches
+        return replace(self._parts.retriever.state(), empty=counts.empty, failed=counts.failed)
 
     async def run_group(
         self, lease: GroupLease, *, on_progress: Callable[[int], None] | None = None

@@ -18,7 +18,7 @@ from rexrag.errors import RetrieverError, RunFailure
 from rexrag.model.checks import check_model
 from rexrag.model.supported import check_context
 from rexrag.recipe import flatten, load_recipe, make_config
-from rexrag.retrieval.open import is_server, open_target
+from rexrag.retrieval.open import check_retriever, target_kind
 from rexrag.run.part_settings import rollout_settings
 from rexrag.run_folder import resolve_model_or_run, run_of
 from rexrag.types import EpisodeScore, Question, WeightVersion
@@ -37,20 +37,21 @@ def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
     checked = check_model(path)
     run = run_of(path)
     config = Config() if run is None else load_recipe(run.config).config
-    open_target(index, timeout_s=config.retriever.timeout_s, max_retries=config.retriever.max_retries)
-    served = is_server(index)
+    kind = target_kind(index)
     values = {
         **flatten(config),
         "model.path": str(path),
         "rollout.engine": "auto",  # the run's own may not be installed here
         "rollout.num_gpus": float(torch.cuda.is_available()),
-        "retriever.kind": "http" if served else "bm25",
-        "retriever.url": index if served else None,
-        "retriever.path": None if served else Path(index),
+        "retriever.kind": kind,
+        "retriever.url": index if kind == "http" else None,
+        "retriever.path": None if kind == "http" else Path(index),
     }
     if run is None:
         values["env.max_trajectory_tokens"] = _fitting_limit(config, checked.config)
     settings = rollout_settings(make_config(values, sources={}), model_path=str(path), num_threads=os.cpu_count() or 1)
+    if kind == "http":
+        check_retriever(settings.retriever)
     # Nothing is probed: a run's file of hints may be gone, and no hint is scored.
     settings = replace(settings, hints_file=None, episodes=replace(settings.episodes, scored="none"))
     check_context(checked.config, settings.episodes.max_trajectory_tokens)

@@ -144,6 +144,20 @@ def split_contents(contents: str) -> tuple[str, str]:
     return (title, text.strip()) if text.strip() else ("", title)
 
 
+def contents_of(passage: Passage) -> str:
+    """The `contents` of a row that is read as this passage: `"Title"\ntext`, or the text alone.
+
+    A line break in a title has no form there; it becomes a space.
+    """
+    if not passage.title:
+        return f"\n{passage.text}" if "\n" in passage.text else passage.text
+    title = passage.title.replace("\n", " ")
+    quoted = f'"{title}"\n{passage.text}'
+    if split_contents(quoted) == (title, passage.text):
+        return quoted
+    return f"{title}\n{passage.text}"  # a title with quotes in it stands by itself
+
+
 def _is_quoted(title: str) -> bool:
     """Whether one pair of quotes is around the whole: `"Heroes" and "Villains"` begins and ends with two others."""
     if len(title) < 2 or not title[0] == title[-1] == '"':

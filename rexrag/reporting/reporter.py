@@ -15,6 +15,7 @@ from rexrag.reporting.alarms import Alarms
 from rexrag.reporting.board import Board
 from rexrag.reporting.evaluation import summarize
 from rexrag.reporting.terminal import Progress
+from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import EpisodeScore, FleetReport, Sample, StepResult
 
 LOG = logging.getLogger(__name__)
@@ -65,13 +66,22 @@ class Reporter:
         """The learner waits for the groups of a step."""
         self._progress.waiting(step, finished=finished, needed=needed)
 
-    def step(self, result: StepResult, *, learner_wait_s: float, step_s: float, fleet: FleetReport) -> None:
+    def step(
+        self,
+        result: StepResult,
+        *,
+        learner_wait_s: float,
+        step_s: float,
+        fleet: FleetReport,
+        searches: RetrieverState,
+    ) -> None:
         """A learner step is over: its metrics and samples, and what they warn of.
 
         Args:
             learner_wait_s: seconds that the learner waited for its groups.
             step_s: seconds from the step before to the end of this one.
             fleet: how the rollout actors do.
+            searches: what their searches came to since the step before.
         """
         metrics = {
             **result.metrics,
@@ -85,6 +95,11 @@ class Reporter:
             keys.ROLLOUT_REPLACED: float(fleet.num_replaced),
             keys.ENGINE_CANARY_KL: fleet.canary_kl,
             keys.ENGINE_UNPROVEN: float(fleet.num_unproven),
+            keys.SEARCH_EMPTY: float(searches.empty),
+            keys.SEARCH_FAILED: float(searches.failed),
+            keys.SEARCH_RETRIED: float(searches.retried),
+            keys.SEARCH_OUTAGES: float(searches.outages),
+            keys.SEARCH_OUTAGE_S: searches.outage_s,
         }
         flags, warnings = self._alarms.look(metrics)
         metrics |= flags

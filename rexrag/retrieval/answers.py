@@ -13,23 +13,21 @@ from typing import Final
 from rexrag.data.corpus import passage_of
 from rexrag.data.rows import RowError, id_of, shown
 from rexrag.errors import QueryRefusedError, RetrieverSetupError
+from rexrag.retrieval.attempts import RetryableError
 from rexrag.types import Passage
 
 MAX_BODY_BYTES: Final = 1 << 24
 """Bound of a decoded answer: a hundred passages of 160 kB."""
 
 _OK: Final = 200
-_PASSING: Final = frozenset({408, 425, 429})
+_BUSY: Final = 429
+_PASSING: Final = frozenset({408, 425, _BUSY})
 _REFUSALS: Final = frozenset({400, 413, 414, 422, 431})
 _FILLER_SCORE: Final = 1e38
 """Servers over FAISS fill up a result with the last passage at the least float (inner product) or the largest (L2)."""
 _SHOWN_CHARS: Final = 200
 _INFLATE_BYTES: Final = 1 << 16
 _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS
-
-
-class RetryableError(Exception):
-    """A failure that may pass: connection, time-out, 5xx, 429."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +38,13 @@ class Body:
     status: int
     content: bytes
     is_whole: bool
+    retry_after: str = ""
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds of its Retry-After; a date there is not read."""
+        text = self.retry_after.strip()
+        return float(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
     @property
     def first_words(self) -> str:
@@ -91,7 +96,7 @@ def passages_of(body: Body, *, top_k: int) -> tuple[tuple[Passage, ...], int]:
         RetrieverSetupError: another status, or another form than those of the API.
     """
     if body.status >= 500 or body.status in _PASSING:
-        raise RetryableError(body.described)
+        raise RetryableError(body.described, retry_after_s=body.retry_after_s, is_busy=body.status == _BUSY)
     if body.status in _REFUSALS:
         raise QueryRefusedError(f"{body.url}: {body.described}")
     if body.status != _OK:

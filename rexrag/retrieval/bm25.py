@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 from array import array
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import tantivy
 
-from rexrag.data.corpus import Corpus, iter_corpus_rows
+from rexrag.data.corpus import iter_corpus_rows
 from rexrag.data.formats import format_of
 from rexrag.errors import DataError, RetrievalIndexError, counted
 from rexrag.retrieval.analysers import ANALYSERS, choose_analyser
@@ -32,14 +31,13 @@ from rexrag.retrieval.manifest import (
     describe_corpus,
     describe_files,
     new_index_folder,
-    open_corpus_path,
     read_manifest,
     write_manifest,
 )
+from rexrag.retrieval.protocol import RetrieverState
+from rexrag.retrieval.stored_passages import OFFSETS_NAME, PASSAGES_NAME, open_passages, store_passages
 from rexrag.types import Passage
 
-OFFSETS_NAME: Final = "offsets.u64"
-PASSAGES_NAME: Final = "passages.jsonl"
 POSTINGS_NAME: Final = "tantivy"
 
 _MAX_QUERY_TERMS: Final = 256
@@ -68,7 +66,7 @@ def build_bm25(corpus: str | Path, out: str | Path) -> Manifest:
     stored = format_of(source) != "jsonl"
     with new_index_folder(target) as folder:
         described = describe_corpus(source, out=target, stored=stored)
-        jsonl, num_empty = _convert(source, folder / PASSAGES_NAME) if stored else (source, 0)
+        jsonl, num_empty = store_passages(source, folder / PASSAGES_NAME) if stored else (source, 0)
         analyser = choose_analyser(jsonl)
         starts, num_empty_lines = _write_postings(jsonl, folder / POSTINGS_NAME, analyser=analyser)
         starts.tofile(folder / OFFSETS_NAME)
@@ -87,21 +85,15 @@ def build_bm25(corpus: str | Path, out: str | Path) -> Manifest:
     return manifest
 
 
-INLINE_PASSAGES: Final = 50_000
-"""Up to so many a search takes less than a pass of an engine, and is done where it is asked for: episodes then go on in
-one order, and a synchronous run is the same each time, bit for bit."""
-
-
-class BM25Retriever:
-    """Searches an index folder in this process, in threads of its own: the event loop goes on meanwhile.
-
-        retriever = BM25Retriever(folder)
-        passages = await retriever.search("currency of Gabon", top_k=3)
+class BM25Index:
+    """An index folder, opened for searches that block: a `BatchIndex` whose form of a query is its text.
 
     Each distinct term of a query counts once. A query without a term that occurs in the corpus finds nothing: an
     empty result, which says so truthfully. Passages of equal score come in an order that depends on the query and
     the passages' ids alone: the same for the same query, another for other queries, so that no passage always
     stands first.
+
+    Several threads may search at once.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -113,12 +105,13 @@ class BM25Retriever:
         root = Path(folder)
         manifest = read_manifest(root)
         check_sizes(root, manifest)
+        if manifest.analyser is None:
+            raise RetrievalIndexError(f'{root}: a {manifest.kind} index, no bm25; set retriever.kind = "faiss"')
         if manifest.analyser not in ANALYSERS:
             known = ", ".join(ANALYSERS)
             message = f"{root}: analyser {manifest.analyser!r} is unknown, this build has {known}; build it again"
             raise RetrievalIndexError(message)
-        path = root / PASSAGES_NAME if manifest.corpus.stored else open_corpus_path(root, manifest)
-        self._corpus = Corpus.open(path, offsets=root / OFFSETS_NAME)
+        self._corpus = open_passages(root, manifest)
         self._analyser = ANALYSERS[manifest.analyser]()
         self._searcher, self._schema = _open_postings(root / POSTINGS_NAME)
         if not self._searcher.num_docs == len(self._corpus) == manifest.passages:
@@ -127,27 +120,27 @@ class BM25Retriever:
                 f"{counted(len(self._corpus), 'offset')} do not fit the "
                 f"{manifest.passages} of its manifest; build it again"
             )
-        self._lookup = lru_cache(maxsize=_CACHED_QUERIES)(self._find)
-        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
-        self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="bm25")
 
-    async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
-        """The best passages, best first, at most `top_k`; empty where no term of the query is known.
+    @property
+    def num_passages(self) -> int:
+        return len(self._corpus)
+
+    def prepare(self, queries: Sequence[str]) -> Sequence[str]:
+        return queries
+
+    def find(self, prepared: Sequence[str], *, top_k: int) -> list[tuple[Passage, ...]]:
+        """Of each query the best passages, best first, at most `top_k`; none where no term of it is known.
 
         Raises:
             RetrievalIndexError: the corpus changed under the index.
         """
-        assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
-        if len(self._corpus) <= INLINE_PASSAGES:
-            return self._lookup(query, top_k)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._lookup, query, top_k)
+        return [self.find_one(query, top_k) for query in prepared]
 
-    async def close(self) -> None:
-        self._threads.shutdown()
-        self._lookup.cache_clear()
+    def close(self) -> None:
         self._corpus.close()
 
-    def _find(self, query: str, top_k: int) -> tuple[Passage, ...]:
+    def find_one(self, query: str, top_k: int) -> tuple[Passage, ...]:
+        """`find` for a single query."""
         # Half a surrogate pair has no UTF-8 form, which the analyser asks for.
         words = self._analyser.analyze(query.encode("utf-8", "replace").decode("utf-8"))
         terms = list(dict.fromkeys(words))[:_MAX_QUERY_TERMS]
@@ -184,6 +177,41 @@ class BM25Retriever:
         return [value for value in values if isinstance(value, int)]
 
 
+INLINE_PASSAGES: Final = 50_000
+"""Up to so many a search takes less than a pass of an engine, and is done where it is asked for: episodes then go on in
+one order, and a synchronous run is the same each time, bit for bit."""
+
+
+class BM25Retriever:
+    """Searches an index folder in this process, in threads of its own: the event loop goes on meanwhile.
+
+    retriever = BM25Retriever(folder)
+    passages = await retriever.search("currency of Gabon", top_k=3)
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Errors are those of `BM25Index`."""
+        self._index = BM25Index(folder)
+        self._lookup = lru_cache(maxsize=_CACHED_QUERIES)(self._index.find_one)
+        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="bm25")
+
+    async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
+        """As `BM25Index.find`, for one query."""
+        assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
+        if self._index.num_passages <= INLINE_PASSAGES:
+            return self._lookup(query, top_k)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._lookup, query, top_k)
+
+    def state(self) -> RetrieverState:
+        return RetrieverState()
+
+    async def close(self) -> None:
+        self._threads.shutdown()
+        self._lookup.cache_clear()
+        self._index.close()
+
+
 def _mixed(keys: npt.NDArray[np.uint64], query: str) -> npt.NDArray[np.uint64]:
     """A pseudo-random order of keys for each query (the finaliser of splitmix64)."""
     mixed = keys ^ np.uint64(_hash64(query))
@@ -195,16 +223,6 @@ def _mixed(keys: npt.NDArray[np.uint64], query: str) -> npt.NDArray[np.uint64]:
 
 def _hash64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
-def _convert(corpus: Path, jsonl: Path) -> tuple[Path, int]:
-    """The corpus as jsonl, and its number of rows without text."""
-    empty: list[int] = []
-    with jsonl.open("w", encoding="utf-8") as file:
-        for _, passage in iter_corpus_rows(corpus, on_empty=lambda row: empty.append(row.number)):
-            row = {"id": passage.id, "title": passage.title, "text": passage.text}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return jsonl, len(empty)
 
 
 def _write_postings(jsonl: Path, folder: Path, *, analyser: str) -> tuple[npt.NDArray[np.uint64], int]:

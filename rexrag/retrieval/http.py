@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import httpx
 
-from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError, counted
-from rexrag.retrieval.answers import Body, RetryableError, passages_of, read_bounded
-from rexrag.retrieval.backoff import longest_search_s, pause_bound_s
+from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError
+from rexrag.retrieval.answers import Body, passages_of, read_bounded
+from rexrag.retrieval.attempts import PROBE_QUERY, Attempts, RetryableError
+from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import Passage
 
 LOG = logging.getLogger(__name__)
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS: Final = 3
-_PROBE_QUERY: Final = "test"
 _INLINE_BYTES: Final = 1 << 16
 """Answers up to this length are parsed where they arrive; longer ones would hold up the event loop."""
 
@@ -37,17 +36,24 @@ class HttpRetriever:
         passages = await retriever.search("currency of Gabon", top_k=3)
         await retriever.close()
 
+    A server that fails some times in a row is left alone: searches wait, each up to `max_wait_s`, while one probe at a
+    time asks whether it is back. Who has no attempt left by then is told of the outage.
+
     Requests go straight to the server: proxies of the environment are not used. One instance belongs to one
     event loop.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, max_retries: int) -> None:
+    def __init__(
+        self, url: str, *, timeout_s: float, max_retries: int, token: str | None = None, is_patient: bool = True
+    ) -> None:
         """Nothing is sent yet.
 
         Args:
             url: base of the server, or its /retrieve.
             timeout_s: bound of one attempt as a whole, seconds.
             max_retries: attempts after the first.
+            token: sent as a bearer token.
+            is_patient: whether searches wait for a server that is down; else they have their attempts, and that is it.
 
         Raises:
             ConfigError: no http or https URL.
@@ -57,18 +63,25 @@ class HttpRetriever:
         self._has_told_empty = False
         self._timeout_s = timeout_s
         self._max_retries = max_retries
+        self._token = token
         self._client = httpx.AsyncClient(
             timeout=timeout_s,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            headers={"Accept-Encoding": "gzip"},
+            headers={"Accept-Encoding": "gzip"} | ({} if token is None else {"Authorization": f"Bearer {token}"}),
             trust_env=False,
         )
-        self._jitter = random.Random()
+        self._attempts = Attempts(
+            self._endpoint,
+            attempt=self._attempt,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            is_patient=is_patient,
+        )
 
     @property
     def max_wait_s(self) -> float:
         """Bound of a whole `search`, seconds: all attempts and all pauses between them."""
-        return longest_search_s(timeout_s=self._timeout_s, max_retries=self._max_retries)
+        return self._attempts.max_wait_s
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
         """The server's passages for a query, best first, at most `top_k`.
@@ -79,16 +92,10 @@ class HttpRetriever:
             RetrieverError: it failed at every attempt.
         """
         assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
-        for attempt in range(self._max_retries + 1):
-            if attempt:
-                await asyncio.sleep(self._jitter.uniform(0.0, pause_bound_s(attempt - 1)))
-            try:
-                return await self._attempt(query, top_k)
-            except RetryableError as error:
-                failure = str(error)
-        raise RetrieverError(
-            f"{self._endpoint} failed {counted(self._max_retries + 1, 'time')}, at last with: {failure}"
-        )
+        return await self._attempts.search(query, top_k)
+
+    def state(self) -> RetrieverState:
+        return self._attempts.state()
 
     def check(self) -> None:
         """Make sure that a usable server is there; blocks, for use before anything runs.
@@ -110,16 +117,23 @@ class HttpRetriever:
 
     async def _check(self) -> None:
         # Another instance, since a client belongs to one event loop.
-        asked = HttpRetriever(self._url, timeout_s=self._timeout_s, max_retries=self._max_retries)
+        asked = HttpRetriever(
+            self._url,
+            timeout_s=self._timeout_s,
+            max_retries=self._max_retries,
+            token=self._token,
+            is_patient=False,
+        )
         try:
             health = await asked._send("GET", f"{self._url}/health")
             if health.status >= 500:
                 raise RetryableError(f"/health: {health.described}")
-            await asked.search(_PROBE_QUERY, top_k=1)
+            await asked.search(PROBE_QUERY, top_k=1)
         finally:
             await asked.close()
 
     async def close(self) -> None:
+        await self._attempts.close()
         await self._client.aclose()
 
     async def _attempt(self, query: str, top_k: int) -> tuple[Passage, ...]:
@@ -161,7 +175,13 @@ class HttpRetriever:
         async with self._client.stream(method, url, json=json) as response:
             encoding = response.headers.get("Content-Encoding", "").strip().lower()
             content, is_whole = await read_bounded(response.aiter_raw(), encoding=encoding)
-        body = Body(url=url, status=response.status_code, content=content, is_whole=is_whole)
+        body = Body(
+            url=url,
+            status=response.status_code,
+            content=content,
+            is_whole=is_whole,
+            retry_after=response.headers.get("Retry-After", ""),
+        )
         return body, response.headers.get("Location") if response.status_code in _REDIRECTS else None
 
     def _redirected(self, url: str, location: str) -> str:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rexrag.errors import RetrievalIndexError, counted
 from rexrag.files import sha256_file, sync_folder, write_atomic
+from rexrag.retrieval.encoder_settings import EncoderSettings
 
 MANIFEST_NAME: Final = "index.json"
 FORMAT: Final = "rexrag-index"
@@ -48,16 +49,75 @@ class CorpusEntry(_Table):
     stored: bool
 
 
+class EncoderEntry(_Table):
+    """The encoder whose vectors are in a dense index.
+
+    Attributes:
+        path: absolute; where the encoder was.
+        sha256: of its weights and tokenizer: another encoder is refused.
+        settings: queries are encoded by these, whatever its folder says by then.
+    """
+
+    path: str
+    sha256: str
+    dimension: int
+    settings: EncoderSettings
+
+
+class RecallEntry(_Table):
+    """Share of the best passages that a search finds, as it was measured against brute force.
+
+    Attributes:
+        queries: size of the sample.
+        at_3: of the three best ones; `at_10` of ten.
+    """
+
+    queries: int
+    at_3: float
+    at_10: float
+
+
+class ForeignFile(_Table):
+    """A FAISS file that stays where its owner has it."""
+
+    path: str
+    relative_path: str
+    bytes: int
+    sha256: str
+
+
+class DenseEntry(_Table):
+    """What a dense index is.
+
+    Attributes:
+        metric: inner product, or L2 distance (of an index made elsewhere).
+        precision: of the stored vectors; None where the file was made elsewhere.
+        probes: lists that a search of an `ivf` index looks through.
+        recall: None where the file does not give its vectors back.
+        file: set where the index is one made elsewhere that was not copied.
+    """
+
+    encoder: EncoderEntry
+    metric: Literal["inner_product", "l2"] = "inner_product"
+    precision: Literal["fp32", "fp16", "int8"] | None
+    lists: int | None = None
+    probes: int | None = None
+    recall: RecallEntry | None
+    file: ForeignFile | None = None
+
+
 class Manifest(_Table):
     """The content of `index.json`. `files` are named relative to the index folder.
 
-    `empty_rows` of the corpus have no text: they are no passages.
+    `empty_rows` of the corpus have no text: they are no passages. `analyser` is that of `bm25`, `dense` of all others;
+    `adopted` is a FAISS file made elsewhere, of whatever kind.
     """
 
     format: Literal["rexrag-index"] = FORMAT
     version: int = FORMAT_VERSION
-    kind: Literal["bm25"]
-    analyser: str
+    kind: Literal["bm25", "flat", "ivf", "adopted"]
+    analyser: str | None = None
+    dense: DenseEntry | None = None
     passages: int
     empty_rows: int = 0
     corpus: CorpusEntry
@@ -81,6 +141,11 @@ def read_manifest(folder: Path) -> Manifest:
         place = ".".join(str(part) for part in first["loc"]) or "the file"
         message = f"{path}: not the manifest of an index this build reads ({place}: {first['msg']}); build it again"
         raise RetrievalIndexError(message) from error
+    if (manifest.kind == "bm25") != (manifest.analyser is not None) or (manifest.kind == "bm25") == bool(
+        manifest.dense
+    ):
+        message = f"{path}: kind {manifest.kind} does not fit the other entries; build the index again"
+        raise RetrievalIndexError(message)
     if manifest.version != FORMAT_VERSION:
         message = (
             f"{path}: version {manifest.version}, this build reads version {FORMAT_VERSION}; build the index again"
@@ -115,6 +180,10 @@ def check_index(folder: str | Path) -> Manifest:
     path = locate_corpus(root, manifest)
     if (path.exists() or not manifest.corpus.stored) and (problem := _wrong_content(path, corpus)):
         wrong.append(f"corpus {problem}")
+    if manifest.dense is not None and (file := manifest.dense.file) is not None:
+        place = _moved(root, path=file.path, relative_path=file.relative_path)
+        if problem := _wrong_content(place, FileEntry(bytes=file.bytes, sha256=file.sha256)):
+            wrong.append(f"vectors {problem}")
     if wrong:
         raise RetrievalIndexError(f"{root}: differs from what was built: {'; '.join(wrong)}; build it again")
     return manifest
@@ -122,9 +191,25 @@ def check_index(folder: str | Path) -> Manifest:
 
 def locate_corpus(folder: Path, manifest: Manifest) -> Path:
     """Where the corpus is: where it was, else where it would be had it moved together with the index."""
-    path = Path(manifest.corpus.path)
-    moved = Path(os.path.normpath(folder.resolve() / manifest.corpus.relative_path))
-    return moved if moved.exists() and not path.exists() else path
+    return _moved(folder, path=manifest.corpus.path, relative_path=manifest.corpus.relative_path)
+
+
+def _moved(folder: Path, *, path: str, relative_path: str) -> Path:
+    old = Path(path)
+    new = Path(os.path.normpath(folder.resolve() / relative_path))
+    return new if new.exists() and not old.exists() else old
+
+
+def locate_file(folder: Path, entry: ForeignFile) -> Path:
+    """A file that is not in the index folder, if it still has its size; it may have moved together with the index.
+
+    Raises:
+        RetrievalIndexError: it is missing or of another size.
+    """
+    path = _moved(folder, path=entry.path, relative_path=entry.relative_path)
+    if problem := _wrong_size(path, FileEntry(bytes=entry.bytes, sha256=entry.sha256)):
+        raise RetrievalIndexError(f"{folder}: not the file that was adopted: {problem}; adopt it again")
+    return path
 
 
 def open_corpus_path(folder: Path, manifest: Manifest) -> Path:
@@ -149,6 +234,17 @@ def describe_corpus(corpus: Path, *, out: Path, stored: bool) -> CorpusEntry:
         bytes=path.stat().st_size,
         sha256=sha256_file(path),
         stored=stored,
+    )
+
+
+def describe_foreign(file: Path, *, out: Path) -> ForeignFile:
+    """Size, hash and place of a file that stays where it is, for an index that will be at `out`."""
+    path = file.resolve()
+    return ForeignFile(
+        path=str(path),
+        relative_path=os.path.relpath(path, out.resolve()),
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
     )
 
 

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Protocol, TypeVar
 
 from rexrag.types import Passage
 
 PreparedT = TypeVar("PreparedT")
 """A query in the form that an index searches by: a vector float32[D], or its text."""
+
+
+_COUNTED: Final = ("outages", "outage_s", "retried", "empty", "failed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieverState:
+    """How a retriever does.
+
+    Attributes:
+        is_down: it does not answer at the moment: no new question is begun.
+        outages, outage_s: how often it did not, and for how many seconds together.
+        retried: attempts of searches after their first.
+        empty: searches that found nothing; failed: those that could not be made. Whoever searches counts them.
+    """
+
+    is_down: bool = False
+    outages: int = 0
+    outage_s: float = 0.0
+    retried: int = 0
+    empty: int = 0
+    failed: int = 0
+
+
+def added(states: Iterable[RetrieverState]) -> RetrieverState:
+    """Several retrievers together; `is_down`: any of them."""
+    told = list(states)
+    sums = {name: sum(getattr(state, name) for state in told) for name in _COUNTED}
+    return RetrieverState(is_down=any(state.is_down for state in told), **sums)
+
+
+def since(before: RetrieverState, now: RetrieverState) -> RetrieverState:
+    """What was counted between two looks."""
+    return replace(now, **{name: getattr(now, name) - getattr(before, name) for name in _COUNTED})
 
 
 class Retriever(Protocol):
@@ -22,6 +57,8 @@ class Retriever(Protocol):
             RetrieverSetupError: no query can be answered: the settings name something else than a retriever.
             RetrieverError: no result could be had in the end. Never an empty result in place of a failure.
         """
+
+    def state(self) -> RetrieverState: ...
 
     async def close(self) -> None: ...
 

@@ -124,8 +124,8 @@ class Controller:
         result = self._train(step, batch)
         self._note_outcome(result)
         self._push(updated=result.updated)
-        fleet, step_s = self._fleet.report(), time.monotonic() - started
-        self._reporter.step(result, learner_wait_s=learner_wait_s, step_s=step_s, fleet=fleet)
+        fleet, searches, step_s = self._fleet.report(), self._fleet.searches(), time.monotonic() - started
+        self._reporter.step(result, learner_wait_s=learner_wait_s, step_s=step_s, fleet=fleet, searches=searches)
         self._autoscale(wait_share=learner_wait_s / step_s, num_ready=fleet.num_ready)
         if step % self._settings.checkpoint_every == 0 or step == self._settings.num_steps:
             self._checkpoint()
@@ -145,7 +145,7 @@ class Controller:
             num_wanted=self._fleet.num_wanted,
         )
         if (wanted := self._autoscaler.decide(load)) != load.num_wanted:
-            LOG.info("%d rollout actors in place of %d, since %s", wanted, load.num_wanted, load)
+            LOG.info("%s in place of %d, since %s", counted(wanted, "rollout actor"), load.num_wanted, load)
             self._fleet.resize(wanted)
 
     def _has_evaluation(self, step: int) -> bool:

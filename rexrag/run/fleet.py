@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Final
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from rexrag.actors.build import RolloutSettings
 from rexrag.actors.rollout_actor import RolloutActor, start_rollout_actor
@@ -24,8 +24,9 @@ from rexrag.engine.protocol import EngineStats
 from rexrag.errors import EngineBrokenError, RexragError, RunFailure, counted
 from rexrag.model.weight_proof import Delivery, WeightUpdate
 from rexrag.processes import Share, in_words
+from rexrag.retrieval.protocol import RetrieverState, added, since
 from rexrag.run.member import Member, new_member
-from rexrag.run.remote import Handle, Ref, call, value_of
+from rexrag.run.remote import Handle, Ref, T, call, peek, value_of
 from rexrag.run.status import ActorReport
 from rexrag.types import EpisodeScore, FleetReport, Question, WeightVersion
 
@@ -77,6 +78,8 @@ class Fleet:
         self._deaths = 0
         self._sampled = (time.monotonic(), 0)
         self._deliveries: list[Delivery] = []
+        self._searches: dict[str, RetrieverState] = {}
+        self._told_searches = RetrieverState()
         self._members = [self._start() for _ in range(num_actors)]
 
     def run(self) -> None:
@@ -179,6 +182,16 @@ class Fleet:
         """Each actor as it was when it last answered; asks nobody."""
         return tuple(member.report() for member in self._members)
 
+    def searches(self) -> RetrieverState:
+        """What the searches of all actors have come to since the last call; `is_down`: of any of them."""
+        members = self._ready()
+        for member, state in zip(members, self._ask(members, RolloutActor.searches), strict=True):
+            if state is not None:
+                self._searches[member.actor_id] = state  # of an actor that dies the last that was heard counts
+        now = added(self._searches.values())
+        before, self._told_searches = self._told_searches, now
+        return since(before, now)
+
     def progressed(self) -> None:
         """A group has finished: deaths from here on count anew."""
         self._deaths = 0
@@ -217,17 +230,17 @@ class Fleet:
     def _working(self) -> list[Member]:
         return [member for member in self._members if member.is_working]
 
-    def _stats(self, *, timeout_s: float = 5.0) -> list[EngineStats]:
+    def _stats(self) -> list[EngineStats]:
         """Counters of the actors that answer in time."""
-        refs = [call(member.handle, RolloutActor.stats) for member in self._ready()]
-        done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s) if refs else ([], [])
-        stats = []
-        for ref in done:
-            try:
-                stats.append(ray.get(ref))
-            except RayActorError:
-                continue  # replaced by `check`, which is called all the time
-        return stats
+        return [stats for stats in self._ask(self._ready(), RolloutActor.stats) if stats is not None]
+
+    def _ask(
+        self, members: Sequence[Member], method: Callable[[RolloutActor], Awaitable[T]], *, timeout_s: float = 5.0
+    ) -> list[T | None]:
+        """What each answers in time; None of one that does not. One that has died `check` replaces."""
+        refs = [call(member.handle, method) for member in members]
+        done = set(ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)[0]) if refs else set()
+        return [peek(ref) if ref in done else None for ref in refs]
 
     def _check(self, member: Member) -> None:
         if not member.is_ready:

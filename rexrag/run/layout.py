@@ -7,7 +7,7 @@ the other, and nothing is reserved. On a cluster, which others may use too, a pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from rexrag.config import Config
@@ -26,6 +26,7 @@ class Layout:
     Attributes:
         num_groups: groups that one actor runs at once.
         num_fitting: actors for which there is room now.
+        num_searchers: search actors, none but with `retriever.kind = "ray"`.
     """
 
     num_actors: int
@@ -33,6 +34,8 @@ class Layout:
     num_groups: int
     actor: Share
     learner: Share
+    num_searchers: int = 0
+    searcher: Share = field(default_factory=lambda: Share(threads=1))
 
 
 def plan_machine(config: Config, *, num_cores: int, num_gpus: float) -> Layout:
@@ -48,17 +51,22 @@ def plan_machine(config: Config, *, num_cores: int, num_gpus: float) -> Layout:
             on GPUs would leave none for the learner.
     """
     share = config.rollout.num_gpus
-    learner_gpus = _learner_gpus(config, num_gpus)
+    num_searchers, searcher = _searchers(config)
+    pool_gpus = num_searchers * searcher.gpus
+    learner_gpus = _learner_gpus(config, num_gpus - pool_gpus)
     if config.rollout.num_actors is not None:
         num_actors = config.rollout.num_actors
+    elif share:
+        num_actors = max(1, _gpu_places(num_gpus - pool_gpus - learner_gpus, share))
     else:
-        num_actors = max(1, _gpu_places(num_gpus - learner_gpus, share) if share else num_cores // 2)
-    if num_actors * share + learner_gpus > num_gpus:
+        num_actors = max(1, int(num_cores - num_searchers * searcher.cpus) // 2)
+    needed_gpus = num_actors * share + learner_gpus + pool_gpus
+    if needed_gpus > num_gpus:
+        pool = f", and a pool of search actors with {pool_gpus:g}," if pool_gpus else ""
         raise ConfigError(
             f"{counted(num_actors, 'rollout actor')} with rollout.num_gpus = {share:g} and a learner with "
-            f"{learner_gpus:g} need {counted(num_actors * share + learner_gpus, 'GPU')}, the cluster has "
-            f"{num_gpus:g} that "
-            "torch can use: lower these shares or rollout.num_actors, or set both shares to 0 to compute on CPUs"
+            f"{learner_gpus:g}{pool} need {counted(needed_gpus, 'GPU')}, the cluster has {num_gpus:g} that torch can "
+            "use: lower these shares or rollout.num_actors, or set the shares to 0 to compute on CPUs"
         )
     threads = config.rollout.threads_per_actor or max(1, num_cores // num_actors)
     num_actors = _within_bounds(config, num_actors)
@@ -68,6 +76,8 @@ def plan_machine(config: Config, *, num_cores: int, num_gpus: float) -> Layout:
         num_groups=_num_groups(config),
         actor=Share(threads=threads, gpus=share, cpus=0.0, resources={}),
         learner=Share(threads=config.learner.threads or num_cores, gpus=learner_gpus, cpus=0.0, resources={}),
+        num_searchers=num_searchers,
+        searcher=replace(searcher, cpus=0.0, resources={}),
     )
 
 
@@ -83,14 +93,18 @@ def plan_cluster(config: Config, *, nodes: Sequence[Resources]) -> Layout:
         ConfigError: the nodes cannot hold the learner and one actor; says what is missing.
     """
     learner, preferred = cluster_shares(config, nodes=nodes)
+    num_searchers, searcher = _searchers(config)
+    first = [learner, *[searcher] * num_searchers]
     actor = preferred
-    num_fitting = _num_beside(nodes, learner, actor)
+    num_fitting = _num_beside(nodes, first, actor)
     while num_fitting == 0 and config.rollout.threads_per_actor is None and actor.threads > 1:
         actor = replace(actor, threads=actor.threads - 1, cpus=actor.cpus - 1.0)
-        num_fitting = _num_beside(nodes, learner, actor)
+        num_fitting = _num_beside(nodes, first, actor)
     if num_fitting < 1:
         there = "; ".join(in_words(node) for node in nodes) or "none"
         lacking = f"the learner ({in_words(learner.bundle)})"
+        if num_searchers:
+            lacking += f" and {counted(num_searchers, 'search actor')} ({in_words(searcher.bundle)} each)"
         if num_fitting == 0:
             lacking += f" and beside it a rollout actor ({in_words(preferred.bundle)})"
         raise ConfigError(
@@ -103,12 +117,15 @@ def plan_cluster(config: Config, *, nodes: Sequence[Resources]) -> Layout:
         num_groups=_num_groups(config),
         actor=actor,
         learner=learner,
+        num_searchers=num_searchers,
+        searcher=searcher,
     )
 
 
 def cluster_shares(config: Config, *, nodes: Sequence[Resources]) -> tuple[Share, Share]:
     """What learner and actor reserve on a cluster; threads that no setting names follow from its largest nodes."""
-    num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    num_searchers, searcher = _searchers(config)
+    num_gpus = sum(node.get("GPU", 0.0) for node in nodes) - num_searchers * searcher.gpus
     learner_cores = _most_cores(nodes, config.learner.resources)
     learner_threads = config.learner.threads or max(1, learner_cores // 2)
     learner_gpus = _learner_gpus(config, num_gpus)
@@ -148,6 +165,9 @@ def describe_layout(layout: Layout) -> list[str]:
         f"{place(layout.actor)}, {counted(layout.num_groups, 'group')} at once",
         f"learner: {counted(layout.learner.threads, 'thread')}, {place(layout.learner)}",
     ]
+    if layout.num_searchers:
+        searcher = f"{counted(layout.searcher.threads, 'thread')} each, {place(layout.searcher)}"
+        lines.insert(0, f"{counted(layout.num_searchers, 'search actor')}: {searcher}")
     if layout.num_fitting < layout.num_actors:
         lines.append(f"room for {layout.num_fitting} of the rollout actors now; the others join when there is more")
     return lines
@@ -155,6 +175,18 @@ def describe_layout(layout: Layout) -> list[str]:
 
 def _num_groups(config: Config) -> int:
     return max(1, config.rollout.episodes_per_actor // config.rollout.group_size)
+
+
+def _searchers(config: Config) -> tuple[int, Share]:
+    """The search actors inside the run, and what each has on a cluster."""
+    retriever = config.retriever
+    share = Share(
+        threads=max(1, int(retriever.num_cpus)),
+        gpus=retriever.num_gpus,
+        cpus=retriever.num_cpus,
+        resources=retriever.resources,
+    )
+    return (retriever.num_actors if retriever.kind == "ray" else 0), share
 
 
 def _within_bounds(config: Config, num_actors: int) -> int:
@@ -188,16 +220,27 @@ def _most_cores(nodes: Sequence[Resources], resources: Resources) -> int:
     return int(max((node.get("CPU", 0.0) for node in fitting or nodes), default=0.0))
 
 
-def _num_beside(nodes: Sequence[Resources], learner: Share, actor: Share) -> int:
-    """How many actors fit beside the learner, wherever that is best placed; -1: it is not itself."""
-    return max((_num_fitting(left, actor) for left in _with_learner(nodes, learner)), default=-1)
+def _num_beside(nodes: Sequence[Resources], first: Sequence[Share], actor: Share) -> int:
+    """How many actors fit beside the parts that are placed first, the learner wherever that is best; -1: they do not.
+
+    Search actors go where most cores are left, as Ray spreads them.
+    """
+    best = -1
+    for placed in _with(nodes, first[0]):
+        left: list[Resources] | None = placed
+        for share in first[1:]:
+            options = [] if left is None else _with(left, share)
+            left = max(options, key=lambda nodes: min(node.get("CPU", 0.0) for node in nodes), default=None)
+        if left is not None:
+            best = max(best, _num_fitting(left, actor))
+    return best
 
 
-def _with_learner(nodes: Sequence[Resources], learner: Share) -> list[list[Resources]]:
-    """What is left of the nodes, for each one that the learner may be on."""
+def _with(nodes: Sequence[Resources], share: Share) -> list[list[Resources]]:
+    """What is left of the nodes, for each one that a part may be on."""
     found = []
     for index, node in enumerate(nodes):
-        left = {name: node.get(name, 0.0) - learner.bundle.get(name, 0.0) for name in {*node, *learner.bundle}}
+        left = {name: node.get(name, 0.0) - share.bundle.get(name, 0.0) for name in {*node, *share.bundle}}
         if min(left.values(), default=0.0) >= -_SLACK:
             found.append([*nodes[:index], left, *nodes[index + 1 :]])
     return found

@@ -17,13 +17,14 @@ from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
 from rexrag.model.loading import Device, fastest_dtype
+from rexrag.retrieval.settings import RetrieverSettings, SearchActorSettings
 from rexrag.run.controller import LoopSettings
 from rexrag.run.engine_choice import choose_engine
-from rexrag.sections import Section
 from rexrag.types import Question
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from pydantic import BaseModel
 
 SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
@@ -33,7 +34,7 @@ def device_of(num_gpus: float) -> Device:
     return "cuda" if num_gpus else "cpu"
 
 
-def copied(settings: type[SettingsT], section: Section, **rest: object) -> SettingsT:
+def copied(settings: type[SettingsT], section: BaseModel, **rest: object) -> SettingsT:
     """Settings of a part: the section's fields of the same names, and `rest`, which goes before them.
 
     Raises:
@@ -74,7 +75,6 @@ def has_likelihood(config: Config) -> bool:
 def rollout_settings(
     config: Config, *, model_path: str, num_threads: int, log_file: Path | None = None
 ) -> RolloutSettings:
-    retriever = config.retriever
     return RolloutSettings(
         model_path=model_path,
         episodes=episode_settings(config),
@@ -85,16 +85,20 @@ def rollout_settings(
         gpu_share=config.rollout.num_gpus,
         inflight=config.weights.inflight,
         num_threads=num_threads,
-        retriever_kind=retriever.kind,
-        retriever_path=retriever.path,
-        retriever_url=retriever.url,
-        retriever_timeout_s=retriever.timeout_s,
-        retriever_max_retries=retriever.max_retries,
+        retriever=copied(RetrieverSettings, config.retriever),
         reward_kind=config.reward.kind,
         format_weight=config.reward.format_weight,
         never_negative=has_likelihood(config),
         hints_file=config.probe.hints,
         log_file=log_file,
+    )
+
+
+def search_actor_settings(config: Config, *, log_file: Path | None) -> SearchActorSettings:
+    retriever = config.retriever
+    num_threads = max(1, int(retriever.num_cpus))
+    return copied(
+        SearchActorSettings, retriever, device=device_of(retriever.num_gpus), num_threads=num_threads, log_file=log_file
     )
 
 

@@ -81,6 +81,16 @@ def peek(ref: Ref[T], *, timeout_s: float = 5.0) -> T | None:
         return None
 
 
+def is_done(ref: Ref[T], *, timeout_s: float = 0.0) -> bool:
+    """Whether there is a value behind a reference, or an error, within a time."""
+    return bool(ray.wait([ref], timeout=timeout_s)[0])
+
+
+def kill(actor: Handle[ActorT]) -> None:
+    """End an actor for good."""
+    ray.kill(actor)
+
+
 def value_of(ref: Ref[T]) -> T:
     """A reference as an argument of `call`: Ray hands the actor its value, without a way through this process."""
     return cast("T", ref)

@@ -18,6 +18,7 @@ from rexrag.run.control import Desk
 from rexrag.run.fleet import Fleet
 from rexrag.run.nodes import draining_nodes
 from rexrag.run.remote import Handle, Ref, T, result_of
+from rexrag.run.search_pool import SearchPool
 from rexrag.run.signals import StopSignal
 
 POLL_S: Final = 0.2
@@ -35,6 +36,7 @@ class Supervisor:
         stall_timeout_s: seconds without progress that end a wait.
         desk: where those outside ask for the run; None: nobody does.
         learner_node: where the learner is, by Ray's id; None: on this machine, as all else, and no node can go.
+        pool: search actors to look after, too.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class Supervisor:
         stall_timeout_s: float,
         desk: Desk | None = None,
         learner_node: str | None = None,
+        pool: SearchPool | None = None,
     ) -> None:
         self._fleet = fleet
+        self._pool = pool
         self._parts = parts
         self._stop = stop
         self._stall_timeout_s = stall_timeout_s
@@ -113,6 +117,8 @@ class Supervisor:
         if interruptible and self._stop.received is not None:
             raise Interrupted(f"stopped by {self._stop.received}")
         self._fleet.check()
+        if self._pool is not None:
+            self._pool.look()
         self._ping()
 
     def _hear(self) -> None:

@@ -24,7 +24,7 @@ from rexrag.buffer.status import BufferPosition
 from rexrag.config import Config
 from rexrag.data.questions import load_questions
 from rexrag.engine.vllm_settings import check_head_size
-from rexrag.errors import ConfigError, Interrupted, RexragError, RunFailure, first_line
+from rexrag.errors import ConfigError, Interrupted, RexragError, RunFailure, counted, first_line
 from rexrag.files import write_atomic
 from rexrag.hints import HintPool, load_hints
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, start_learner
@@ -36,8 +36,8 @@ from rexrag.reporting.board import Board
 from rexrag.reporting.log_file import log_instead
 from rexrag.reporting.reporter import Reporter
 from rexrag.reporting.terminal import Progress
-from rexrag.retrieval.manifest import check_index
-from rexrag.retrieval.open import open_target
+from rexrag.retrieval.open import check_retriever
+from rexrag.retrieval.settings import RetrieverSettings
 from rexrag.reward import is_user_reward, load_reward, try_reward
 from rexrag.run.cluster import check_reachable, cluster_address, refusal
 from rexrag.run.control import Desk
@@ -50,16 +50,19 @@ from rexrag.run.layout import Layout, plan_machine
 from rexrag.run.limits import canary_prompts, check_limits
 from rexrag.run.nodes import probe_paths, wait_for_layout
 from rexrag.run.part_settings import (
+    copied,
     device_of,
     has_likelihood,
     learner_settings,
     loop_settings,
     replay_settings,
     rollout_settings,
+    search_actor_settings,
 )
 from rexrag.run.plan import TrainRequest
 from rexrag.run.ray_metrics import RayMetrics
 from rexrag.run.remote import Handle, call, result_of
+from rexrag.run.search_pool import SearchPool
 from rexrag.run.signals import StopSignal
 from rexrag.run.supervisor import Supervisor
 from rexrag.run_folder import RunFolder
@@ -113,6 +116,7 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     config, run = request.config, request.run
     layout = _layout(request, inputs=inputs, stop=stop, progress=progress)
     _tell_precision(request, layout=layout, progress=progress)
+    pool = _started_pool(request, layout=layout, progress=progress)
     progress.stage("starting the learner and the rollout actors")
     learner = start_learner(_learner_spec(request, layout=layout, inputs=inputs), share=layout.learner)
     node = None if cluster_address() is None else _node_of(learner, stall_timeout_s=config.train.stall_timeout_s)
@@ -140,6 +144,7 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         stall_timeout_s=config.train.stall_timeout_s,
         desk=desk,
         learner_node=node,
+        pool=pool,
     )
     controller = Controller(
         loop_settings(config),
@@ -161,10 +166,26 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         with log_instead(OSError, RexragError):
             _write_accounting(run)
         with log_instead(RayError):
-            fleet.stop()
+            _stop(fleet, pool)
         raise
     _write_accounting(run)
+    _stop(fleet, pool)
+
+
+def _started_pool(request: TrainRequest, *, layout: Layout, progress: Progress) -> SearchPool:
+    """The search actors, before anybody searches; none but with `retriever.kind = "ray"`."""
+    config = request.config
+    settings = search_actor_settings(config, log_file=request.run.log)
+    pool = SearchPool(settings, num_actors=layout.num_searchers, share=layout.searcher)
+    if layout.num_searchers:
+        progress.stage(f"starting {counted(layout.num_searchers, 'search actor')}")
+        pool.await_ready(timeout_s=config.train.stall_timeout_s)
+    return pool
+
+
+def _stop(fleet: Fleet, pool: SearchPool) -> None:
     fleet.stop()
+    pool.stop()
 
 
 def _layout(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, progress: Progress) -> Layout:
@@ -272,13 +293,7 @@ def read_inputs(request: TrainRequest) -> Inputs:
             f'probe.hints = {config.probe.hints}: has a "|" alone, a fork without a hint, which correction.mixture = '
             f'"{config.correction.mixture}" has no density for; take it out, or set correction.mixture = "none".'
         )
-    retriever = config.retriever
-    if retriever.kind == "http":
-        assert retriever.url is not None, "the recipe was checked: a server has a URL"
-        open_target(retriever.url, timeout_s=retriever.timeout_s, max_retries=retriever.max_retries)
-    else:
-        assert retriever.path is not None, "the recipe was checked: an index has a path"
-        check_index(retriever.path)
+    check_retriever(copied(RetrieverSettings, config.retriever))
     train, dev, test = load(config.data.train), load(config.data.dev), load(config.data.eval)
     _check_reward(config, train)
     check_limits(config, model=model, hints=hints, questions=train)

@@ -25,6 +25,7 @@ from rexrag.errors import QueryRefusedError, RetrieverError, RetrieverSetupError
 from rexrag.hints import HintPool
 from rexrag.preparation.tiny_model import make_word_tokenizer
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
+from rexrag.retrieval.protocol import RetrieverState
 from rexrag.reward import load_reward
 from rexrag.types import (
     EndReason,
@@ -103,6 +104,9 @@ class FailingRetriever:
         if self._word in query:
             raise self._error
         return [Passage(id="1", title="Syria", text="The currency of Syria is the Pound .")]
+
+    def state(self) -> RetrieverState:
+        return RetrieverState(outages=2, is_down=True)
 
     async def close(self) -> None:
         return None

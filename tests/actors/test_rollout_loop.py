@@ -14,6 +14,7 @@ from rexrag.actors.rollout_loop import RolloutLoop
 from rexrag.actors.runner import EpisodeRunner, GroupFailedError
 from rexrag.engine.protocol import Engine, EngineStats
 from rexrag.errors import ConfigError, EngineBrokenError, EnginePassError, RetrieverSetupError, RunFailure
+from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import (
     AppendOutcome,
     GroupLease,
@@ -66,6 +67,10 @@ class Runner:
 
     def __init__(self, end: Callable[[GroupLease], Exception | str | None]) -> None:
         self.end = end
+        self.is_down = False
+
+    def searches(self) -> RetrieverState:
+        return RetrieverState(is_down=self.is_down)
 
     async def run_group(
         self, lease: GroupLease, *, on_progress: Callable[[int], None] | None = None
@@ -169,6 +174,9 @@ def test_an_outage_of_the_retriever_is_not_counted() -> None:
     buffer = Buffer(*[[make_lease(number)] for number in range(200)])
 
     class FailingRunner:
+        def searches(self) -> RetrieverState:
+            return RetrieverState()
+
         async def run_group(self, lease: GroupLease, *, on_progress: object = None) -> TrajectoryGroup:
             raise GroupFailedError("0 of 5 targets ended without an outage")
 
@@ -185,3 +193,24 @@ def test_a_wrong_set_up_ends_the_run_at_once() -> None:
         run_until(buffer, make_loop(buffer, lambda _: error), lambda: False)
     assert raised.value is error
     assert buffer.told == []
+
+
+def test_no_group_is_begun_while_the_retriever_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "OUTAGE_POLL_S", 0.01)
+    buffer = Buffer([make_lease(0)], [make_lease(1)])
+    loop = make_loop(buffer, lambda _: "done")
+    runner = cast("Runner", loop._runner)
+    runner.is_down = True
+    looks = 0
+
+    def is_done() -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 50:
+            assert len(buffer.rounds) == 2, "nothing was leased"
+            runner.is_down = False
+        return len(buffer.told) == 2
+
+    run_until(buffer, loop, is_done)
+    assert looks >= 50
+    assert [what for what, _ in buffer.told] == ["accepted", "accepted"]

@@ -254,7 +254,6 @@ def test_settings_ask_for_nodes_that_the_cluster_has(layout: Layout) -> None:
             assert value == {"min": layout.rollout.replicas, "max": layout.rollout.max_replicas}
 
 
-@pytest.mark.xfail(reason="the keys that place parts by resource come with the placement of parts")
 def test_recipe_keys_in_the_manifests_exist() -> None:
     for key in {*recipe_settings(FULL), *recipe_settings(SMALL)}:
         assert key in KEYS, f"`{key}`; the nearest is `{nearest_key(key)}`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rexrag.data.corpus import Corpus, iter_corpus, iter_corpus_rows, split_contents
+from rexrag.data.corpus import Corpus, contents_of, iter_corpus, iter_corpus_rows, passage_of, split_contents
 from rexrag.errors import DataError, RetrievalIndexError
 from rexrag.types import Passage
 
@@ -173,3 +174,17 @@ def test_a_passage_takes_microseconds(tmp_path: Path) -> None:
         for i in range(2_000):
             corpus.get(i)
         assert (time.process_time() - start) / 2_000 < 200e-6
+
+
+COLUMN = st.text(alphabet=' "ab\\\n(-', max_size=12)
+
+
+@given(row=st.dictionaries(st.sampled_from(["title", "contents", "text"]), COLUMN, min_size=1))
+def test_contents_are_read_as_the_passage_that_they_were_made_of(row: dict[str, str]) -> None:
+    try:
+        passage = passage_of(row, identity="x")
+    except ValueError:
+        return
+    if passage is not None:
+        again = passage_of({"contents": contents_of(passage)}, identity="x")
+        assert again == replace(passage, title=passage.title.replace("\n", " "))

@@ -419,3 +419,92 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch
     with serve(lambda _: (200, passages("a"))) as server:
         HttpRetriever(server.url, timeout_s=5, max_retries=0).check()
         assert len(search(server.url, retries=0)) == 1
+
+
+def test_an_outage_is_waited_for_without_using_up_attempts() -> None:
+    is_down = threading.Event()
+
+    def answer(request: Request) -> Answer:
+        if is_down.is_set():
+            return 503, b"restarting"
+        queries = request.body["queries"]
+        assert isinstance(queries, list)
+        return 200, passages(queries[0])
+
+    async def run(url: str) -> int:
+        retriever = HttpRetriever(url, timeout_s=1.0, max_retries=5)
+        await retriever.search("first", top_k=1)
+        is_down.set()
+        searches = [asyncio.create_task(retriever.search(str(i), top_k=1)) for i in range(64)]
+        while not retriever.state().is_down:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.3)
+        before = len(server.requests)
+        await asyncio.sleep(1.0)
+        num_probes = len(server.requests) - before
+        assert not any(search.done() for search in searches)
+        is_down.clear()
+        found = await asyncio.gather(*searches)
+        assert [result[0].id for result in found] == [str(i) for i in range(64)]
+        state = retriever.state()
+        assert (state.is_down, state.outages) == (False, 1)
+        assert 1.2 < state.outage_s < 10
+        assert 0 < state.retried <= 5 * 64
+        await retriever.close()
+        return num_probes
+
+    with serve(answer) as server:
+        assert asyncio.run(run(server.url)) <= 64, "one probe at a time, with pauses between"
+
+
+def test_an_outage_that_outlasts_a_search_is_an_error_within_its_bound() -> None:
+    async def run(url: str) -> None:
+        retriever = HttpRetriever(url, timeout_s=0.2, max_retries=6)
+        began = time.monotonic()
+        with pytest.raises(RetrieverError, match=r"did not answer for .* s, at last with: status 503 \(down\)"):
+            await retriever.search("q", top_k=1)
+        assert 1.0 < time.monotonic() - began < retriever.max_wait_s + 1.0
+        await retriever.close()
+
+    with serve(lambda _: (503, b"down")) as server:
+        asyncio.run(run(server.url))
+
+
+def test_a_busy_server_is_asked_again_when_it_says_and_is_not_down() -> None:
+    times: list[float] = []
+
+    def answer(request: Request) -> Answer:
+        times.append(time.monotonic())
+        return (429, b"full", {"Retry-After": "1"}) if len(times) < 2 else (200, passages("a"))
+
+    with serve(answer) as server:
+        assert search(server.url)[0].id == "a"
+    assert 1.0 <= times[1] - times[0] < 3
+
+    async def run(url: str) -> None:
+        retriever = HttpRetriever(url, timeout_s=1, max_retries=8)
+        with pytest.raises(RetrieverError, match="failed 9 times"):
+            await retriever.search("q", top_k=1)
+        assert retriever.state().outages == 0
+        await retriever.close()
+
+    with serve(lambda _: (429, b"full", {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"})) as server:
+        asyncio.run(run(server.url))
+
+
+def test_a_token_is_sent() -> None:
+    async def run(url: str) -> None:
+        retriever = HttpRetriever(url, timeout_s=1, max_retries=0, token="s3cret")
+        retriever.check()
+        await retriever.search("q", top_k=1)
+        await retriever.close()
+
+    seen: list[str | None] = []
+
+    def answer(request: Request) -> Answer:
+        seen.append(request.headers.get("Authorization"))
+        return 200, passages("a")
+
+    with serve(answer) as server:
+        asyncio.run(run(server.url))
+    assert seen == ["Bearer s3cret"] * 3

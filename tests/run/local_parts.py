@@ -16,6 +16,7 @@ from replay_helpers import make_ipc
 
 from rexrag.buffer.replay_actor import ReplayActor
 from rexrag.errors import Interrupted, PartDiedError
+from rexrag.retrieval.protocol import RetrieverState
 from rexrag.run.signals import StopSignal
 from rexrag.types import (
     EndReason,
@@ -159,6 +160,9 @@ class LocalFleet:
         return FleetReport(
             num_wanted=1, num_ready=1, num_replaced=self.num_replaced, tokens_per_s=1.0, canary_kl=None, num_unproven=0
         )
+
+    def searches(self) -> RetrieverState:
+        return RetrieverState()
 
     def progressed(self) -> None:
         pass

@@ -137,3 +137,29 @@ def test_a_cluster_that_is_too_small_says_what_is_missing(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_cluster(config_with(**settings), nodes=nodes)
+
+
+def test_a_pool_of_search_actors_has_its_share_first() -> None:
+    pool = {"retriever__kind": "ray", "retriever__num_actors": 2}
+    layout = plan_machine(config_with(**pool, retriever__num_cpus=2.0), num_cores=8, num_gpus=0)
+    assert (layout.num_searchers, layout.searcher.threads, layout.searcher.bundle) == (2, 2, {})
+    assert layout.num_actors == 2, "one for two of the cores that are left"
+    assert describe_layout(layout)[0] == "2 search actors: 2 threads each, on the CPU"
+    on_gpu = plan_machine(config_with(**pool, retriever__num_gpus=0.25), num_cores=8, num_gpus=1)
+    assert (on_gpu.searcher.gpus, on_gpu.learner.gpus) == (0.25, 0.5)
+    unused = plan_machine(config_with(retriever__num_actors=7), num_cores=2, num_gpus=0)
+    assert unused.num_searchers == 0
+    assert len(describe_layout(unused)) == 2
+    with pytest.raises(ConfigError, match=r"pool of search actors with 2, need 3 GPUs, the cluster has 2"):
+        plan_machine(config_with(**pool, retriever__num_gpus=1.0, learner__num_gpus=1.0), num_cores=8, num_gpus=2)
+
+
+def test_a_pool_has_its_place_on_a_cluster() -> None:
+    pool = config_with(retriever__kind="ray", retriever__num_actors=2, retriever__resources={"retriever": 1})
+    nodes: list[dict[str, float]] = [SMALL, {**SMALL, "retriever": 1}, {**SMALL, "retriever": 1}]
+    layout = plan_cluster(pool, nodes=nodes)
+    assert layout.searcher.bundle == {"CPU": 1.0, "retriever": 1.0}
+    assert (layout.num_searchers, layout.num_actors) == (2, 1)
+    assert layout.actor.threads == 4, "learner and search actor share a node"
+    with pytest.raises(ConfigError, match=r"2 search actors \(1 CPU, 1 retriever each\)"):
+        plan_cluster(pool, nodes=nodes[:2])

@@ -22,6 +22,7 @@ from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
 from rexrag.recipe import flatten, make_config
+from rexrag.retrieval.settings import RetrieverSettings, SearchActorSettings
 from rexrag.run.controller import LoopSettings
 from rexrag.run.part_settings import copied, learner_settings
 
@@ -29,7 +30,7 @@ EMPTY = inspect.Parameter.empty
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
     RolloutSettings, EpisodeSettings, ReplaySettings, EngineSettings, CorrectionSettings, LossSettings,
-    ProbeSettings, OptimizerSettings, LearnerSettings, LoopSettings,
+    ProbeSettings, OptimizerSettings, LearnerSettings, LoopSettings, RetrieverSettings, SearchActorSettings,
 )  # fmt: skip
 
 

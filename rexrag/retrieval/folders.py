@@ -1,0 +1,34 @@
+"""An index folder, opened as what its manifest says it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from rexrag.retrieval.bm25 import BM25Index
+from rexrag.retrieval.manifest import read_manifest
+from rexrag.retrieval.packages import require_faiss
+from rexrag.retrieval.protocol import BatchIndex
+
+
+def open_index(
+    folder: Path, *, encoder: Path | None = None, device: Literal["cpu", "cuda"] = "cpu", num_threads: int | None = None
+) -> BatchIndex[Any]:
+    """The index in a folder, of the kind that its manifest names, for calls that block.
+
+    Args:
+        encoder: where the encoder of a dense index is now; None: where it was.
+        device: of the encoder.
+        num_threads: of each stage of a dense index; None leaves them as they are.
+
+    Raises:
+        RetrievalIndexError: no usable index there.
+        ConfigError: a dense one, and FAISS is not installed.
+        ModelError: its encoder is missing or cannot be loaded.
+    """
+    if read_manifest(folder).kind == "bm25":
+        return BM25Index(folder)
+    require_faiss()
+    from rexrag.retrieval.dense import DenseIndex
+
+    return DenseIndex(folder, encoder=encoder, device=device, num_threads=num_threads)

@@ -1,0 +1,92 @@
+"""Searches of a FAISS index in batches: exact scans go through blocks of decoded vectors, so that BLAS multiplies."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from rexrag.retrieval.encoder import Vectors
+from rexrag.retrieval.faiss_files import FaissIndex
+
+Rows = npt.NDArray[np.int64]
+
+SCAN_FROM: Final = 8
+"""Queries of a batch from which decoding the vectors once for all of them is faster than once for each."""
+_BLOCK_BYTES: Final = 1 << 21
+"""Decoded vectors at a time: what stays in a core's cache between decoding and multiplying."""
+_TIES: Final = 13
+"""Further results that are fetched, so that equal scores at the end of the list are put into one order."""
+
+
+class Searcher:
+    """Vectors of passages, searched by inner product, or by distance in an index that was made so."""
+
+    def __init__(self, index: FaissIndex, *, probes: int | None = None, num_threads: int | None = None) -> None:
+        """
+        Args:
+            probes: lists that are looked through in an index that has lists.
+            num_threads: of a search.
+        """
+        self.index = index
+        self.count = int(index.ntotal)
+        self._num_threads = num_threads
+        self.is_l2 = index.metric_type == faiss.METRIC_L2
+        self._can_scan = isinstance(index, faiss.IndexScalarQuantizer)
+        # As FAISS comes (128,000 for queries times dimensions), batches of up to hundreds of queries go the slow way.
+        faiss.cvar.distance_compute_blas_threshold = 3 * index.d
+        if probes is not None:
+            self.set_probes(probes)
+
+    @property
+    def num_lists(self) -> int | None:
+        """None for an index without lists."""
+        lists = faiss.try_extract_index_ivf(self.index)
+        return None if lists is None else int(lists.nlist)
+
+    def set_probes(self, probes: int) -> None:
+        """Look through so many lists from now on; the index must have lists."""
+        faiss.extract_index_ivf(self.index).nprobe = probes
+
+    def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
+        """The best rows for each query, best first, at most `top_k`; -1 where there are no more.
+
+        Args:
+            queries: float32[N, D].
+
+        Returns:
+            scores float32[N, K], higher is better (of an L2 index of unit vectors: their inner product), and rows
+            int64[N, K].
+        """
+        if self._num_threads is not None:
+            faiss.omp_set_num_threads(self._num_threads)
+        fetched = min(top_k + _TIES, self.count)
+        if self._can_scan and len(queries) >= SCAN_FROM:
+            scores, rows = self._scan(queries, fetched)
+        else:
+            scores, rows = self.index.search(np.ascontiguousarray(queries), fetched)
+        if self.is_l2:
+            scores = (1 - scores / 2).astype(np.float32)
+        return _ordered(scores, rows, top_k)
+
+    def _scan(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
+        metric = self.index.metric_type
+        best = faiss.ResultHeap(len(queries), top_k, keep_max=not self.is_l2)
+        block = max(1, _BLOCK_BYTES // (4 * self.index.d))
+        decoded = np.empty((block, self.index.d), dtype=np.float32)
+        for start in range(0, self.count, block):
+            vectors = decoded[: min(block, self.count - start)]
+            self.index.reconstruct_n(start, len(vectors), vectors)
+            scores, rows = faiss.knn(queries, vectors, min(top_k, len(vectors)), metric)
+            best.add_result(scores, rows + start)
+        best.finalize()
+        return best.D, best.I
+
+
+def _ordered(scores: Vectors, rows: Rows, top_k: int) -> tuple[Vectors, Rows]:
+    """By falling score, to about six digits, and where it is equal by row; missing ones last."""
+    rounded: Vectors = np.round(np.where(rows < 0, -np.inf, scores), 6)
+    order = np.lexsort((rows, -rounded), axis=-1)[:, :top_k]
+    return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1)

@@ -1,0 +1,122 @@
+"""`rexrag.retrieval.pool`: queries spread over members, and none lost when some of them die."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from batch_indexes import answer_to
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rexrag.errors import RetrievalIndexError, RetrieverError
+from rexrag.retrieval import backoff
+from rexrag.retrieval.attempts import RetryableError
+from rexrag.retrieval.pool import Member, PoolRetriever
+from rexrag.types import Passage
+
+
+class Echo:
+    """A member that answers after a while, or is dead."""
+
+    def __init__(self, *, seconds: float = 0.001) -> None:
+        self.seconds = seconds
+        self.is_dead = False
+        self.num_asked = 0
+        self.at_once = 0
+        self.most_at_once = 0
+
+    async def search(self, query: str, top_k: int) -> Sequence[Passage]:
+        self.num_asked += 1
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            await asyncio.sleep(self.seconds)
+        finally:
+            self.at_once -= 1
+        if self.is_dead:
+            raise RetryableError("died")
+        return answer_to(query, top_k)
+
+
+def pool_of(*members: Member, timeout_s: float = 5.0, max_retries: int = 5) -> PoolRetriever:
+    return PoolRetriever(members, timeout_s=timeout_s, max_retries=max_retries)
+
+
+def test_queries_go_where_the_fewest_are_outstanding() -> None:
+    quick, slow = Echo(seconds=0.001), Echo(seconds=0.3)
+
+    async def scenario() -> None:
+        pool = pool_of(quick, slow)
+        together = [asyncio.create_task(pool.search(str(i), top_k=1)) for i in range(8)]
+        await asyncio.gather(*together)
+        assert (quick.most_at_once, slow.most_at_once) == (4, 4)
+
+        async def one_after_another() -> None:
+            for number in range(30):
+                assert tuple(await pool.search(str(number), top_k=2)) == answer_to(str(number), 2)
+
+        await asyncio.gather(one_after_another(), one_after_another())
+        assert quick.num_asked > slow.num_asked + 20
+        await pool.close()
+
+    asyncio.run(scenario())
+
+
+@settings(deadline=None, max_examples=15)
+@given(num_members=st.integers(2, 4), deaths=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=3))
+def test_no_query_is_lost_while_a_member_lives(num_members: int, deaths: list[tuple[int, int]]) -> None:
+    async def scenario() -> None:
+        members = [Echo() for _ in range(num_members)]
+        pool = pool_of(*members)
+        answers = [asyncio.create_task(pool.search(str(i), top_k=1)) for i in range(20)]
+        for which, rounds in deaths[: num_members - 1]:
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            members[which % num_members].is_dead = True
+            answers += [asyncio.create_task(pool.search(str(len(answers) + i), top_k=1)) for i in range(10)]
+        found = await asyncio.gather(*answers)
+        assert [tuple(passages) for passages in found] == [answer_to(str(i), 1) for i in range(len(found))]
+        assert not pool.state().is_down
+        await pool.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_pool_that_is_gone_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backoff, "FIRST_S", 0.02)
+    one, other = Echo(), Echo()
+
+    async def scenario() -> None:
+        pool = pool_of(one, other)
+        one.is_dead = other.is_dead = True
+        searches = [asyncio.create_task(pool.search(str(i), top_k=1)) for i in range(32)]
+        while not pool.state().is_down:
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.2)
+        other.is_dead = False
+        found = await asyncio.gather(*searches)
+        assert [tuple(passages) for passages in found] == [answer_to(str(i), 1) for i in range(32)]
+        assert pool.state().outages == 1
+        await pool.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_member_that_hangs_costs_an_attempt_and_what_ends_a_run_is_no_outage() -> None:
+    class Broken:
+        async def search(self, query: str, top_k: int) -> Sequence[Passage]:
+            raise RetrievalIndexError("index it again")
+
+    async def scenario() -> None:
+        pool = pool_of(Echo(seconds=60), timeout_s=0.05, max_retries=1)
+        with pytest.raises(RetrieverError, match=r"search actors failed 2 times, at last with: no answer within 0.05"):
+            await pool.search("q", top_k=1)
+        await pool.close()
+        pool = pool_of(Broken())
+        with pytest.raises(RetrievalIndexError, match="index it again"):
+            await pool.search("q", top_k=1)
+        await pool.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))

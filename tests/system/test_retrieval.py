@@ -1,0 +1,85 @@
+"""Whole runs whose retriever is hurt: a search actor is killed, a server is gone for seconds. No question is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from own_server import served
+from system_runs import assert_books_balance, child_of, read_lines, start_rexrag
+
+pytestmark = pytest.mark.system
+STEPS = 6
+
+
+def wait_for(condition: Callable[[], bool], *, process: subprocess.Popen[str], timeout_s: float = 150.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, f"the run ended early:\n{process.communicate()[1]}"
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.1)
+
+
+def num_steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def start(recipe: Path, run: Path, *settings: str) -> subprocess.Popen[str]:
+    words = (f"train.steps={STEPS}", "eval.every=0", "eval.max_questions=2", *settings)
+    return start_rexrag("train", recipe, "--run-dir", run, *(f"--set={word}" for word in words))
+
+
+def warnings_of(run: Path) -> list[str]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [str(line) for line in lines if "WARNING" in str(line)]
+
+
+def assert_nothing_lost(run: Path, process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert num_steps(run) == STEPS
+    accounting = assert_books_balance(run)
+    assert accounting["consumed"] == STEPS * 8
+    dropped = accounting["dropped"]
+    assert isinstance(dropped, dict)
+    assert not dropped.get("env_error"), dropped
+    assert sum(line["search/failed"] or 0 for line in read_lines(run / "metrics.jsonl")) == 0
+
+
+def test_a_pool_inside_the_run_survives_the_death_of_its_actor(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(recipe, run, "retriever.kind=ray", "retriever.num_cpus=0.5")
+    try:
+        wait_for(lambda: num_steps(run) >= 1, process=process)
+        (actor,) = child_of(process, title="ray::SearchActor")
+        actor.kill()
+        assert_nothing_lost(run, process)
+    finally:
+        process.kill()
+    assert any("search actor search-0 died and is back" in line for line in warnings_of(run))
+
+
+def test_a_server_that_is_gone_for_seconds_is_waited_for(recipe: Path, tmp_path: Path) -> None:
+    run, index = tmp_path / "run", recipe.parent / "index"
+    with served(index) as (url, server):
+        process = start(recipe, run, "retriever.kind=http", f"retriever.url={url}")
+        try:
+            wait_for(lambda: num_steps(run) >= 1, process=process)
+            server.kill()
+            server.wait()
+            time.sleep(4.0)
+            with served(index, port=int(url.rpartition(":")[2])):
+                assert_nothing_lost(run, process)
+        finally:
+            process.kill()
+    lines = read_lines(run / "metrics.jsonl")
+    assert sum(line["search/outages"] or 0 for line in lines) >= 1
+    assert sum(line["search/outage_s"] or 0 for line in lines) > 1.0
+    told = warnings_of(run)
+    assert sum("does not answer: searches wait" in line for line in told) == 1
+    assert sum("answers again, after" in line for line in told) == 1
