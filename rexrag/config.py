@@ -37,6 +37,11 @@ class Config(Section):
     method: Literal["grpo", "maxrl", "paper", "exact", "rex"] = Field(
         "rex", description="Vetted set of switches; single keys override it."
     )
+    guard: Literal["off", "warn", "rewind"] = Field(
+        "warn",
+        description="Where the policy breaks: nothing, a warning, or the run goes back to its last good checkpoint and "
+        "on at half the learning rate.",
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     retriever: RetrieverConfig = RetrieverConfig()
@@ -170,9 +175,10 @@ def _prepare_problems(prepare: PrepareConfig) -> list[str]:
     ]
 
 
-TABLES: Final[tuple[str, ...]] = tuple(name for name in Config.model_fields if name != "method")
+_ALONE: Final = ("method", "guard")
+TABLES: Final[tuple[str, ...]] = tuple(name for name in Config.model_fields if name not in _ALONE)
 KEYS: Final[tuple[str, ...]] = (
-    "method",
+    *_ALONE,
     *(f"{table}.{name}" for table in TABLES for name in type(getattr(Config(), table)).model_fields),
 )
 """All dotted keys, in the order of a recipe."""

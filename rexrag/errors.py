@@ -43,6 +43,17 @@ class EnginePassError(RexragError):
     """A forward pass of an engine failed, and with it all that it computed. The message has the cause."""
 
 
+class CollapsedError(RunFailure):
+    """The policy breaks (`rexrag.run.guard`). `first_bad`: the first step in which it may have."""
+
+    def __init__(self, message: str, first_bad: int) -> None:
+        super().__init__(message, first_bad)
+        self.first_bad = first_bad
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class PartDiedError(RunFailure):
     """The process of a part died while somebody waited for it."""
 

@@ -158,6 +158,11 @@ class RunFolder:
         return self.root / "prepared"
 
     @property
+    def guard(self) -> Path:
+        """A line for each collapse, and what was done."""
+        return self.root / "guard.jsonl"
+
+    @property
     def cluster(self) -> Path:
         """Where the run goes on, for those who ask from another process; there as long as it does."""
         return self.root / "cluster.json"

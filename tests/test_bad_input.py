@@ -13,8 +13,9 @@ from rexrag.errors import UserError
 from rexrag.preparation.tiny_model import make_tiny_model
 from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.bm25 import build_bm25
+from rexrag.run.inputs import read_inputs
 from rexrag.run.plan import open_run, plan_run
-from rexrag.run.train import read_inputs, train
+from rexrag.run.train import train
 
 RECIPE = """
 [model]

@@ -57,6 +57,10 @@ class Reporter:
         self.told.stage = name
         self._progress.stage(name)
 
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._progress.note(text)
+
     def training(self, *, done: int, total: int) -> None:
         """The steps begin: `done` of `total` are behind."""
         self.told.stage, self.told.step = "training", done

@@ -23,15 +23,17 @@ from typing import Final, Literal
 
 from rexrag.buffer.replay_actor import ReplayActor
 from rexrag.buffer.status import BufferStatus
-from rexrag.errors import EnginePassError, PartDiedError, counted
+from rexrag.errors import CollapsedError, EnginePassError, PartDiedError, counted
 from rexrag.learner.checkpoint import prune
 from rexrag.learner.learner_actor import LearnerActor, ask_progress
 from rexrag.reporting.reporter import Reporter
 from rexrag.run.autoscale import Autoscaler, StepLoad
 from rexrag.run.fleet import Fleet
+from rexrag.run.guard import Guard
 from rexrag.run.remote import Handle, Ref, T, call, peek, value_of
+from rexrag.run.rewind import note_collapse
 from rexrag.run.supervisor import Supervisor
-from rexrag.run_folder import RunFolder
+from rexrag.run_folder import RunFolder, read_jsonl
 from rexrag.types import EpisodeScore, Question, StepBatch, StepResult, WeightVersion
 
 LOG = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class LoopSettings:
     keep_checkpoints: int
     groups_per_step: int
     autoscale: tuple[int, int] | None
+    guard: Literal["off", "warn", "rewind"]
     transfer_dtype: Literal["float32", "bfloat16"]
 
 
@@ -88,6 +91,7 @@ class Controller:
         self._questions = {"dev": dev, "test": test}
         self._saved_step = first.step
         bounds = settings.autoscale
+        self._guard = Guard(read_jsonl(run_folder.metrics))
         self._autoscaler = None if bounds is None else Autoscaler(least=bounds[0], most=bounds[1])
 
     def run(self) -> None:
@@ -123,15 +127,33 @@ class Controller:
         # From here until the outcome is noted nothing is interrupted: the step counts, or it does not.
         result = self._train(step, batch)
         self._note_outcome(result)
-        self._push(updated=result.updated)
+        collapse = self._collapse(result)
+        if collapse is None:
+            self._push(updated=result.updated)
         fleet, searches, step_s = self._fleet.report(), self._fleet.searches(), time.monotonic() - started
         self._reporter.step(result, learner_wait_s=learner_wait_s, step_s=step_s, fleet=fleet, searches=searches)
+        if collapse is not None:
+            raise collapse
         self._autoscale(wait_share=learner_wait_s / step_s, num_ready=fleet.num_ready)
         if step % self._settings.checkpoint_every == 0 or step == self._settings.num_steps:
             self._checkpoint()
         if self._has_evaluation(step):
             self._evaluate("dev")
         self._publish()
+
+    def _collapse(self, result: StepResult) -> CollapsedError | None:
+        """The error that ends this attempt, where the step shows that the policy breaks and the run should go back."""
+        action = self._settings.guard
+        trip = None if action == "off" else self._guard.look(result.step, result.metrics)
+        if trip is None:
+            return None
+        assert action != "off", "nothing is looked for then"
+        told = note_collapse(self._run_folder, trip, action=action)
+        if action == "rewind":
+            return CollapsedError(told, trip.first_bad)
+        self._reporter.note(f'warning: {told}; lower optimizer.learning_rate, or set guard = "rewind"')
+        self._guard = Guard()  # told once
+        return None
 
     def _autoscale(self, *, wait_share: float, num_ready: int) -> None:
         """Have more or fewer actors, by who waited for whom."""

@@ -102,14 +102,16 @@ def search_actor_settings(config: Config, *, log_file: Path | None) -> SearchAct
     )
 
 
-def learner_settings(config: Config, *, device: Device) -> LearnerSettings:
+def learner_settings(config: Config, *, device: Device, rate_factor: float = 1.0) -> LearnerSettings:
+    """Settings of the learner, whose learning rate is multiplied with `rate_factor`."""
     learner = config.learner
+    learning_rate = rate_factor * config.optimizer.learning_rate
     return copied(
         LearnerSettings,
         learner,
         correction=copied(CorrectionSettings, config.correction),
         loss=copied(LossSettings, config.loss),
-        optimizer=copied(OptimizerSettings, config.optimizer),
+        optimizer=copied(OptimizerSettings, config.optimizer, learning_rate=learning_rate),
         probe=copied(ProbeSettings, config.probe),
         max_staleness=config.replay.max_staleness,
         max_length=config.env.max_trajectory_tokens,
@@ -142,6 +144,7 @@ def loop_settings(config: Config) -> LoopSettings:
         config.train,
         num_steps=config.train.steps,
         eval_every=config.eval.every,
+        guard=config.guard,
         autoscale=(bounds["min"], bounds["max"]) if bounds else None,
         transfer_dtype=fastest if config.rollout.dtype == "auto" else config.rollout.dtype,
     )

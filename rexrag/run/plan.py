@@ -34,6 +34,7 @@ from rexrag.run.identity import check_identity, origin_of, write_identity
 from rexrag.run_folder import RunFolder, claim, link_latest, new_run_path
 
 FREE: Final = (
+    "guard",
     "train.steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",

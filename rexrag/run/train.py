@@ -8,37 +8,27 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import ray
 import torch
 from ray.exceptions import RayError
 
-from rexrag.buffer.recovery import books_from_log, check_questions
+from rexrag.buffer.recovery import books_from_log
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
-from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.status import BufferPosition
-from rexrag.config import Config
-from rexrag.data.questions import load_questions
-from rexrag.engine.vllm_settings import check_head_size
-from rexrag.errors import ConfigError, Interrupted, RexragError, RunFailure, counted, first_line
+from rexrag.errors import CollapsedError, Interrupted, RexragError, RunFailure, counted, first_line
 from rexrag.files import write_atomic
-from rexrag.hints import HintPool, load_hints
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, start_learner
-from rexrag.model.checks import check_model
-from rexrag.model.weight_proof import Canary
 from rexrag.preparation.prepare import prepare
 from rexrag.recipe import flatten
 from rexrag.reporting.board import Board
 from rexrag.reporting.log_file import log_instead
 from rexrag.reporting.reporter import Reporter
 from rexrag.reporting.terminal import Progress
-from rexrag.retrieval.open import check_retriever
-from rexrag.retrieval.settings import RetrieverSettings
-from rexrag.reward import is_user_reward, load_reward, try_reward
 from rexrag.run.cluster import check_reachable, cluster_address, refusal
 from rexrag.run.control import Desk
 from rexrag.run.control_actor import run_name, start_control
@@ -46,42 +36,27 @@ from rexrag.run.controller import Controller
 from rexrag.run.engine_choice import choose_engine
 from rexrag.run.fleet import Fleet
 from rexrag.run.identity import first_step_of, note_precision
+from rexrag.run.inputs import Inputs, model_path_of, read_inputs
 from rexrag.run.layout import Layout, plan_machine
-from rexrag.run.limits import canary_prompts, check_limits
 from rexrag.run.nodes import probe_paths, wait_for_layout
 from rexrag.run.part_settings import (
-    copied,
     device_of,
-    has_likelihood,
     learner_settings,
     loop_settings,
-    replay_settings,
     rollout_settings,
     search_actor_settings,
 )
 from rexrag.run.plan import TrainRequest
 from rexrag.run.ray_metrics import RayMetrics
 from rexrag.run.remote import Handle, call, result_of
+from rexrag.run.rewind import go_back, rate_factor
 from rexrag.run.search_pool import SearchPool
 from rexrag.run.signals import StopSignal
 from rexrag.run.supervisor import Supervisor
 from rexrag.run_folder import RunFolder
-from rexrag.types import Question, WeightVersion
+from rexrag.types import WeightVersion
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What a run reads, checked before anything is started; `notes` tell what was done with odd rows."""
-
-    replay: ReplaySettings
-    dev: tuple[Question, ...]
-    test: tuple[Question, ...]
-    hints: HintPool
-    model_path: str
-    canary: Canary
-    notes: tuple[str, ...]
 
 
 def train(request: TrainRequest, *, progress: Progress) -> None:
@@ -105,11 +80,31 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
         inputs = read_inputs(request)
         for note in inputs.notes:
             progress.note(note)
-        progress.stage("starting Ray")
-        purge_step = request.start_step + 1 if request.resumed else None
-        with _ray(), Board(run, purge_step=purge_step, settings=flatten(config)) as board:
-            stop.be_graceful()
-            _train(request, inputs=inputs, stop=stop, board=board, progress=progress)
+        while True:
+            try:
+                _train_once(request, inputs=inputs, stop=stop, progress=progress)
+            except CollapsedError as collapse:
+                request = go_back(request, collapse)
+                inputs = replace(inputs, model_path=model_path_of(request))
+                progress.note(
+                    f"{collapse}; the run goes back to step {request.start_step}, and on at "
+                    f"{rate_factor(run) * config.optimizer.learning_rate:g} as its learning rate"
+                )
+            else:
+                return
+
+
+def _train_once(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, progress: Progress) -> None:
+    """All steps that are left, with parts, Ray and TensorBoard of their own.
+
+    Raises:
+        CollapsedError: the policy breaks.
+    """
+    progress.stage("starting Ray")
+    purge_step = request.start_step + 1 if request.resumed else None
+    with _ray(), Board(request.run, purge_step=purge_step, settings=flatten(request.config)) as board:
+        stop.be_graceful()
+        _train(request, inputs=inputs, stop=stop, board=board, progress=progress)
 
 
 def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Board, progress: Progress) -> None:
@@ -264,65 +259,6 @@ def _opened(buffer: Handle[ReplayActor], *, stall_timeout_s: float) -> BufferPos
     return result_of(opened, what=what)
 
 
-def read_inputs(request: TrainRequest) -> Inputs:
-    """All files that the run reads, and the retriever, looked at before anything is started.
-
-    Raises:
-        UserError: the first one that cannot be used.
-    """
-    config = request.config
-    skip, limit = config.data.skip_bad_rows, config.eval.max_questions
-
-    notes: list[str] = []
-
-    def load(paths: Sequence[Path]) -> tuple[Question, ...]:
-        if not paths:
-            return ()
-        loaded = load_questions(paths, skip_bad_rows=skip)
-        notes.extend(loaded.notes)
-        return loaded.questions
-
-    model_path = str(request.checkpoint) if request.checkpoint is not None else config.model.path
-    assert model_path is not None, "the recipe was checked: a run has a model"
-    model = check_model(model_path)
-    if choose_engine(config).engine == "vllm":
-        check_head_size(model.config, device=device_of(config.rollout.num_gpus))
-    hints = load_hints(config.probe.hints, codec=model.codec, removable=config.probe.transfer == "hint_free")
-    if hints.has_empty and config.correction.mixture != "none":
-        raise ConfigError(
-            f'probe.hints = {config.probe.hints}: has a "|" alone, a fork without a hint, which correction.mixture = '
-            f'"{config.correction.mixture}" has no density for; take it out, or set correction.mixture = "none".'
-        )
-    check_retriever(copied(RetrieverSettings, config.retriever))
-    train, dev, test = load(config.data.train), load(config.data.dev), load(config.data.eval)
-    _check_reward(config, train)
-    check_limits(config, model=model, hints=hints, questions=train)
-    replay = replay_settings(
-        config,
-        folder=request.run.buffer,
-        questions=train,
-        log_file=request.run.log,
-        first_step=first_step_of(request.run),
-    )
-    check_questions(replay.folder, replay.questions)
-    return Inputs(
-        replay=replay,
-        dev=dev[:limit],
-        test=test[:limit],
-        hints=hints,
-        model_path=model_path,
-        canary=canary_prompts(config, model=model, questions=train),
-        notes=tuple(notes),
-    )
-
-
-def _check_reward(config: Config, questions: Sequence[Question]) -> None:
-    kind = config.reward.kind
-    reward = load_reward(kind, format_weight=config.reward.format_weight, never_negative=has_likelihood(config))
-    if is_user_reward(kind) and questions:
-        try_reward(reward, questions[0])
-
-
 @contextmanager
 def _ray() -> Iterator[None]:
     """The cluster that RAY_ADDRESS names, else a local Ray that ends with this process.
@@ -358,7 +294,7 @@ def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> L
     device = device_of(layout.learner.gpus)
     return LearnerSpec(
         model=Path(config.model.path) if request.checkpoint is None else request.checkpoint,
-        settings=learner_settings(config, device=device),
+        settings=learner_settings(config, device=device, rate_factor=rate_factor(request.run)),
         device=device,
         hints=[inputs.hints.ids(index) for index in range(len(inputs.hints))],
         kept=[inputs.hints.kept(index) for index in range(len(inputs.hints))],

@@ -67,6 +67,7 @@ def make_rig(folder: Path, *, num_steps: int = 3, eval_every: int = 0, checkpoin
             keep_checkpoints=9,
             groups_per_step=GROUPS,
             autoscale=None,
+            guard="off",
             transfer_dtype="float32",
         ),
         run_folder=run,
