@@ -84,7 +84,7 @@ class Guard:
         return Trip(step=step, first_bad=step - WINDOW + 1, reasons=(fallen, *signs))
 
     def _fallen(self) -> tuple[str | None, int]:
-        """What is said of a reward that is lost, None where it is not; and the end of the window in which it was best."""
+        """What is said of a reward that is lost, None where it is not; and where its best window ended."""
         known = [
             (end, value)
             for end, seen in enumerate(self._seen, 1)
