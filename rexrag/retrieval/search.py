@@ -67,9 +67,17 @@ class Searcher:
             scores, rows = self._scan(queries, fetched)
         else:
             scores, rows = self.index.search(np.ascontiguousarray(queries), fetched)
+            self._fill_up(queries, scores, rows, min(top_k, self.count))
         if self.is_l2:
             scores = (1 - scores / 2).astype(np.float32)
         return _ordered(scores, rows, top_k)
+
+    def _fill_up(self, queries: Vectors, scores: Vectors, rows: Rows, top_k: int) -> None:
+        """Search all lists for the queries whose few lists have less than `top_k` vectors."""
+        short = np.flatnonzero(rows[:, top_k - 1] < 0)
+        if self.num_lists is not None and len(short):
+            everywhere = faiss.SearchParametersIVF(nprobe=self.num_lists)  # type: ignore[call-arg]  # SWIG's
+            scores[short], rows[short] = self.index.search(queries[short], rows.shape[1], params=everywhere)
 
     def _scan(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         metric = self.index.metric_type
@@ -87,6 +95,6 @@ class Searcher:
 
 def _ordered(scores: Vectors, rows: Rows, top_k: int) -> tuple[Vectors, Rows]:
     """By falling score, to about six digits, and where it is equal by row; missing ones last."""
-    rounded: Vectors = np.round(np.where(rows < 0, -np.inf, scores), 6)
+    rounded: Vectors = np.round(np.where(rows < 0, np.float32(-np.inf), scores), 6).astype(np.float32)
     order = np.lexsort((rows, -rounded), axis=-1)[:, :top_k]
     return np.take_along_axis(scores, order, axis=-1), np.take_along_axis(rows, order, axis=-1)
