@@ -118,7 +118,8 @@ class VectorStore:
             RetrievalIndexError: a value is beyond what the file's type holds.
             OSError: the disk is full.
         """
-        stored = vectors.astype(self._dtype)
+        with np.errstate(over="ignore"):
+            stored = vectors.astype(self._dtype)
         if not np.isfinite(stored).all():
             raise RetrievalIndexError(
                 "a vector has a value beyond 65504, the largest of fp16; let vectors be normalised (--normalize), or "
