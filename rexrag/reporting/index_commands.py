@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from enum import StrEnum
@@ -113,7 +114,7 @@ def build_index(
         return
     if encoder is None:
         raise ConfigError(f"--kind {kind.value} needs --encoder, the folder of a sentence encoder")
-    require_faiss()
+    _prepare_process()
     from rexrag.reporting.terminal import Progress
     from rexrag.retrieval.dense_build import build_dense
 
@@ -123,6 +124,12 @@ def build_index(
         overrides = _overrides(own)
         manifest = build_dense(corpus, out, encoder=encoder, settings=settings, overrides=overrides, progress=progress)
     _tell(out, manifest, started=started)
+
+
+def _prepare_process() -> None:
+    """Before FAISS and torch are loaded: their threads wait without a core, which other processes may need."""
+    require_faiss()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _settings(
@@ -172,9 +179,10 @@ def _tell(out: Path, manifest: Manifest, *, started: float) -> None:
     if dense is None:
         return
     settings = dense.encoder.settings
-    prefixes = f"{settings.query_prefix!r} before queries, {settings.passage_prefix!r} before passages"
+    prefixes = f"{settings.query_prefix!r} before each query, {settings.passage_prefix!r} before each passage"
     length = "length 1" if settings.normalize else "their own length"
-    STDOUT.print(f"encoder: {settings.pooling} of at most {settings.max_tokens} tokens, {length}, {prefixes}")
+    tokens = counted(settings.max_tokens, "token")
+    STDOUT.print(f"encoder: {settings.pooling} of at most {tokens}, {length}, {prefixes}")
     if dense.lists is not None and dense.probes is not None:
         STDOUT.print(f"{counted(dense.lists, 'list')}, of which a search looks through {dense.probes}")
     if dense.recall is None:
@@ -221,7 +229,7 @@ def adopt_index(
     max_tokens: MaxTokensOption = None,
 ) -> None:
     """Make an index of a FAISS file, once it is known to be of this corpus and this encoder."""
-    require_faiss()
+    _prepare_process()
     from rexrag.reporting.terminal import Progress
     from rexrag.retrieval.adopt import adopt
 

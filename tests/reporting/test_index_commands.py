@@ -43,7 +43,10 @@ def test_build_and_check(world: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
     out, err = capfd.readouterr()
     first, second, third, fourth = out.splitlines()
     assert first.startswith("i: ivf, 60 passages, int8, ")
-    assert second == "encoder: cls of at most 30 tokens, their own length, 'query:' before queries, '' before passages"
+    assert (
+        second
+        == "encoder: cls of at most 30 tokens, their own length, 'query:' before each query, '' before each passage"
+    )
     assert third == "1 list, of which a search looks through 1"
     assert fourth.startswith("recall against brute force, 10 queries: ")
     assert "encoding" in err
