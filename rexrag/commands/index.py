@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from enum import StrEnum
@@ -64,6 +65,10 @@ OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder fo
 MemoryOption = Annotated[
     float | None, typer.Option("--memory", metavar="GB", help="Memory beside that of the encoder; 4 by default.")
 ]
+QuestionsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--questions", metavar="F", help="Questions to measure recall with; may be repeated."),
+]
 GpuOption = Annotated[bool, typer.Option("--gpu", help="Encode, and train lists, on a GPU.")]
 PoolingOption = Annotated[IndexPooling | None, typer.Option(help="Pooling of the encoder, in place of what is found.")]
 NormalizeOption = Annotated[
@@ -85,6 +90,7 @@ def build_index(
     precision: Annotated[
         IndexPrecision | None, typer.Option(help="Of the vectors: fp16 for flat, int8 for ivf by default.")
     ] = None,
+    questions: QuestionsOption = None,
     memory: MemoryOption = None,
     gpu: GpuOption = False,
     pooling: PoolingOption = None,
@@ -100,27 +106,39 @@ def build_index(
     if kind is IndexKind.BM25:
         from rexrag.retrieval.bm25 import build_bm25
 
-        said = {"--encoder": encoder, "--precision": precision, "--memory": memory, "--gpu": gpu or None, **own}
+        own |= {"--encoder": encoder, "--precision": precision, "--questions": questions}
+        said = {**own, "--memory": memory, "--gpu": gpu or None}
         if unused := [name for name, value in said.items() if value is not None]:
             raise ConfigError(f"{', '.join(unused)}: of dense indexes only; add --kind flat or --kind ivf")
         _tell(out, build_bm25(corpus, out), started=started)
         return
     if encoder is None:
         raise ConfigError(f"--kind {kind.value} needs --encoder, the folder of a sentence encoder")
-    require_faiss()
+    _prepare_process()
     from rexrag.reporting.terminal import Progress
     from rexrag.retrieval.dense_build import build_dense
 
     default = IndexPrecision.FP16 if kind is IndexKind.FLAT else IndexPrecision.INT8
-    settings = _settings(kind, precision=precision or default, memory=memory, gpu=gpu)
+    settings = _settings(kind, precision=precision or default, questions=questions, memory=memory, gpu=gpu)
     with Progress() as progress:
         overrides = _overrides(own)
         manifest = build_dense(corpus, out, encoder=encoder, settings=settings, overrides=overrides, progress=progress)
     _tell(out, manifest, started=started)
 
 
+def _prepare_process() -> None:
+    """Before FAISS and torch are loaded: their threads wait without a core, which other processes may need."""
+    require_faiss()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _settings(
-    kind: IndexKind | IndexTarget, *, precision: IndexPrecision | None = None, memory: float | None, gpu: bool
+    kind: IndexKind | IndexTarget,
+    *,
+    precision: IndexPrecision | None = None,
+    questions: list[Path] | None,
+    memory: float | None,
+    gpu: bool,
 ) -> DenseSettings:
     """What flags say of an index."""
     from rexrag.retrieval.dense_build import DEFAULT_MEMORY_GB, DenseSettings
@@ -130,9 +148,18 @@ def _settings(
     return DenseSettings(
         kind="flat" if name == "flat" else "ivf",
         precision=chosen.value,
+        questions=_texts(questions),
         memory_gb=DEFAULT_MEMORY_GB if memory is None else memory,
         use_gpu=gpu,
     )
+
+
+def _texts(questions: list[Path] | None) -> tuple[str, ...]:
+    from rexrag.data.questions import load_questions
+
+    if not questions:
+        return ()
+    return tuple(row.question for row in load_questions(list(questions), skip_by="correct them").questions)
 
 
 def _overrides(own: Mapping[str, object]) -> EncoderOverrides:
@@ -152,11 +179,10 @@ def _tell(out: Path, manifest: Manifest, *, started: float) -> None:
     if dense is None:
         return
     settings = dense.encoder.settings
-    prefixes = f"{settings.query_prefix!r} before queries, {settings.passage_prefix!r} before passages"
+    prefixes = f"{settings.query_prefix!r} before each query, {settings.passage_prefix!r} before each passage"
     length = "length 1" if settings.normalize else "their own length"
-    STDOUT.print(
-        f"encoder: {settings.pooling} of at most {counted(settings.max_tokens, 'token')}, {length}, {prefixes}"
-    )
+    tokens = counted(settings.max_tokens, "token")
+    STDOUT.print(f"encoder: {settings.pooling} of at most {tokens}, {length}, {prefixes}")
     if dense.lists is not None and dense.probes is not None:
         STDOUT.print(f"{counted(dense.lists, 'list')}, of which a search looks through {dense.probes}")
     if dense.recall is None:
@@ -193,6 +219,7 @@ def adopt_index(
     to: Annotated[
         IndexTarget | None, typer.Option(help="Convert it. Without: use the file where it is, without a copy.")
     ] = None,
+    questions: QuestionsOption = None,
     memory: MemoryOption = None,
     gpu: GpuOption = False,
     pooling: PoolingOption = None,
@@ -202,14 +229,14 @@ def adopt_index(
     max_tokens: MaxTokensOption = None,
 ) -> None:
     """Make an index of a FAISS file, once it is known to be of this corpus and this encoder."""
-    require_faiss()
+    _prepare_process()
     from rexrag.reporting.terminal import Progress
     from rexrag.retrieval.adopt import adopt
 
     started = time.monotonic()
     own: dict[str, object] = {"--pooling": pooling, "--normalize": normalize, "--query-prefix": query_prefix}
     own |= {"--passage-prefix": passage_prefix, "--max-tokens": max_tokens}
-    settings = _settings(to or IndexTarget.FLAT_FP16, memory=memory, gpu=gpu)
+    settings = _settings(to or IndexTarget.FLAT_FP16, questions=questions, memory=memory, gpu=gpu)
     with Progress() as progress:
         manifest = adopt(
             file,

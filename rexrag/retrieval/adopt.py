@@ -108,9 +108,8 @@ def _unwrapped(index: FaissIndex, path: Path) -> FaissIndex:
             f"{path}: its vectors have ids of their own ({ids[:3].tolist()} …), and the rows of the corpus in their "
             "order are needed; write it anew without IndexIDMap"
         )
-    inner = faiss.downcast_index(index.index)
-    index.own_fields = False  # the one inside lives on by itself
-    inner.this.own(True)  # type: ignore[attr-defined]  # SWIG's
+    inner: FaissIndex = faiss.downcast_index(index.index)
+    inner.referenced_objects = [index]  # which owns it, and so has to live as long
     return inner
 
 
@@ -209,7 +208,7 @@ def _point_to(
     exact = None
     if vectors is not None:
         told.stage("measuring recall")
-        queries = encode_sample(corpus, encoder)
+        queries = encode_sample(corpus, encoder, questions=settings.questions)
         exact = ExactResults(vectors, queries, block_rows=settings.block_rows(vectors.dimension))
     return describe_dense(searcher, exact, encoder=encoder, precision=None, file=file)
 

@@ -54,7 +54,7 @@ class DenseIndex:
                 another encoder.
             ModelError: the encoder is missing or cannot be loaded.
         """
-        root = Path(folder)
+        root = self._root = Path(folder)
         manifest = read_manifest(root)
         if manifest.dense is None:
             raise RetrievalIndexError(f'{root}: a bm25 index, no dense one; set retriever.kind = "bm25"')
@@ -91,6 +91,11 @@ class DenseIndex:
         if not prepared:
             return []
         scores, rows = self._searcher.search(np.stack(prepared), top_k)
+        if (most := int(rows.max())) >= len(self._corpus):
+            raise RetrievalIndexError(
+                f"{self._root}: a search found row {most} of {len(self._corpus)}: its vectors are damaged; compare "
+                "them with `rexrag index check`, or build it again"
+            )
         return [self._passages(*result) for result in zip(scores, rows, strict=True)]
 
     def _passages(self, scores: Vectors, rows: npt.NDArray[np.int64]) -> tuple[Passage, ...]:

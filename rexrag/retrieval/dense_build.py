@@ -29,6 +29,7 @@ from rexrag.retrieval.manifest import (
     describe_corpus,
     describe_files,
     new_index_folder,
+    remove_abandoned,
     write_manifest,
 )
 from rexrag.retrieval.recall import ExactResults, encode_sample
@@ -68,12 +69,14 @@ class DenseSettings:
 
     Attributes:
         precision: of its vectors.
+        questions: that recall is measured with; without any, words of the passages are asked for.
         memory_gb: bound of what it takes beside the encoder and the libraries.
         use_gpu: encode, and train lists, on a GPU.
     """
 
     kind: DenseKind = "flat"
     precision: Precision = "fp16"
+    questions: tuple[str, ...] = ()
     memory_gb: float = DEFAULT_MEMORY_GB
     use_gpu: bool = False
 
@@ -125,6 +128,7 @@ def build_dense(
         with passages:
             origin = _origin(described, loaded, settings.precision)
             with closing(VectorStore(_store_folder(target), origin)) as store:
+                remove_abandoned(folder, target)  # nobody else builds there, as the store is ours
                 progress.stage("encoding", total=len(passages))
                 encode_corpus(passages, loaded, store, progress=progress.advance_to)
                 dense = write_index(
@@ -172,7 +176,7 @@ def write_index(
         empty = empty_flat(source.dimension, settings.precision, limits=limits)
         write_flat(path, empty, told(source.blocks(rows), progress.advance_to), count=source.count)
     progress.stage("measuring recall")
-    exact = ExactResults(source, encode_sample(corpus, encoder), block_rows=rows)
+    exact = ExactResults(source, encode_sample(corpus, encoder, questions=settings.questions), block_rows=rows)
     searcher = Searcher(open_faiss(path))
     return describe_dense(searcher, exact, encoder=encoder, precision=settings.precision)
 

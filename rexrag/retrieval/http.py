@@ -37,7 +37,7 @@ class HttpRetriever:
         await retriever.close()
 
     A server that fails some times in a row is left alone: searches wait, each up to `max_wait_s`, while one probe at a
-    time asks whether it is back. Who has no attempt left by then is told of the outage.
+    time asks whether it is back.
 
     Requests go straight to the server: proxies of the environment are not used. One instance belongs to one
     event loop.
@@ -89,7 +89,7 @@ class HttpRetriever:
         Raises:
             QueryRefusedError: it does not take this query.
             RetrieverSetupError: it is no server of this API, or does not let us in: every query would fail.
-            RetrieverError: it failed at every attempt.
+            RetrieverError: it failed at every attempt, or was down for as long as a search may take.
         """
         assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
         return await self._attempts.search(query, top_k)

@@ -6,6 +6,7 @@ An index is made in a folder beside the final one and renamed: a folder with an 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -269,7 +270,7 @@ def new_index_folder(out: Path) -> Iterator[Path]:
         RetrievalIndexError: `out` exists and is neither an index nor an empty folder, or cannot be written.
     """
     target = out.resolve()
-    building = target.parent / f".{target.name}.building-{os.getpid()}"
+    building = target.parent / f"{_building(target)}{os.getpid()}"
     try:
         _refuse_other_content(out)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -283,6 +284,18 @@ def new_index_folder(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def remove_abandoned(building: Path, out: Path) -> None:
+    """Remove what builds that were killed left beside `out`; `building` is the folder of the one that goes on."""
+    target = out.resolve()
+    for folder in target.parent.glob(f"{glob.escape(_building(target))}*"):
+        if folder != building:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _building(target: Path) -> str:
+    return f".{target.name}.building-"
 
 
 def _refuse_other_content(out: Path) -> None:

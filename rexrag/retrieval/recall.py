@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -19,21 +18,22 @@ from rexrag.retrieval.vectors import VectorSource
 
 SAMPLE_QUERIES: Final = 512
 DEPTH: Final = 10
-_QUERY_WORDS: Final = 12
+_QUERY_WORDS: Final = 6
 _NEARLY: Final = 1e-6
 """Passages of equal text have one score: which of them is found makes no difference."""
 
 
 def sample_queries(corpus: Corpus, *, count: int = SAMPLE_QUERIES, seed: int = 0) -> list[str]:
-    """Queries as one might ask them: title, and some words in a row, of passages drawn evenly."""
+    """Queries of passages drawn evenly: a few of its words in a row, every other time behind its title."""
     rng = random.Random(seed)
     rows = rng.sample(range(len(corpus)), min(count, len(corpus)))
     queries = []
-    for row in sorted(rows):
+    for number, row in enumerate(rows):
         passage = corpus.get(row)
-        words = re.findall(r"\S+", passage.text)
+        words = passage.text.split()
         start = rng.randrange(max(1, len(words) - _QUERY_WORDS + 1))
-        queries.append(" ".join([passage.title, *words[start : start + _QUERY_WORDS]]).strip())
+        title = passage.title if number % 2 else ""
+        queries.append(" ".join([title, *words[start : start + _QUERY_WORDS]]).strip())
     return queries
 
 
@@ -48,8 +48,8 @@ class ExactResults:
             block_rows: vectors in memory at a time.
         """
         self.queries = queries
-        half = len(queries) // 2
-        self.first_half, self.second_half = slice(half), slice(half, None)
+        half = len(queries) // 2 if len(queries) > 1 else None
+        self.first_half, self.second_half = slice(half), slice(half or 0, None)
         self._source = source
         depth = min(DEPTH, source.count)
         self._scores, _ = knn_ground_truth(  # type: ignore[no-untyped-call]
@@ -82,7 +82,9 @@ class ExactResults:
         )
 
 
-def encode_sample(corpus: Corpus, encoder: Encoder) -> Vectors:
-    """The sample as vectors, float32[N, D]."""
-    texts: Sequence[str] = sample_queries(corpus)
+def encode_sample(corpus: Corpus, encoder: Encoder, *, questions: Sequence[str] = ()) -> Vectors:
+    """A sample of queries as vectors, float32[N, D]: of these questions, or without any of words of the corpus."""
+    texts = sample_queries(corpus)
+    if questions:
+        texts = random.Random(0).sample(list(questions), min(SAMPLE_QUERIES, len(questions)))
     return encoder.queries(texts)

@@ -62,7 +62,7 @@ class ServerSettings:
     limits: Limits = field(default_factory=Limits)
     token: str | None = None
     deadline_s: float = 60.0
-    max_waiting: int = 16384
+    max_waiting: int = 16_384
 
 
 class SearchApp:

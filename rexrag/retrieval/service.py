@@ -45,7 +45,7 @@ class ServiceSettings:
 
     max_batch: int = 64
     max_wait_s: float = 0.003
-    max_waiting: int = 1024
+    max_waiting: int = 16_384
     cache_chars: int = 16_000_000
 
 
@@ -167,6 +167,7 @@ class SearchService(Generic[PreparedT]):
         self._counters.cached += sum(key in known for key in keys)
         entries = self._join([key for key in keys if key not in known])
         try:
+            # One after the other costs no time: a failure of any ends the call as it is met.
             async with asyncio.timeout(timeout_s):
                 for key, entry in entries.items():
                     known[key] = await asyncio.shield(entry.answer)
@@ -234,6 +235,7 @@ class SearchService(Generic[PreparedT]):
             began = time.monotonic()
             try:
                 prepared = await loop.run_in_executor(self._threads[0], self._index.prepare, queries)
+                assert len(prepared) == size, f"an index prepared {len(prepared)} of {size} queries"
             except Exception as error:  # noqa: BLE001  # fault boundary: it is those callers' to see
                 self._fail(batch, error)
                 self._room.release()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -42,16 +43,21 @@ class VectorSource(Protocol):
 
 
 class FaissVectors:
-    """The vectors of a FAISS index, decoded."""
+    """The vectors of a FAISS index, decoded; one with lists needs its direct map."""
 
     def __init__(self, index: FaissIndex) -> None:
         self._index = index
         self.count = int(index.ntotal)
         self.dimension = int(index.d)
+        self._has_lists = faiss.try_extract_index_ivf(index) is not None
 
     def blocks(self, size: int) -> Iterator[Vectors]:
         for start in range(0, self.count, size):
-            yield self._index.reconstruct_n(start, min(size, self.count - start))
+            rows = min(size, self.count - start)
+            # An index with lists would go through all of its ids for each block.
+            yield (
+                self.take(np.arange(start, start + rows)) if self._has_lists else self._index.reconstruct_n(start, rows)
+            )
 
     def take(self, rows: Sequence[int] | Rows) -> Vectors:
         vectors: Vectors = self._index.reconstruct_batch(np.asarray(rows, dtype=np.int64))
@@ -118,7 +124,8 @@ class VectorStore:
             RetrievalIndexError: a value is beyond what the file's type holds.
             OSError: the disk is full.
         """
-        stored = vectors.astype(self._dtype)
+        with np.errstate(over="ignore"):
+            stored = vectors.astype(self._dtype)
         if not np.isfinite(stored).all():
             raise RetrievalIndexError(
                 "a vector has a value beyond 65504, the largest of fp16; let vectors be normalised (--normalize), or "

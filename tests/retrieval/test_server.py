@@ -338,8 +338,11 @@ def test_an_address_that_others_reach_without_a_token_is_warned_of(folder: Path)
     assert not is_loopback(bind("0.0.0.0", 0))
     process = start_server(folder, "--host", "0.0.0.0", "--port", "0")
     assert process.stderr is not None
-    told = [process.stderr.readline(), process.stderr.readline()]
-    process.terminate()
-    process.communicate(timeout=20)
+    try:
+        told = [process.stderr.readline(), process.stderr.readline()]
+        process.terminate()  # maybe before it serves: that ends it, too
+        process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert told[0].startswith("warning: --host 0.0.0.0: whoever reaches this machine can search the corpus")
     assert re.match(r".*index: 4 passages at http://0\.0\.0\.0:\d+/retrieve", told[1])

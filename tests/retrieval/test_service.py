@@ -264,14 +264,20 @@ def test_an_end_finishes_what_was_accepted_and_takes_nothing_more() -> None:
 
 
 def test_an_index_with_too_few_results_is_an_error_and_not_another_callers_answer() -> None:
+    class ForgetfulIndex(EchoIndex):
+        def prepare(self, queries: Sequence[str]) -> list[tuple[str, int]]:
+            return super().prepare(queries)[1:]
+
     class ShortIndex(EchoIndex):
         def find(self, prepared: Sequence[tuple[str, int]], *, top_k: int) -> list[tuple[Passage, ...]]:
             return super().find(prepared, top_k=top_k)[1:]
 
     async def scenario() -> None:
-        service = SearchService(ShortIndex())
-        with pytest.raises(AssertionError, match="found 0 results for 1"):
-            await service.search("q", top_k=1)
-        await service.close()
+        for index, told in ((ShortIndex(), "found 0 results for 1"), (ForgetfulIndex(), "prepared 0 of 1")):
+            service = SearchService(index)
+            for _ in range(3):
+                with pytest.raises(AssertionError, match=told):
+                    await service.search("q", top_k=1)
+            await service.close()
 
     run(scenario)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 from own_server import served
-from system_runs import assert_books_balance, child_of, read_lines, start_rexrag
+from system_runs import assert_books_balance, child_of, read_lines, run_rexrag, start_rexrag
+from tiny_encoders import make_encoder
+
+from rexrag.retrieval.dense_build import DenseSettings, build_dense
 
 pytestmark = pytest.mark.system
 STEPS = 6
@@ -83,3 +86,18 @@ def test_a_server_that_is_gone_for_seconds_is_waited_for(recipe: Path, tmp_path:
     told = warnings_of(run)
     assert sum("does not answer: searches wait" in line for line in told) == 1
     assert sum("answers again, after" in line for line in told) == 1
+
+
+def test_a_dense_index_in_the_process_and_in_an_evaluation(recipe: Path, tmp_path: Path) -> None:
+    run, index, world = tmp_path / "run", tmp_path / "dense", recipe.parent / "world"
+    encoder = make_encoder(tmp_path / "encoder", dimension=16)
+    build_dense(world / "corpus.jsonl", index, encoder=encoder, settings=DenseSettings(precision="fp16"))
+    process = start(recipe, run, "retriever.kind=faiss", f"retriever.path={index}", "train.steps=2")
+    try:
+        _, errors = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert num_steps(run) == 2
+    run_rexrag("eval", run, "--questions", world / "dev.jsonl", "--index", index, "--out", tmp_path / "eval.json")
+    assert json.loads((tmp_path / "eval.json").read_text())["n"] == 8

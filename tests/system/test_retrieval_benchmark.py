@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_both_servers_are_measured(tmp_path: Path) -> None:
-    words = "--passages 200 400 --dimension 32 --layers 1 --clients 1 4 --seconds 0.5 --threads 1 --port 18720"
+    words = "--passages 200 --dimension 32 --layers 1 --clients 1 4 --seconds 0.3 --threads 1 --port 18720"
     out = tmp_path / "out.json"
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "retrieval.py"), *words.split(), "--work", tmp_path, "--out", out],
@@ -29,12 +29,11 @@ def test_both_servers_are_measured(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert report["machine"]["cpu"]
     assert report["commit"]
-    assert [corpus["passages"] for corpus in report["corpora"]] == [200, 400]
-    for corpus in report["corpora"]:
-        assert [(load["server"], load["clients"]) for load in corpus["loads"]] == [
-            ("one per call", 1), ("one per call", 4), ("rexrag", 1), ("rexrag", 4)
-        ]  # fmt: skip
-        assert all(load["qps"] > 0 and load["p99_ms"] >= load["p50_ms"] > 0 for load in corpus["loads"])
-        assert all(load["cpu_s"] >= 0 and load["memory_mb"] > 10 for load in corpus["loads"])
-        assert set(corpus["goals"]) == {"qps_ratio_1"}
-    assert report["law"]["large"]["qps"] == 1000
+    (corpus,) = report["corpora"]
+    assert [(load["server"], load["clients"]) for load in corpus["loads"]] == [
+        ("one per call", 1), ("one per call", 4), ("rexrag", 1), ("rexrag", 4)
+    ]  # fmt: skip
+    assert all(load["qps"] > 0 and load["p99_ms"] >= load["p50_ms"] > 0 for load in corpus["loads"])
+    assert all(load["cpu_s"] >= 0 and load["memory_mb"] > 10 for load in corpus["loads"])
+    assert set(corpus["goals"]) == {"qps_ratio_1"}
+    assert report["law"] is None, "of one size there is none"

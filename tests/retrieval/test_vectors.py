@@ -1,0 +1,235 @@
+"""Vectors on their way into an index: kept over a kill, and never all in memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from tiny_encoders import make_encoder, passage_rows, write_rows
+
+from rexrag.errors import RetrievalIndexError
+from rexrag.retrieval.dense_build import DenseSettings, build_dense
+from rexrag.retrieval.encoder import Vectors
+from rexrag.retrieval.encoder_settings import EncoderSettings
+from rexrag.retrieval.faiss_files import FaissIndex, Precision, empty_flat, open_faiss, write_flat
+from rexrag.retrieval.ivf import num_lists, write_ivf
+from rexrag.retrieval.search import Searcher
+from rexrag.retrieval.vectors import FaissVectors, VectorOrigin, VectorStore
+
+BUILD_UNTIL_KILLED = """
+import sys, time
+from rexrag.retrieval.dense_build import build_dense
+
+class Waiting:
+    def stage(self, name, *, total=None): self.name = name
+    def advance_to(self, done):
+        if self.name == "encoding":
+            time.sleep(600)
+
+build_dense(sys.argv[1], sys.argv[2], encoder=sys.argv[3], progress=Waiting())
+"""
+
+
+class Told:
+    """What a build told of its progress."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, list[float]] = {}
+
+    def stage(self, name: str, *, total: float | None = None) -> None:
+        self.done[name] = []
+
+    def advance_to(self, done: float) -> None:
+        self.done[list(self.done)[-1]].append(done)
+
+
+def test_a_build_that_was_killed_goes_on(tmp_path: Path) -> None:
+    encoder = make_encoder(tmp_path / "encoder")
+    corpus = write_rows(tmp_path / "c.jsonl", passage_rows(700))
+    whole = Told()
+    build_dense(corpus, tmp_path / "whole", encoder=encoder, progress=whole)
+    assert whole.done["encoding"] == [1024, 2048, 2100]
+
+    script = [sys.executable, "-c", BUILD_UNTIL_KILLED, str(corpus), str(tmp_path / "i"), str(encoder)]
+    child = subprocess.Popen(script)
+    try:
+        state = tmp_path / ".i.vectors" / "state.json"
+        wait_until(lambda: state.exists() and json.loads(state.read_text())["rows"] == 1024)
+        with pytest.raises(RetrievalIndexError, match="another build is at work there"):
+            build_dense(corpus, tmp_path / "i", encoder=encoder)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait(60)
+    assert not (tmp_path / "i").exists()
+
+    rest = Told()
+    build_dense(corpus, tmp_path / "i", encoder=encoder, progress=rest)
+    assert rest.done["encoding"] == [2048, 2100]
+    assert (tmp_path / "i" / "vectors.faiss").read_bytes() == (tmp_path / "whole" / "vectors.faiss").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "encoder", "i", "whole"]
+
+
+def wait_until(holds: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, "did not come"
+        time.sleep(0.05)
+
+
+def origin(**changes: object) -> VectorOrigin:
+    base = VectorOrigin(corpus_sha256="c", encoder_sha256="e", settings=EncoderSettings(), dimension=8, dtype="float16")
+    return base.model_copy(update=changes)
+
+
+def some_vectors(count: int, dimension: int = 8, *, seed: int = 0) -> Vectors:
+    vectors = np.random.default_rng(seed).standard_normal((count, dimension), dtype=np.float32)
+    faiss.normalize_L2(vectors)
+    return vectors
+
+
+def test_what_is_counted_is_there_and_what_is_not_is_written_again(tmp_path: Path) -> None:
+    vectors = some_vectors(30)
+    with closing(VectorStore(tmp_path / "v", origin())) as store:
+        store.append(vectors[:20])
+    with (tmp_path / "v" / "vectors").open("ab") as file:
+        file.write(b"torn row")
+    with closing(VectorStore(tmp_path / "v", origin())) as store:
+        assert store.count == 20
+        store.append(vectors[20:])
+        np.testing.assert_allclose(np.concatenate(list(store.blocks(7))), vectors, atol=1e-3)
+        np.testing.assert_allclose(store.take([29, 3]), vectors[[29, 3]], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"corpus_sha256": "d"},
+        {"encoder_sha256": "f"},
+        {"settings": EncoderSettings(query_prefix="query: ")},
+        {"dtype": "float32"},
+    ],
+)
+def test_vectors_of_something_else_are_not_used(tmp_path: Path, changes: dict[str, object]) -> None:
+    with closing(VectorStore(tmp_path / "v", origin())) as store:
+        store.append(some_vectors(5))
+    with closing(VectorStore(tmp_path / "v", origin(**changes))) as store:
+        assert store.count == 0
+        store.append(some_vectors(1))
+    assert (tmp_path / "v" / "vectors").stat().st_size == 8 * (4 if "dtype" in changes else 2)
+
+
+def test_fewer_vectors_than_were_counted_are_none(tmp_path: Path) -> None:
+    with closing(VectorStore(tmp_path / "v", origin())) as store:
+        store.append(some_vectors(5))
+    (tmp_path / "v" / "vectors").write_bytes(b"")
+    with closing(VectorStore(tmp_path / "v", origin())) as store:
+        assert store.count == 0
+
+
+def test_values_that_fp16_does_not_hold_are_refused(tmp_path: Path) -> None:
+    with (
+        closing(VectorStore(tmp_path / "v", origin())) as store,
+        pytest.raises(RetrievalIndexError, match="beyond 65504"),
+    ):
+        store.append(np.full((1, 8), 1e5, dtype=np.float32))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_file_written_in_a_stream_is_the_one_that_faiss_writes(tmp_path: Path, precision: Precision) -> None:
+    vectors = some_vectors(1000, 24)
+    empty = empty_flat(24, precision, limits=np.stack([vectors.min(0), vectors.max(0)]))
+    write_flat(tmp_path / "streamed", empty, iter(np.array_split(vectors, 7)), count=1000)
+    empty.add(vectors)
+    faiss.write_index(empty, str(tmp_path / "whole"))
+    assert (tmp_path / "streamed").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_lists_filled_in_parts_are_those_filled_at_once(tmp_path: Path) -> None:
+    vectors = some_vectors(5000, 24)
+    source = FaissVectors(flat(vectors))
+    for name, memory_bytes in (("parts", 1 << 17), ("whole", 1 << 30)):
+        (tmp_path / name).mkdir()
+        write_ivf(tmp_path / name / "v", source, memory_bytes=memory_bytes, use_gpu=False, progress=lambda done: None)
+    parts, whole = (open_faiss(tmp_path / name / "v") for name in ("parts", "whole"))
+    assert parts.ntotal == whole.ntotal == 5000
+    assert parts.nlist < whole.nlist
+    for index in (parts, whole):
+        _, rows = Searcher(index, probes=index.nlist).search(vectors, 1)
+        assert rows[:, 0].tolist() == list(range(5000))
+    plain: FaissIndex = faiss.read_index(str(tmp_path / "whole" / "v"))  # by whoever has FAISS alone, all in memory
+    plain.nprobe = plain.nlist
+    assert plain.search(vectors[:50], 1)[1][:, 0].tolist() == list(range(50))
+
+
+def flat(vectors: Vectors) -> faiss.IndexFlatIP:
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    return index
+
+
+def test_lists_follow_the_size_and_what_can_be_trained() -> None:
+    assert [num_lists(n, trained=n) for n in (1, 600, 100_000, 21_000_000)] == [1, 15, 1265, 18330]
+    assert num_lists(21_000_000, trained=390_000) == 10_000
+
+
+class AnonymousPeak:
+    """The most memory of its own that this process has while a block runs; mapped files are not its own."""
+
+    def __enter__(self) -> AnonymousPeak:
+        self._before = self.bytes = anonymous_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.002):
+            self.bytes = max(self.bytes, anonymous_bytes())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes -= self._before
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A flat file of 128 MiB."""
+    path = tmp_path_factory.mktemp("large") / "v"
+    blocks = (some_vectors(4096, 128, seed=seed) for seed in range(64))
+    write_flat(path, empty_flat(128, "fp32"), blocks, count=64 * 4096)
+    return path
+
+
+def test_an_index_opens_without_its_vectors_in_memory(large: Path) -> None:
+    with AnonymousPeak() as peak:
+        Searcher(open_faiss(large)).search(some_vectors(9, 128), 3)
+    assert peak.bytes < 16 << 20
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_converting_keeps_to_its_memory(large: Path, tmp_path: Path, kind: str) -> None:
+    source = FaissVectors(open_faiss(large))
+    with AnonymousPeak() as peak:
+        if kind == "ivf":
+            write_ivf(tmp_path / "v", source, memory_bytes=32 << 20, use_gpu=False, progress=lambda done: None)
+        else:
+            rows = DenseSettings(memory_gb=0.25).block_rows(128)
+            write_flat(tmp_path / "v", empty_flat(128, "int8"), source.blocks(rows), count=source.count)
+    assert peak.bytes < 64 << 20
+    assert open_faiss(tmp_path / "v").ntotal == source.count
