@@ -46,7 +46,7 @@ class EnginePassError(RexragError):
 class CollapsedError(RunFailure):
     """The policy breaks (`rexrag.run.guard`). `first_bad`: the first step in which it may have."""
 
-    def __init__(self, message: str, first_bad: int) -> None:
+    def __init__(self, message: str, first_bad: int = 0) -> None:
         super().__init__(message, first_bad)
         self.first_bad = first_bad
 
