@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from rexrag.errors import RetrievalIndexError, counted
 from rexrag.retrieval.encoder import Device, Encoder, Vectors
@@ -130,8 +131,6 @@ def open_searcher(folder: Path, manifest: Manifest, *, num_threads: int | None =
 def _load_encoder(
     folder: Path, dense: DenseEntry, *, path: str | Path | None, device: Device, num_threads: int | None
 ) -> Encoder:
-    import torch
-
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     entry = dense.encoder

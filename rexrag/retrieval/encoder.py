@@ -109,10 +109,9 @@ class Encoder:
         """Vectors of passages, float32[N, D]; of each its title, in quotes, and its text, as Search-R1 encodes them.
 
         Raises:
-            RetrievalIndexError: a vector is not finite; names the passage.
+            RetrievalIndexError: a vector is not finite; says of which text.
         """
-        vectors = self._encode([f"{self.settings.passage_prefix}{contents(passage)}" for passage in passages])
-        return vectors
+        return self._encode([f"{self.settings.passage_prefix}{contents(passage)}" for passage in passages])
 
     def _encode(self, texts: list[str]) -> Vectors:
         """Vectors of texts in their order; passes are of texts of about one length."""
