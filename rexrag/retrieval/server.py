@@ -73,7 +73,7 @@ class SearchApp:
         waiting = max(settings.max_waiting, settings.limits.max_queries)
         self._service = SearchService(index, settings=ServiceSettings(max_waiting=waiting))
         self._metrics = ServerMetrics()
-        self._metrics.watch(self._service.counters, num_passages=index.num_passages)
+        self._metrics.watch(lambda: self._service.counters, num_passages=index.num_passages)
         self._state = "warming up"
         self.app = FastAPI(lifespan=self._lifespan, openapi_url=None)
         self.app.add_route("/retrieve", self._retrieve, methods=["POST"])
@@ -110,7 +110,6 @@ class SearchApp:
             self._check_token(request)
         except RequestRefusedError as refusal:
             return _refusal(refusal)
-        _ = self._service.counters  # what waits is counted when it is asked for
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _retrieve(self, request: Request) -> Response:

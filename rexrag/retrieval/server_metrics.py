@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -46,8 +46,8 @@ class ServerMetrics:
         )
         ProcessCollector(registry=self._registry)
 
-    def watch(self, counters: ServiceCounters, *, num_passages: int) -> None:
-        """Tell of a service, too; `counters` are read whenever the metrics are."""
+    def watch(self, counters: Callable[[], ServiceCounters], *, num_passages: int) -> None:
+        """Tell of a service, too; it is asked for its counters whenever the metrics are read."""
         self._registry.register(_ServiceCollector(counters, num_passages=num_passages))
 
     def answered(self, status: int, *, seconds: float) -> None:
@@ -60,12 +60,12 @@ class ServerMetrics:
 
 
 class _ServiceCollector(Collector):
-    def __init__(self, counters: ServiceCounters, *, num_passages: int) -> None:
+    def __init__(self, counters: Callable[[], ServiceCounters], *, num_passages: int) -> None:
         self._counters = counters
         self._num_passages = num_passages
 
     def collect(self) -> Iterator[Metric]:
-        counters = self._counters
+        counters = self._counters()
         for name, description in _COUNTED.items():
             yield CounterMetricFamily(f"rexrag_search_{name}", description, value=getattr(counters, name))
         yield GaugeMetricFamily("rexrag_search_waiting", "Distinct queries that wait.", value=counters.waiting)

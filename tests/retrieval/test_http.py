@@ -432,7 +432,7 @@ def test_an_outage_is_waited_for_without_using_up_attempts() -> None:
         return 200, passages(queries[0])
 
     async def run(url: str) -> int:
-        retriever = HttpRetriever(url, timeout_s=1.0, max_retries=5)
+        retriever = HttpRetriever(url, timeout_s=10.0, max_retries=5)
         await retriever.search("first", top_k=1)
         is_down.set()
         searches = [asyncio.create_task(retriever.search(str(i), top_k=1)) for i in range(64)]
