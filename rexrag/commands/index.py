@@ -35,6 +35,13 @@ class IndexKind(StrEnum):
     IVF = "ivf"
 
 
+class IndexAnalyser(StrEnum):
+    """How BM25 tells words apart."""
+
+    ENGLISH = "english-1"
+    CJK_AND_ENGLISH = "cjk-english-1"
+
+
 class IndexPrecision(StrEnum):
     """Numbers that the vectors of an index are kept as."""
 
@@ -98,6 +105,9 @@ def build_index(
     query_prefix: QueryPrefixOption = None,
     passage_prefix: PassagePrefixOption = None,
     max_tokens: MaxTokensOption = None,
+    analyser: Annotated[
+        IndexAnalyser | None, typer.Option(help="Words of bm25; without it chosen by the corpus's scripts.")
+    ] = None,
 ) -> None:
     """Build an index over a corpus."""
     started = time.monotonic()
@@ -110,8 +120,11 @@ def build_index(
         said = {**own, "--memory": memory, "--gpu": gpu or None}
         if unused := [name for name, value in said.items() if value is not None]:
             raise ConfigError(f"{', '.join(unused)}: of dense indexes only; add --kind flat or --kind ivf")
-        _tell(out, build_bm25(corpus, out), started=started)
+        named = None if analyser is None else analyser.value
+        _tell(out, build_bm25(corpus, out, analyser=named), started=started)
         return
+    if analyser is not None:
+        raise ConfigError("--analyser: of bm25 only; leave it out, or take --kind bm25")
     if encoder is None:
         raise ConfigError(f"--kind {kind.value} needs --encoder, the folder of a sentence encoder")
     _prepare_process()

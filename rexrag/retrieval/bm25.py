@@ -53,8 +53,11 @@ _TIE: Final = "tie"
 _Scores: TypeAlias = npt.NDArray[np.float64]
 
 
-def build_bm25(corpus: str | Path, out: str | Path) -> Manifest:
+def build_bm25(corpus: str | Path, out: str | Path, *, analyser: str | None = None) -> Manifest:
     """Index a corpus; an index at `out` is replaced once the new one is complete.
+
+    Args:
+        analyser: one of `ANALYSERS`; None: by the corpus's scripts.
 
     Raises:
         DataError: no such file, a bad row, an id that occurs twice, or a corpus that changed meanwhile.
@@ -67,7 +70,7 @@ def build_bm25(corpus: str | Path, out: str | Path) -> Manifest:
     with new_index_folder(target) as folder:
         described = describe_corpus(source, out=target, stored=stored)
         jsonl, num_empty = store_passages(source, folder / PASSAGES_NAME) if stored else (source, 0)
-        analyser = choose_analyser(jsonl)
+        analyser = analyser or choose_analyser(jsonl)
         starts, num_empty_lines = _write_postings(jsonl, folder / POSTINGS_NAME, analyser=analyser)
         starts.tofile(folder / OFFSETS_NAME)
         if source.stat().st_size != described.bytes:

@@ -11,8 +11,9 @@ import pytest
 from tiny_encoders import make_encoder, passage_rows, write_rows
 
 from rexrag.cli import main
-from rexrag.commands.index import recall_advice
+from rexrag.commands.index import IndexAnalyser, recall_advice
 from rexrag.data.corpus import iter_corpus
+from rexrag.retrieval.analysers import ANALYSERS
 from rexrag.retrieval.encoder import Encoder
 from rexrag.retrieval.manifest import RecallEntry, read_manifest
 
@@ -105,3 +106,12 @@ def test_a_poor_recall_comes_with_what_to_change(
         dense = manifest.dense.model_copy(update={"recall": entry, "precision": precision})
         said = recall_advice(manifest.model_copy(update={"kind": kind, "dense": dense}))
         assert said is None if expected is None else expected in (said or "")
+
+
+def test_the_words_of_bm25_may_be_named(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {one.value for one in IndexAnalyser} == set(ANALYSERS)
+    assert call(monkeypatch, "build --corpus c.jsonl --out b") == 0
+    assert read_manifest(world / "b").analyser == "english-1"
+    assert call(monkeypatch, "build --corpus c.jsonl --out b --analyser cjk-english-1") == 0
+    assert read_manifest(world / "b").analyser == "cjk-english-1"
+    assert call(monkeypatch, "build --corpus c.jsonl --out d --kind flat --encoder encoder --analyser english-1") == 2
