@@ -27,5 +27,5 @@ def test_a_run_that_breaks_goes_back_twice_and_then_ends(recipe: Path, tmp_path:
     assert steps == list(range(1, len(steps) + 1)), "each step once"
     assert len(read_lines(run / "metrics.lost.jsonl")) >= 10
     rates = {line["optimizer/learning_rate"] for line in read_lines(run / "metrics.jsonl")[-5:]}
-    assert rates == {0.125}
+    assert rates - {None} == {0.125}
     assert_books_balance(run)
