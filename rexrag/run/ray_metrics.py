@@ -28,5 +28,6 @@ class RayMetrics:
                 continue
             if key not in self._gauges:
                 name = re.sub(r"[^a-z0-9_]", "_", f"rexrag_{key}")
-                self._gauges[key] = Gauge(name, description=DESCRIPTIONS[described(key)], tag_keys=("run",))
+                told = DESCRIPTIONS[described(key)].encode("ascii", "replace").decode()  # Ray takes no other letters
+                self._gauges[key] = Gauge(name, description=told, tag_keys=("run",))
             self._gauges[key].set(value, tags=self._labels)

@@ -48,7 +48,7 @@ def find_place(run: str | None, *, address: str | None) -> Place:
     if run is not None and RunFolder.is_run(Path(run)):
         folder = RunFolder(Path(run))
         noted = _noted(folder)
-        if noted is None and asked is None:
+        if noted is None and (asked is None or asked.startswith(("http://", "https://"))):
             status = folder.record().status
             why = "it is being started, or was killed" if status == "running" else f"it is {status}"
             raise ConfigError(f"--run {run}: does not go on ({why}); start it with: rexrag train --run-dir {run}")

@@ -407,6 +407,11 @@ def test_metrics_are_finite_documented_and_complete(tmp_path: Path) -> None:
         keys.ROLLOUT_ACTORS,
         keys.ROLLOUT_ACTORS_WANTED,
         keys.ROLLOUT_REPLACED,
+        keys.SEARCH_EMPTY,
+        keys.SEARCH_FAILED,
+        keys.SEARCH_RETRIED,
+        keys.SEARCH_OUTAGES,
+        keys.SEARCH_OUTAGE_S,
     }
     histograms = {key for key in keys.DESCRIPTIONS if key.startswith("histogram/")}
     warnings = {key for key in keys.DESCRIPTIONS if key.startswith("warning/")}

