@@ -243,8 +243,13 @@ def test_the_section_on_faults_is_that_of_its_figures() -> None:
 
 def test_the_section_on_faults_of_nodes_is_that_of_its_figures() -> None:
     section = runpy.run_path(str(ROOT / "benchmarks" / "chaos_table.py"))["nodes_section"]
-    report = json.loads((ROOT / "benchmarks" / "results" / "node_chaos.json").read_text(encoding="utf-8"))
-    assert section(report) in (DOCS / "results.md").read_text(encoding="utf-8")
+    figures = ROOT / "benchmarks" / "results" / "node_chaos.json"
+    page = (DOCS / "results.md").read_text(encoding="utf-8")
+    if not figures.exists():
+        assert "## Under faults, over several nodes" not in page, "figures without a file that they are from"
+        return
+    report = json.loads(figures.read_text(encoding="utf-8"))
+    assert section(report) in page
     assert (report["lost"], report["trained_twice"], report["unplayed"]) == (0, 0, {})
 
 
