@@ -41,8 +41,6 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at data files.")
 app.add_typer(data_app, name="data")
 index_app.command("serve")(serve_index)
 app.add_typer(index_app, name="index")
-control.register(app)
-cluster.register(app)
 
 SHOWN_PROBLEMS = 20
 
@@ -356,3 +354,7 @@ def ask(
     from rexrag.reporting.trace import coloured_trace
 
     Console(highlight=False, soft_wrap=True).print(coloured_trace(ask_model(model, question=question, index=index)))
+
+
+cluster.register(app)
+control.register(app)
