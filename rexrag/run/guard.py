@@ -8,7 +8,8 @@ several steps, compared with the best that the run has had, and a second sign.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -68,49 +69,59 @@ class Guard:
     """
 
     def __init__(self, history: Sequence[Metrics] = ()) -> None:
-        self._seen: list[Metrics] = list(history)
+        self._num_steps = 0
+        self._num_rewards = 0
+        self._window: deque[Metrics] = deque(maxlen=WINDOW)
+        self._rewards: deque[float] = deque(maxlen=WINDOW)
+        self._best = 0.0
+        self._best_window: Sequence[Metrics] = ()
         self._in_a_row = 0
+        for metrics in history:
+            self._note(metrics)
 
     def look(self, step: int, metrics: Metrics) -> Trip | None:
         """The collapse that a step shows; None: there is none."""
-        self._seen.append(metrics)
-        if len(self._seen) < WINDOW + LEAST_HISTORY:
+        self._note(metrics)
+        if self._num_steps < WINDOW + LEAST_HISTORY:
             return None
-        fallen, best_end = self._fallen()
-        signs = [] if fallen is None else self._signs(best_end)
+        fallen = self._fallen()
+        signs = [] if fallen is None else self._signs()
         self._in_a_row = self._in_a_row + 1 if signs else 0
         if fallen is None or self._in_a_row < LASTS:
             return None
         return Trip(step=step, first_bad=step - WINDOW + 1, reasons=(fallen, *signs))
 
-    def _fallen(self) -> tuple[str | None, int]:
-        """What is said of a reward that is lost, None where it is not; and where its best window ended."""
-        known = [
-            (end, value)
-            for end, seen in enumerate(self._seen, 1)
-            if (value := seen.get(keys.TARGET_REWARD)) is not None
-        ]
-        if len(known) <= WINDOW:
-            return None, 0
-        means = [
-            (statistics.fmean(value for _, value in known[last - WINDOW : last]), known[last - 1][0])
-            for last in range(WINDOW, len(known) + 1)
-        ]
-        now, (best, best_end) = means[-1][0], max(means)
-        if now >= FALL * best or best - now < LEAST_FALL:
-            return None, best_end
-        return f"{keys.TARGET_REWARD} over {WINDOW} steps is {now:.2f}, at best it was {best:.2f}", best_end
+    def _note(self, metrics: Metrics) -> None:
+        """Keep the last window, and the one in which the reward was best, the later of equals."""
+        self._num_steps += 1
+        self._window.append(metrics)
+        reward = metrics.get(keys.TARGET_REWARD)
+        if reward is None:
+            return
+        self._num_rewards += 1
+        self._rewards.append(reward)
+        if len(self._rewards) == WINDOW and (not self._best_window or self._mean >= self._best):
+            self._best, self._best_window = self._mean, tuple(self._window)
 
-    def _signs(self, best_end: int) -> list[str]:
-        window, best = self._seen[-WINDOW:], self._seen[:best_end][-WINDOW:]
+    @property
+    def _mean(self) -> float:
+        return statistics.fmean(self._rewards)
+
+    def _fallen(self) -> str | None:
+        """What is said of a reward that is lost; None where it is not."""
+        if self._num_rewards <= WINDOW or self._mean >= FALL * self._best or self._best - self._mean < LEAST_FALL:
+            return None
+        return f"{keys.TARGET_REWARD} over {WINDOW} steps is {self._mean:.2f}, at best it was {self._best:.2f}"
+
+    def _signs(self) -> list[str]:
         found = []
         for sign in SIGNS:
-            now, then = _median(window, sign.metric), _median(best, sign.metric)
+            now, then = _median(self._window, sign.metric), _median(self._best_window, sign.metric)
             if now is not None and then is not None and sign.is_bad(now, then):
                 found.append(f"{sign.metric} is {now:.3g}, at best {then:.3g}")
         return found
 
 
-def _median(seen: Sequence[Metrics], metric: str) -> float | None:
+def _median(seen: Iterable[Metrics], metric: str) -> float | None:
     values = [value for one in seen if (value := one.get(metric)) is not None]
     return statistics.median(values) if values else None
