@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shlex
+import sys
 import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,15 +110,7 @@ class JobServer:
         environment: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(job.stop_wait_s)}}
         if job.working_dir is not None:
             environment |= {"working_dir": str(job.working_dir), "excludes": list(EXCLUDES)}
-        try:
-            self._client.submit_job(entrypoint=job.entrypoint, submission_id=job.job_id, runtime_env=environment)
-        except (RuntimeError, ValueError) as error:
-            if "already exists" in str(error):
-                raise ConfigError(
-                    f"{job.job_id}: goes on already; follow it (ray job logs --follow {job.job_id}) or stop it "
-                    f"(rexrag stop, or ray job stop {job.job_id}), then submit it again"
-                ) from None
-            raise ConfigError(f"--address = {self._address}: refuses the job: {first_line(error)}") from error
+        self._submit(job.entrypoint, job_id=job.job_id, environment=environment)
 
     def ask(self, words: Sequence[str]) -> int:
         """Run `rexrag WORDS` on the cluster, where a run can be found, and copy what it says; returns its exit status.
@@ -125,10 +118,7 @@ class JobServer:
         Raises:
             ConfigError: the job is refused.
         """
-        try:
-            job_id = self._client.submit_job(entrypoint=shlex.join(("python", "-m", "rexrag", *words)))
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"--address = {self._address}: refuses the job: {first_line(error)}") from error
+        job_id = self._submit(shlex.join(("python", "-m", "rexrag", *words)))
         try:
             return self.follow(job_id)
         finally:
@@ -153,9 +143,20 @@ class JobServer:
             return 0
         return info.driver_exit_code or 1
 
-    async def _copy_log(self, job_id: str) -> None:
-        import sys
+    def _submit(
+        self, entrypoint: str, *, job_id: str | None = None, environment: dict[str, object] | None = None
+    ) -> str:
+        try:
+            return self._client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment)
+        except (RuntimeError, ValueError) as error:
+            if "already exists" in str(error):
+                raise ConfigError(
+                    f"{job_id}: goes on already; follow it (ray job logs --follow {job_id}) or stop it "
+                    f"(rexrag stop, or ray job stop {job_id}), then submit it again"
+                ) from None
+            raise ConfigError(f"--address = {self._address}: refuses the job: {first_line(error)}") from error
 
+    async def _copy_log(self, job_id: str) -> None:
         async for text in self._client.tail_job_logs(job_id):
             sys.stdout.write(text)
             sys.stdout.flush()

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -96,6 +97,19 @@ def run_rexrag(*words: str | Path, status: int = 0, timeout_s: float = TIMEOUT_S
         process.kill()
     assert process.returncode == status, f"exit {process.returncode}, not {status}:\n{errors}"
     return errors
+
+
+def wait_for(condition: Callable[[], bool], *, process: subprocess.Popen[str], timeout_s: float = 150.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, f"the run ended early:\n{process.communicate()[1]}"
+        assert time.monotonic() < deadline, "the run did not get there in time"
+        time.sleep(0.1)
+
+
+def num_steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def read_lines(path: Path) -> list[dict[str, float | None]]:

@@ -5,31 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from own_server import served
-from system_runs import assert_books_balance, child_of, read_lines, run_rexrag, start_rexrag
+from system_runs import assert_books_balance, child_of, num_steps, read_lines, run_rexrag, start_rexrag, wait_for
 from tiny_encoders import make_encoder
 
 from rexrag.retrieval.dense_build import DenseSettings, build_dense
 
 pytestmark = pytest.mark.system
 STEPS = 6
-
-
-def wait_for(condition: Callable[[], bool], *, process: subprocess.Popen[str], timeout_s: float = 150.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, f"the run ended early:\n{process.communicate()[1]}"
-        assert time.monotonic() < deadline, "the run did not get there in time"
-        time.sleep(0.1)
-
-
-def num_steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def start(recipe: Path, run: Path, *settings: str) -> subprocess.Popen[str]:

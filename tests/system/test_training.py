@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.numpy import load_file
-from system_runs import assert_books_balance, child_of, read_lines, run_rexrag, start_rexrag
+from system_runs import assert_books_balance, child_of, num_steps, read_lines, run_rexrag, start_rexrag, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rexrag.metrics as keys
@@ -36,19 +33,6 @@ def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "finished"
     run_rexrag("train", recipe, "--run-dir", run)
     return run
-
-
-def wait_for(condition: Callable[[], bool], *, process: subprocess.Popen[str], timeout_s: float = 150.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, f"the run ended early:\n{process.communicate()[1]}"
-        assert time.monotonic() < deadline, "the run did not get there in time"
-        time.sleep(0.1)
-
-
-def num_steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def test_metrics_of_every_step(finished: Path) -> None:
