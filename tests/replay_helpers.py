@@ -11,7 +11,7 @@ import numpy as np
 from rexrag.arrow import group_to_ipc
 from rexrag.buffer.damage import examine
 from rexrag.buffer.ledger import Ledger
-from rexrag.buffer.log import LogWriteError
+from rexrag.buffer.log_writer import LogWriteError
 from rexrag.buffer.records import Record
 from rexrag.buffer.recovery import begin_records
 from rexrag.buffer.settings import ReplaySettings
@@ -91,15 +91,27 @@ class Clock:
 
 @dataclass
 class ListJournal:
-    """A journal in memory that can refuse to write, as a full disk does."""
+    """A journal in memory that can refuse to write, as a full disk does. A segment has `segment_records` records."""
 
     records: list[Record] = field(default_factory=list)
-    is_full: bool = False
+    is_disk_full: bool = False
+    segment_records: int = 10**9
+    number: int = 1
+    num_in_segment: int = 0
 
-    def write(self, records: Sequence[Record], *, sync: bool) -> None:
-        if self.is_full:
+    @property
+    def is_full(self) -> bool:
+        return self.num_in_segment >= self.segment_records
+
+    def write(self, records: Sequence[Record]) -> None:
+        if self.is_disk_full:
             raise LogWriteError("no space left")
         self.records.extend(records)
+        self.num_in_segment += len(records)
+
+    def roll(self, head: Record) -> None:
+        self.number, self.num_in_segment = self.number + 1, 0
+        self.write([head])
 
 
 def fold(records: Sequence[Record]) -> Ledger:
@@ -119,7 +131,7 @@ def restart(
     )
     assert not findings.sentences(), "a log that a crash ended is whole"
     records = begin_records(ledger, settings, incarnation=incarnation, resume_step=resume_step, findings=findings)
-    journal.write(records, sync=True)
+    journal.write(records)
     for record in records:
         ledger.apply(record)
     return ReplayState(settings, ledger=ledger, journal=journal, clock=clock)

@@ -39,7 +39,6 @@ class Findings:
 
     damages: Sequence[Damage] = ()
     holes: Sequence[Hole] = ()
-    missing_ids: Sequence[str] = ()
     drops: Sequence[Drop] = field(default=())
 
     def sentences(self) -> tuple[str, ...]:
@@ -49,11 +48,7 @@ class Findings:
         if len(missing) > 1:
             names = _listed([damage.segment.name for damage in missing])
             told.insert(0, f"{counted(len(missing), 'segment')} of {missing[0].segment.parent} are missing: {names}")
-        told += [
-            f"the replay log does not say which groups {'step' if len(hole.steps) == 1 else 'steps'} "
-            f"{_listed([str(step) for step in hole.steps])} trained on"
-            for hole in self.holes
-        ]
+        told += [f"the replay log does not say which groups {named(hole.steps)} trained on" for hole in self.holes]
         if self.drops:
             told.append(
                 f"{counted(len(self.drops), 'group')} of the replay log that cannot be vouched for: dropped as "
@@ -73,9 +68,8 @@ def examine(
     """
     damages = [damage for damage in damages if not damage.torn]
     holes = [hole for hole in find_holes(ledger, first_step=first_step, resume_step=resume_step) if hole.steps]
-    missing = list(_missing_ids(ledger))
     drops: dict[str, Drop] = {}
-    for group_id in [*ledger.superseded, *missing]:
+    for group_id in [*ledger.superseded, *sorted(ledger.missing)]:
         known = ledger.groups.get(group_id)
         if known is None or known.state is not GroupState.DROPPED:
             drops[group_id] = Drop(
@@ -84,14 +78,17 @@ def examine(
     broken = {damage.group_id for damage in damages}
     for group in ledger.in_order(*_UNFINISHED):
         doubtful = any(hole.may_have(group.group_id) for hole in holes)
-        if doubtful or (group.state is GroupState.OPEN and group.group_id in broken):
+        is_lost = group.payload is None if group.state is GroupState.FINISHED else group.group_id in broken
+        if doubtful or is_lost:
             then = what_then(group, DropReason.CORRUPT, max_attempts=max_attempts)
             drops.setdefault(group.group_id, Drop(group_id=group.group_id, reason=DropReason.CORRUPT, then=then))
-    return Findings(damages=damages, holes=holes, missing_ids=missing, drops=tuple(drops.values()))
+    return Findings(damages=damages, holes=holes, drops=tuple(drops.values()))
 
 
 def find_holes(ledger: Ledger, *, first_step: int, resume_step: int | None) -> Iterator[Hole]:
     """For each incarnation the steps that it must have done, and has no batch of; without a name none is missing.
+
+    What is settled was known when it was settled.
 
     Args:
         first_step: the step that the run began after, that of another run's checkpoint or 0.
@@ -101,24 +98,20 @@ def find_holes(ledger: Ledger, *, first_step: int, resume_step: int | None) -> I
     if not begins:
         return
     if begins[0].incarnation != "1":  # the log's first segments are gone
-        yield Hole(steps=tuple(range(first_step + 1, begins[0].resume_step + 1)), end=begins[0].incarnation)
+        first = max(first_step, ledger.settled_step)
+        yield Hole(steps=tuple(range(first + 1, begins[0].resume_step + 1)), end=begins[0].incarnation)
     ends = [begin.resume_step for begin in begins[1:]]
     for begin, end, following in zip(begins, [*ends, resume_step], [*begins[1:], None], strict=True):
         if end is not None:
             known: Collection[int] = ledger.known_steps.get(begin.incarnation, ())
-            steps = tuple(step for step in range(begin.resume_step + 1, end + 1) if step not in known)
+            first = max(begin.resume_step, ledger.settled_step)
+            steps = tuple(step for step in range(first + 1, end + 1) if step not in known)
             yield Hole(steps=steps, end=None if following is None else following.incarnation)
 
 
-def _missing_ids(ledger: Ledger) -> Iterator[str]:
-    """Group ids that must have been issued, since later ones of their incarnation were."""
-    numbers: dict[str, set[int]] = {}
-    for group_id in ledger.groups:
-        incarnation, _, number = group_id.rpartition("-")
-        numbers.setdefault(incarnation, set()).add(int(number))
-    for incarnation, known in numbers.items():
-        if len(known) <= max(known):
-            yield from (f"{incarnation}-{number}" for number in range(max(known)) if number not in known)
+def named(steps: Sequence[int]) -> str:
+    """Steps in words."""
+    return f"{'step' if len(steps) == 1 else 'steps'} {_listed([str(step) for step in steps])}"
 
 
 def _number(incarnation: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class LeaseTable:
         self._deadline_s = deadline_s
         self._leases: dict[str, Lease] = {}
         self._grants: Counter[str] = Counter()
+        self._none_before = math.inf
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -54,7 +56,9 @@ class LeaseTable:
         assert group_id not in self._leases, f"group {group_id} is leased already"
         self._grants[group_id] += 1
         key = LeaseKey(group_id, self._grants[group_id])
-        self._leases[group_id] = Lease(key=key, actor_id=actor_id, version=version, granted_at=now, progressed_at=now)
+        lease = Lease(key=key, actor_id=actor_id, version=version, granted_at=now, progressed_at=now)
+        self._leases[group_id] = lease
+        self._none_before = min(self._none_before, self._end_of(lease))
         return key
 
     def holds(self, actor_id: str, key: LeaseKey) -> bool:
@@ -85,8 +89,16 @@ class LeaseTable:
     def release(self, actor_id: str) -> None:
         self._leases = {key: lease for key, lease in self._leases.items() if lease.actor_id != actor_id}
 
-    def expire(self, now: float) -> None:
-        self._leases = {key: lease for key, lease in self._leases.items() if not self._is_over(lease, now)}
+    def expire(self, now: float) -> bool:
+        """End the leases that are over; whether there were any. All are looked at only when one may be."""
+        if now < self._none_before:
+            return False
+        kept = {key: lease for key, lease in self._leases.items() if now < self._end_of(lease)}
+        has_ended = len(kept) < len(self._leases)
+        self._leases = kept
+        self._none_before = min(map(self._end_of, kept.values()), default=math.inf)
+        return has_ended
 
-    def _is_over(self, lease: Lease, now: float) -> bool:
-        return now - lease.progressed_at >= self._timeout_s or now - lease.granted_at >= self._deadline_s
+    def _end_of(self, lease: Lease) -> float:
+        """When a lease is over, if it makes no progress until then."""
+        return min(lease.progressed_at + self._timeout_s, lease.granted_at + self._deadline_s)

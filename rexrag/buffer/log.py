@@ -1,15 +1,16 @@
 """The replay log on disk: append-only segments of checksummed records.
 
-A folder holds `segment-000001.log`, `segment-000002.log`, … Each process that opens the log begins a new segment, and
-a segment that has grown to `segment_bytes` is followed by another. `last-segment` has the number of the newest one, so
-that the loss of that one is seen too, and its number never used again. All integers are little-endian:
+Each process that opens the log begins a new segment, and a segment that has grown to `segment_bytes` is followed by
+another (`rexrag.buffer.segments` has their names). Each begins with a snapshot of what all records before come to: old
+ones can be deleted, and the loss of one costs no more than the finished groups in it. All integers are little-endian:
 
     segment = "REXRAG\\xff\\n"  version u32  crc32 u32 (of the 12 bytes before)  record*
     record  = "RX\\xff\\xfe"  header_length u32  payload_length u64  payload_crc32 u32
               crc32 u32 (of the 20 bytes before and the header)  header  payload
 
 The header is JSON (`rexrag.buffer.records`). The payload of a `group` record is the very Arrow IPC stream that was
-appended: one record batch of `GROUP_SCHEMA`. 0xff never occurs in UTF-8, so text in a payload cannot pass for a record.
+appended: one record batch of `GROUP_SCHEMA`; that of a `snapshot` is JSON. 0xff never occurs in UTF-8, so text in a
+payload cannot pass for a record.
 
 Reading survives anything on disk. A record that was being written when the process or the machine died is a torn
 tail: it was never acknowledged, and is cut. A damaged record elsewhere is reported, and reading goes on at the next
@@ -24,15 +25,15 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Final, TypeAlias
 
 from rexrag.buffer.records import Record, decode, encode
-from rexrag.errors import RunFailure, RunFolderError, counted
-from rexrag.files import write_atomic
+from rexrag.buffer.segments import newest_number, segment_number, segment_path, segments
+from rexrag.errors import RunFolderError, counted
 
 LOG = logging.getLogger(__name__)
 
@@ -44,14 +45,8 @@ _RECORD_HEAD: Final = struct.Struct("<4sIQI")
 _CRC: Final = struct.Struct("<I")
 _HEAD_SIZE: Final = _RECORD_HEAD.size + _CRC.size
 _MAX_HEADER_BYTES: Final = 1 << 26
-_LAST_SEGMENT: Final = "last-segment"
 
 Chunk: TypeAlias = bytes | memoryview
-_sync_data = getattr(os, "fdatasync", os.fsync)
-
-
-class LogWriteError(RunFailure):
-    """A record could not be made durable: the disk is full or broken. What was acknowledged before is intact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,95 +74,6 @@ class Damage:
         return f"{self.segment} is damaged from byte {self.start} to {self.end}{whose}"
 
 
-class LogWriter:
-    """Appends records, each call all or nothing.
-
-        writer = LogWriter(folder, segment_bytes=64 << 20)
-        writer.write([record], sync=True)     # durable when it returns
-
-    Attributes:
-        first_segment: number of the segment that this writer began with; no other writer ever has the same.
-    """
-
-    def __init__(self, folder: Path, *, segment_bytes: int) -> None:
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            _sync_folder(folder.parent)
-        self._folder = folder
-        self._segment_bytes = segment_bytes
-        self._failure: str | None = None
-        self.first_segment = max([_noted_number(folder), *map(_number, segments(folder))]) + 1
-        self._number = self.first_segment
-        self._fd, self._good = self._create(self._number)
-
-    def write(self, records: Sequence[Record], *, sync: bool) -> None:
-        """Append records; with `sync` they, and all written before, are on disk when it returns.
-
-        Raises:
-            LogWriteError: nothing of these records is in the log.
-        """
-        if self._failure is not None:
-            raise LogWriteError(self._failure)
-        if self._good >= self._segment_bytes:
-            self._roll()
-        chunks = [chunk for record in records for chunk in _frame(record)]
-        try:
-            _write_all(self._fd, chunks)
-        except OSError as error:
-            self._take_back()
-            raise LogWriteError(f"cannot write to {self._path}: {error.strerror}; free space and resume") from error
-        if sync:
-            self._sync()
-        self._good += sum(len(chunk) for chunk in chunks)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    @property
-    def _path(self) -> Path:
-        return _segment_path(self._folder, self._number)
-
-    def _sync(self) -> None:
-        try:
-            _sync_data(self._fd)
-        except OSError as error:
-            # The kernel may have dropped earlier unsynced pages too: nothing more may follow in this segment.
-            self._failure = f"cannot sync {self._path}: {error.strerror}; check the disk and resume"
-            self._take_back()
-            raise LogWriteError(self._failure) from error
-
-    def _take_back(self) -> None:
-        try:
-            os.ftruncate(self._fd, self._good)
-            os.lseek(self._fd, self._good, os.SEEK_SET)
-        except OSError as error:
-            self._failure = f"cannot truncate {self._path} after a failed write: {error.strerror}; check the disk"
-
-    def _roll(self) -> None:
-        self._sync()
-        old = self._fd
-        self._fd, self._good = self._create(self._number + 1)
-        self._number += 1
-        os.close(old)
-
-    def _create(self, number: int) -> tuple[int, int]:
-        path = _segment_path(self._folder, number)
-        head = _SEGMENT_HEAD.pack(_SEGMENT_MAGIC, LOG_VERSION, zlib.crc32(_SEGMENT_MAGIC + _CRC.pack(LOG_VERSION)))
-        fd = -1
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-            _write_all(fd, [head])
-            os.fsync(fd)
-            _sync_folder(self._folder)  # without it a power cut may forget the new name
-            write_atomic(self._folder / _LAST_SEGMENT, f"{number}\n")  # before any record, after what it speaks of
-        except OSError as error:
-            if fd >= 0:
-                os.close(fd)
-                path.unlink(missing_ok=True)
-            raise LogWriteError(f"cannot begin {path}: {error.strerror}; free space and resume") from error
-        return fd, len(head)
-
-
 def read_log(folder: Path) -> Iterator[Record | Damage]:
     """All records in the order they were written, and the damage between them, missing segments included.
 
@@ -176,24 +82,22 @@ def read_log(folder: Path) -> Iterator[Record | Damage]:
     Raises:
         RunFolderError: a log of another version.
     """
-    noted = _noted_number(folder)  # before a segment is begun meanwhile
-    paths = {_number(path): path for path in segments(folder)}
-    newest = max([noted, *paths])
-    for number in range(1, newest + 1):
+    newest = newest_number(folder)  # before a segment is begun meanwhile
+    paths = {segment_number(path): path for path in segments(folder)}
+    for number in range(1, max([newest, *paths]) + 1):
         if number in paths:
             yield from _read_segment(paths[number], is_last=number == newest)
         else:
-            yield Damage(segment=_segment_path(folder, number), start=0, end=0)
+            yield Damage(segment=segment_path(folder, number), start=0, end=0)
 
 
-def first_records(folder: Path) -> Iterator[Record | Damage]:
-    """What each segment begins with, oldest first.
+def read_head(segment: Path) -> Iterator[Record | Damage]:
+    """What a segment begins with: the snapshot, and the record after it.
 
     Raises:
         RunFolderError: a log of another version.
     """
-    for path in segments(folder):
-        yield from islice(_read_segment(path, is_last=False), 1)
+    yield from islice(_read_segment(segment, is_last=False), 2)
 
 
 def cut_torn_tail(damage: Damage) -> None:
@@ -209,51 +113,18 @@ def cut_torn_tail(damage: Damage) -> None:
         os.fsync(file.fileno())
 
 
-def segments(folder: Path) -> list[Path]:
-    """The segments of a log, oldest first."""
-    return sorted(folder.glob("segment-*.log"), key=_number)
-
-
-def _number(path: Path) -> int:
-    text = path.stem.removeprefix("segment-")
-    if not text.isdecimal():
-        raise RunFolderError(f"{path} is no segment of a replay log: move it out of the folder")
-    return int(text)
-
-
-def _noted_number(folder: Path) -> int:
-    """The number of the newest segment, as it was noted; 0 where none was."""
-    try:
-        text = (folder / _LAST_SEGMENT).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return 0
-    return int(text) if text.isdecimal() else 0
-
-
-def _segment_path(folder: Path, number: int) -> Path:
-    return folder / f"segment-{number:06d}.log"
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _frame(record: Record) -> list[Chunk]:
+def frame(record: Record) -> list[Chunk]:
+    """A record as the bytes that stand in a segment."""
     header, payload = encode(record)
     text = json.dumps(header, separators=(",", ":")).encode()
     head = _RECORD_HEAD.pack(_RECORD_MAGIC, len(text), len(payload), zlib.crc32(payload))
     return [head + _CRC.pack(zlib.crc32(text, zlib.crc32(head))) + text, payload]
 
 
-def _write_all(fd: int, chunks: Sequence[Chunk]) -> None:
-    for chunk in chunks:
-        view = memoryview(chunk)
-        while view:
-            view = view[os.write(fd, view) :]
+def segment_head() -> bytes:
+    """The bytes that every segment begins with."""
+    crc = zlib.crc32(_SEGMENT_MAGIC + _CRC.pack(LOG_VERSION))
+    return _SEGMENT_HEAD.pack(_SEGMENT_MAGIC, LOG_VERSION, crc)
 
 
 def _read_segment(path: Path, *, is_last: bool) -> Iterator[Record | Damage]:
@@ -275,7 +146,7 @@ def _read_segment(path: Path, *, is_last: bool) -> Iterator[Record | Damage]:
         if is_whole:
             yield decode(header, view[header_end:end])
         else:
-            owner = str(header.get("group_id"))
+            owner = None if (group_id := header.get("group_id")) is None else str(group_id)
             yield Damage(segment=path, start=position, end=min(end, size), torn=is_last and end > size, group_id=owner)
         position = end
 

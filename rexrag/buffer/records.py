@@ -1,4 +1,4 @@
-"""What the replay log says: one frozen record for each fact, as JSON header plus, for a finished group, its bytes."""
+"""What the replay log says: one frozen record for each fact, as JSON header and, for some, a payload of bytes."""
 
 from __future__ import annotations
 
@@ -96,7 +96,25 @@ class Outcome:
     applied: bool
 
 
-Record: TypeAlias = Begin | Issue | Finish | Drop | Assign | Outcome
+@dataclass(frozen=True, kw_only=True)
+class Settle:
+    """No resume goes on from before `step`: what was consumed up to it, or dropped, is counted and forgotten.
+
+    `first_segment`: the log's segments before it are deleted from here on, since all their groups are settled.
+    """
+
+    step: int
+    first_segment: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """All that the records before it come to, but for the bytes of groups: a segment's head, `Ledger.snapshot`."""
+
+    payload: bytes | memoryview = field(repr=False)
+
+
+Record: TypeAlias = Begin | Issue | Finish | Drop | Assign | Outcome | Settle | Snapshot
 
 _TYPES: Final[dict[str, type[Record]]] = {
     "begin": Begin,
@@ -105,17 +123,19 @@ _TYPES: Final[dict[str, type[Record]]] = {
     "drop": Drop,
     "assign": Assign,
     "outcome": Outcome,
+    "settle": Settle,
+    "snapshot": Snapshot,
 }
 _NAMES: Final = {cls: name for name, cls in _TYPES.items()}
 
 
 def encode(record: Record) -> tuple[dict[str, object], bytes | memoryview]:
-    """Header and payload of a record; the payload is empty but for `Finish`."""
+    """Header and payload of a record; the payload is empty but for `Finish` and `Snapshot`."""
     header: dict[str, object] = {"type": _NAMES[type(record)]}
     for item in dataclasses.fields(record):
         if item.name != "payload":
             header[item.name] = getattr(record, item.name)
-    return header, record.payload if isinstance(record, Finish) else b""
+    return header, record.payload if isinstance(record, Finish | Snapshot) else b""
 
 
 def decode(header: Mapping[str, object], payload: memoryview) -> Record:
@@ -128,7 +148,7 @@ def decode(header: Mapping[str, object], payload: memoryview) -> Record:
     cls = _TYPES.get(str(values.pop("type", None)))
     if cls is None:
         raise RunFolderError(f"the replay log has a record of type {header.get('type')!r}, unknown to this build")
-    if cls is Finish:
+    if cls in (Finish, Snapshot):
         values["payload"] = payload
     if isinstance(groups := values.get("groups"), list):
         values["groups"] = tuple(groups)

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
 
-from rexrag.buffer.damage import Findings, examine, find_holes
+from rexrag.buffer.damage import Findings, examine, find_holes, named
 from rexrag.buffer.ledger import Accounting, GroupState, Ledger, what_then
-from rexrag.buffer.log import Damage, LogWriter, cut_torn_tail, first_records, read_log
+from rexrag.buffer.log import Damage, cut_torn_tail, read_head, read_log
+from rexrag.buffer.log_writer import LogWriter
 from rexrag.buffer.records import Begin, Drop, DropReason, Outcome, Record
+from rexrag.buffer.segments import segment_number, segments
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.state import ReplayState
 from rexrag.errors import RunFolderError, counted
 from rexrag.types import Question
 
 LOG = logging.getLogger(__name__)
-
-_NO_LOG: Final = "the replay log of this run is missing: which groups were trained on is not known"
 
 
 def accounting_from_log(folder: Path) -> Accounting:
@@ -32,7 +31,7 @@ def accounting_from_log(folder: Path) -> Accounting:
     Raises:
         RunFolderError: a log of another version.
     """
-    return _fold(folder)[0].accounting()
+    return _fold(read_log(folder))[0].accounting()
 
 
 def books_from_log(folder: Path, *, first_step: int = 0) -> tuple[Accounting, tuple[str, ...]]:
@@ -44,27 +43,29 @@ def books_from_log(folder: Path, *, first_step: int = 0) -> tuple[Accounting, tu
     Raises:
         RunFolderError: a log of another version.
     """
-    ledger, damages = _fold(folder)
+    ledger, damages = _fold(read_log(folder))
     holes = [hole for hole in find_holes(ledger, first_step=first_step, resume_step=None) if hole.steps]
     findings = Findings(damages=[damage for damage in damages if not damage.torn], holes=holes)
     return ledger.accounting(), findings.sentences()
 
 
 def check_questions(folder: Path, questions: Sequence[Question]) -> None:
-    """Refuse questions that are not those of the log in `folder`, if there is one; only its beginnings are read.
+    """Refuse questions that are not those of the log in `folder`, if there is one; only a segment's head is read.
 
     Raises:
         RunFolderError: other questions, or a log of another version.
     """
-    begins = [record for record in first_records(folder) if isinstance(record, Begin)]
-    if begins:
-        _compare_questions(begins[-1], folder=folder, questions=questions)
+    for segment in reversed(segments(folder)):
+        ledger, _ = _fold(read_head(segment))
+        if ledger.begin is not None:
+            _compare_questions(ledger.begin, folder=folder, questions=questions)
+            return
 
 
 def open_buffer(
     settings: ReplaySettings, *, resume_step: int | None, clock: Callable[[], float], is_new: bool = False
-) -> ReplayState:
-    """A buffer over `settings.folder`, in a new incarnation that is durable when this returns.
+) -> tuple[ReplayState, LogWriter]:
+    """A buffer over `settings.folder` and its log, in a new incarnation that is durable when this returns.
 
     Args:
         resume_step: the last learner step whose result is kept; what was assigned or consumed after it is lost.
@@ -75,7 +76,7 @@ def open_buffer(
         RunFolderError: a log where none may be, of another version, or of other questions.
         LogWriteError: the new incarnation cannot be written.
     """
-    ledger, damages = _fold(settings.folder)
+    ledger, damages = _fold(read_log(settings.folder))
     is_new = is_new or resume_step is None
     if is_new and ledger.groups:
         raise RunFolderError(
@@ -93,13 +94,13 @@ def open_buffer(
         resume_step=resume_step or 0,
         max_attempts=settings.max_attempts,
     )
-    told = findings.sentences()
-    if (resume_step or 0) > settings.first_step and ledger.begin is None:
-        told = (_NO_LOG, *told)
+    told = (*_gone(ledger, first_step=settings.first_step, resume_step=resume_step or 0), *findings.sentences())
     LOG.info("the replay log in %s is gone on with after step %d", settings.folder, resume_step or 0)
     for sentence in told:
         LOG.warning("%s", sentence)
     writer = LogWriter(settings.folder, segment_bytes=settings.segment_bytes)
+    if ledger.begin is not None:
+        writer.write([ledger.snapshot()])
     records = begin_records(
         ledger,
         settings,
@@ -107,13 +108,26 @@ def open_buffer(
         resume_step=resume_step or 0,
         findings=findings,
     )
-    writer.write(records, sync=True)
+    writer.write(records)
+    writer.sync()
     for record in records:
         ledger.apply(record)
     for group in ledger.in_state(GroupState.FINISHED).values():
         assert group.payload is not None
         group.payload = bytes(group.payload)  # the log need not stay mapped
-    return ReplayState(settings, ledger=ledger, journal=writer, clock=clock, damages=told)
+    return ReplayState(settings, ledger=ledger, journal=writer, clock=clock, damages=told), writer
+
+
+def _gone(ledger: Ledger, *, first_step: int, resume_step: int) -> Iterator[str]:
+    """What the log as a whole does not know, in sentences for the user."""
+    if resume_step > first_step and ledger.begin is None:
+        yield "the replay log of this run is missing: which groups were trained on is not known"
+    if resume_step < ledger.settled_step:
+        yield (
+            "the replay log was cut after the checkpoint that the run goes on from: "
+            f"the questions of {named(range(resume_step + 1, ledger.settled_step + 1))} "
+            "are not asked again in their epoch"
+        )
 
 
 def begin_records(
@@ -132,14 +146,17 @@ def begin_records(
     return [begin, *_late_outcomes(ledger, resume_step), *drops.values()]
 
 
-def _fold(folder: Path) -> tuple[Ledger, list[Damage]]:
+def _fold(items: Iterable[Record | Damage]) -> tuple[Ledger, list[Damage]]:
+    """What the records come to, and the damage between them; a segment that was deleted on purpose is none."""
     ledger, damages = Ledger(), []
-    for item in read_log(folder):
+    for item in items:
         if isinstance(item, Damage):
             damages.append(item)
         else:
             ledger.apply(item)
-    return ledger, damages
+    return ledger, [
+        damage for damage in damages if not damage.is_missing or segment_number(damage.segment) >= ledger.first_segment
+    ]
 
 
 def _compare_questions(begin: Begin, *, folder: Path, questions: Sequence[Question]) -> None:

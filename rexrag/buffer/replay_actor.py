@@ -1,7 +1,8 @@
 """Ray shell of the replay buffer: owns a `ReplayState`, and turns its answers into bounded long polls.
 
-All methods run on one event loop and the state never awaits, so each call is one step of the state machine. A call that
-must be durable blocks the loop for one disk sync.
+All methods run on one event loop and the state never awaits, so each call is one step of the state machine. What it
+wrote is synced by another thread before it is answered; one sync serves all who wait for one. Those that poll are woken
+by what lets them act alone: an actor by a group that it could lease, the controller by enough finished ones.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping
+from itertools import islice
 from typing import cast
 
 import ray
@@ -23,8 +25,8 @@ from rexrag.buffer.status import BufferPosition, BufferStatus
 from rexrag.reporting.log_file import log_process
 from rexrag.types import AppendOutcome, GroupLease, LeaseKey, StepBatch, WeightVersion
 
-MAX_POLL_PAUSE_S = 0.5
-"""Leases run out by themselves, so a poll looks again without being woken."""
+LOOK_EVERY_S = 0.5
+"""How often is looked for leases that are over; no call tells of them."""
 
 
 class ReplayActor:
@@ -43,15 +45,19 @@ class ReplayActor:
         self._settings = settings
         self._resume_step = resume_step
         self._is_new = is_new
-        self._changed = asyncio.Event()
+        self._may_assign = asyncio.Event()
+        self._idle: dict[asyncio.Future[None], None] = {}  # in the order of waiting
+        self._num_woken = 0
+        self._syncing: asyncio.Future[None] | None = None
         self._deaths: Counter[str] = Counter()
 
     async def open(self) -> BufferPosition:
         """Read the log and begin. Not done in the constructor, whose errors Ray hands on as text alone."""
         log_process(self._settings.log_file, part="buffer")
-        self._state = open_buffer(
+        self._state, self._log = open_buffer(
             self._settings, resume_step=self._resume_step, is_new=self._is_new, clock=time.monotonic
         )
+        self._looking = asyncio.create_task(self._look_for_lost_leases())
         return self._state.position()
 
     async def lease(self, actor_id: str, *, num: int, held: WeightVersion | None, wait_s: float) -> list[GroupLease]:
@@ -61,7 +67,10 @@ class ReplayActor:
         """
         deadline, deaths = time.monotonic() + wait_s, self._deaths[actor_id]
         while not (leases := self._state.lease(actor_id, num=num, held=held)):
-            if self._state.is_outdated(held) or not await self._wait(deadline) or self._deaths[actor_id] != deaths:
+            if self._state.is_outdated(held) or not await self._wait_for_groups(deadline):
+                break
+            if self._deaths[actor_id] != deaths:
+                self._wake()  # what woke this one is for another
                 break
         return leases
 
@@ -78,22 +87,27 @@ class ReplayActor:
         self._wake()
 
     async def append(self, actor_id: str, *, lease: LeaseKey, ipc: bytes) -> AppendOutcome:
-        try:
-            return self._state.append(actor_id, lease=lease, ipc=ipc)
-        finally:
-            self._wake()
+        """Store a finished group; it is durable when this returns."""
+        outcome = self._state.append(actor_id, lease=lease, ipc=ipc)
+        self._wake()
+        await self._durable()
+        return outcome
 
     async def fail(self, actor_id: str, *, lease: LeaseKey, reason: str) -> None:
         self._state.fail(actor_id, lease=lease, reason=reason)
         self._wake()
+        await self._durable()
 
     async def assign(self, step: int, *, rho: float | None, timeout_s: float) -> bool:
         """Whether `step` has its batch, waiting at most `timeout_s` seconds for it."""
         deadline = time.monotonic() + timeout_s
         while not (done := self._state.assign(step, rho=rho)):
-            if not await self._wait(deadline):
+            if (remaining := deadline - time.monotonic()) <= 0:
                 break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._may_assign.wait(), remaining)
         self._wake()  # stale drops give admission
+        await self._durable()
         return done
 
     async def take(self, step: int) -> StepBatch:
@@ -102,26 +116,58 @@ class ReplayActor:
 
     async def outcome(self, step: int, *, applied: bool) -> None:
         self._state.outcome(step, applied=applied)
+        await self._durable()
 
     async def publish(self, version: WeightVersion) -> None:
         self._state.publish(version)
-        self._wake()
+        self._wake(all_actors=True)  # who does not hold it has to know
+
+    async def settle(self, step: int) -> None:
+        """No resume will go on from before `step`: segments of the log without a younger group are deleted."""
+        first = self._state.settle(step)
+        await self._durable()
+        await asyncio.to_thread(self._log.delete_before, first)
 
     async def status(self) -> BufferStatus:
         return self._state.status()
 
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+    async def _durable(self) -> None:
+        """Wait until what was written so far is on disk."""
+        target = self._log.num_written
+        while self._log.num_durable < target:
+            if self._syncing is None or self._syncing.done():
+                self._syncing = asyncio.ensure_future(asyncio.to_thread(self._log.sync))
+            await asyncio.shield(self._syncing)
 
-    async def _wait(self, deadline: float) -> bool:
-        """Wait for a change, or a little; False at the deadline."""
-        remaining = deadline - time.monotonic()
-        if remaining <= 0:
-            return False
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), min(remaining, MAX_POLL_PAUSE_S))
+    def _wake(self, *, all_actors: bool = False) -> None:
+        """Wake who can act now: actors, those that wait longest first, and whoever waits for a batch."""
+        if self._state.has_enough:
+            self._may_assign.set()
+            self._may_assign = asyncio.Event()
+        num = len(self._idle) if all_actors else max(0, self._state.num_leasable - self._num_woken)
+        for woken in list(islice(self._idle, num)):
+            del self._idle[woken]
+            woken.set_result(None)
+            self._num_woken += 1
+
+    async def _wait_for_groups(self, deadline: float) -> bool:
+        """Wait until there may be a group to lease; False at the deadline."""
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._idle[woken] = None
+        try:
+            await asyncio.wait_for(asyncio.shield(woken), deadline - time.monotonic())
+        except TimeoutError:
+            return woken.done()
+        finally:
+            self._idle.pop(woken, None)
+            self._num_woken -= woken.done()
         return True
+
+    async def _look_for_lost_leases(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if self._state.expire():
+                self._wake()
 
 
 def start_replay_actor(

@@ -3,23 +3,25 @@
     lease ─▶ (actor works, `renew`) ─▶ append ─▶ assign, take ─▶ (learner works) ─▶ outcome, publish
       ▲ admission: waiting + leased + finished + assigned to an unpublished step ≤ (S + 1) · groups_per_step
 
-What must survive a crash is written to the journal first and applied to the ledger after; leases and the published
-version are in memory only. Every method is idempotent where Ray or an actor may call it again.
+What must survive a crash is written to the journal first and applied to the ledger after. It is durable once the
+journal is synced: whoever answers a caller syncs first. Leases and the published version are in memory only. Every
+method is idempotent where Ray or an actor may call it again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from itertools import islice
 
+from rexrag.buffer.journal import Journal
 from rexrag.buffer.leases import LeaseTable
-from rexrag.buffer.ledger import Accounting, Group, GroupState, Ledger, what_then
-from rexrag.buffer.records import Assign, Drop, DropReason, Finish, Issue, Outcome, Record
-from rexrag.buffer.schedule import Candidate, issue_order, select_batch
+from rexrag.buffer.ledger import Accounting, Group, GroupState, Ledger, is_settled, what_then
+from rexrag.buffer.line import QuestionLine
+from rexrag.buffer.records import Assign, Drop, DropReason, Finish, Issue, Outcome, Record, Settle
+from rexrag.buffer.schedule import Candidate, select_batch
 from rexrag.buffer.settings import ReplaySettings
-from rexrag.buffer.status import ActorStatus, BufferPosition, BufferStatus
+from rexrag.buffer.status import BufferPosition, BufferStatus, actor_statuses, is_current
 from rexrag.buffer.validation import parse_group
 from rexrag.errors import StaleGroupError, UnknownLeaseError, counted
 from rexrag.types import AppendOutcome, GroupLease, LeaseKey, StepBatch, WeightVersion
@@ -27,16 +29,10 @@ from rexrag.types import AppendOutcome, GroupLease, LeaseKey, StepBatch, WeightV
 LOG = logging.getLogger(__name__)
 
 
-class Journal(Protocol):
-    """Where records become durable: all of a call or, with an error, none."""
-
-    def write(self, records: Sequence[Record], *, sync: bool) -> None: ...
-
-
 class ReplayState:
     """The buffer's rules over a ledger and a journal.
 
-        state = open_buffer(settings, resume_step=None, clock=time.monotonic)
+        state, log = open_buffer(settings, resume_step=None, clock=time.monotonic)
         state.publish(WeightVersion(incarnation=state.position().incarnation, step=0))
         (lease,) = state.lease("rollout-0", num=1, held=version)
         state.append("rollout-0", lease=lease.key, ipc=group_to_ipc(group))
@@ -73,13 +69,8 @@ class ReplayState:
         self._held: dict[str, WeightVersion | None] = {}
         self._num_issued = 0
         self._num_ended = 0
-        self._epoch = max(ledger.asked, default=0)
-        self._line = deque(
-            (epoch, key)
-            for epoch in range(self._epoch + 1)
-            for key in issue_order(self._questions, seed=settings.seed, epoch=epoch)
-            if key not in ledger.asked.get(epoch, ())
-        )
+        self._segments = {group_id: 0 for group_id, group in ledger.groups.items() if group.was_finished}
+        self._line = QuestionLine(ledger, questions=self._questions, seed=settings.seed)
 
     def lease(self, actor_id: str, *, num: int, held: WeightVersion | None) -> list[GroupLease]:
         """Up to `num` groups in order of admission; none unless the actor holds the published version or a newer one.
@@ -87,12 +78,12 @@ class ReplayState:
         Raises:
             LogWriteError: new groups cannot be written; nothing was leased.
         """
-        self._expire()
+        self.expire()
         self._held[actor_id] = held
         version = self._published
-        if version is None or not _is_current(held, version):
+        if version is None or not is_current(held, version):
             return []
-        waiting = self._waiting()[:num]
+        waiting = self._waiting(num)
         new = self._issue(max(0, min(num - len(waiting), self._num_admissible())), version.step)
         groups = [*waiting, *new]
         now = self._clock()
@@ -111,13 +102,27 @@ class ReplayState:
             for group, key in zip(groups, keys, strict=True)
         ]
 
+    def expire(self) -> bool:
+        """End the leases that are over; whether there were any."""
+        return self._leases.expire(self._clock())
+
+    @property
+    def num_leasable(self) -> int:
+        """Groups that could be leased now by who holds the published weights."""
+        return 0 if self._published is None else self._num_waiting + max(0, self._num_admissible())
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether as many groups are finished as a step takes."""
+        return len(self._ledger.in_state(GroupState.FINISHED)) >= self._settings.groups_per_step
+
     def is_outdated(self, held: WeightVersion | None) -> bool:
         """Whether an actor that holds `held` must fetch newer weights before it can lease."""
-        return self._published is not None and not _is_current(held, self._published)
+        return self._published is not None and not is_current(held, self._published)
 
     def renew(self, actor_id: str, *, progress: Mapping[LeaseKey, int]) -> list[LeaseKey]:
         """Renew the leases whose progress number grew; returns those that the actor no longer holds."""
-        self._expire()
+        self.expire()
         return self._leases.renew(actor_id, progress=progress, now=self._clock())
 
     def release(self, actor_id: str) -> None:
@@ -130,7 +135,7 @@ class ReplayState:
         self._leases.hand_back(actor_id, lease)
 
     def append(self, actor_id: str, *, lease: LeaseKey, ipc: bytes) -> AppendOutcome:
-        """Store a finished group; it is durable when this returns. The first one wins, whoever holds the lease.
+        """Store a finished group. The first one wins, whoever holds the lease.
 
         Returns:
             "flat": all rows have equal rewards and `refill` is set; it is dropped, and another question asked.
@@ -138,11 +143,11 @@ class ReplayState:
             question asked again, unless another lease of it has begun.
 
         Raises:
-            UnknownLeaseError: the group was never issued, or was dropped.
+            UnknownLeaseError: the group was never issued, was dropped, or is settled.
             LogWriteError: the group is not stored, but still leased.
         """
         group_id = lease.group_id
-        self._expire()
+        self.expire()
         group = self._known(group_id)
         if group.was_finished:
             return "duplicate"
@@ -169,6 +174,7 @@ class ReplayState:
             payload=ipc,
         )
         self._commit([finish])
+        self._segments[group_id] = self._journal.number
         self._leases.end(group_id)
         self._num_ended += 1
         return "accepted"
@@ -182,7 +188,7 @@ class ReplayState:
         """
         if reason not in (DropReason.ENV_ERROR, DropReason.INVALID):
             raise ValueError(f"reason {reason!r} is unknown to an actor: env_error or invalid")
-        self._expire()
+        self.expire()
         group = self._known(lease.group_id)
         if group.state is GroupState.OPEN:
             self._drop_open(actor_id, lease, group, DropReason(reason))
@@ -196,7 +202,7 @@ class ReplayState:
         Raises:
             ValueError: not the step after the last, or a step that is over.
         """
-        self._expire()
+        self.expire()
         if step in self._ledger.steps:
             return True
         if step != self._ledger.last_step + 1:
@@ -242,6 +248,23 @@ class ReplayState:
         self._published = version
         self._unpublished = {step: num for step, num in self._unpublished.items() if step > version.step}
 
+    def settle(self, step: int) -> int:
+        """No resume will go on from before `step`: forget what was consumed up to it, and all that was dropped.
+
+        Returns:
+            The first segment of the journal with a group that is not settled; once this is durable, older ones can go.
+
+        Raises:
+            ValueError: a step that is not over.
+        """
+        if step > self._ledger.last_step or step in self._ledger.steps:
+            raise ValueError(f"step {step} is not over: it cannot be settled")
+        settled = {key for key, group in self._ledger.groups.items() if is_settled(group, step)}
+        self._segments = {key: number for key, number in self._segments.items() if key not in settled}
+        first = max(min(self._segments.values(), default=self._journal.number), self._ledger.first_segment)
+        self._commit([Settle(step=max(step, self._ledger.settled_step), first_segment=first)])
+        return first
+
     @property
     def capacity(self) -> int:
         return (self._settings.max_staleness + 1) * self._settings.groups_per_step
@@ -253,50 +276,42 @@ class ReplayState:
         return BufferPosition(
             incarnation=self._incarnation,
             last_step=self._ledger.last_step,
-            epoch=self._epoch,
+            epoch=self._line.epoch,
             damages=self._damages,
         )
 
     def status(self) -> BufferStatus:
-        self._expire()
+        self.expire()
         return BufferStatus(
             published=self._published,
             last_step=self._ledger.last_step,
-            waiting=len(self._waiting()),
+            waiting=self._num_waiting,
             leased=len(self._leases),
             finished=len(self._ledger.in_state(GroupState.FINISHED)),
             assigned=len(self._ledger.in_state(GroupState.ASSIGNED)),
             capacity=self.capacity,
             questions_to_ask_again=len(self._ledger.again),
             num_ended=self._num_ended,
-            actors={actor_id: self._actor_status(actor_id) for actor_id in self._actor_ids()},
+            actors=actor_statuses(self._leases, held=self._held, published=self._published, now=self._clock()),
         )
 
-    def _actor_ids(self) -> list[str]:
-        return sorted({*self._held, *(lease.actor_id for lease in self._leases)})
-
-    def _actor_status(self, actor_id: str) -> ActorStatus:
-        now = self._clock()
-        idle = [now - lease.progressed_at for lease in self._leases if lease.actor_id == actor_id]
-        held = self._held.get(actor_id)
-        return ActorStatus(
-            num_leased=len(idle),
-            idle_s=max(idle, default=0.0),
-            held=held,
-            waits_for_version=self._published is not None and not _is_current(held, self._published),
-        )
-
-    def _commit(self, records: Sequence[Record], *, sync: bool = True) -> None:
-        self._journal.write(records, sync=sync)
+    def _commit(self, records: Sequence[Record]) -> None:
+        if self._journal.is_full:
+            self._journal.roll(self._ledger.snapshot())
+        self._journal.write(records)
         for record in records:
             self._ledger.apply(record)
 
-    def _expire(self) -> None:
-        self._leases.expire(self._clock())
-
-    def _waiting(self) -> list[Group]:
+    def _waiting(self, most: int) -> list[Group]:
         """Issued groups that nobody works on, in order of admission."""
-        return [group for key, group in self._ledger.in_state(GroupState.OPEN).items() if key not in self._leases]
+        if not self._num_waiting:
+            return []
+        groups = self._ledger.in_state(GroupState.OPEN).items()
+        return list(islice((group for key, group in groups if key not in self._leases), most))
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._ledger.in_state(GroupState.OPEN)) - len(self._leases)
 
     def _num_admissible(self) -> int:
         """New groups that may be issued now: within the capacity, and not more than the steps that are left need."""
@@ -308,35 +323,22 @@ class ReplayState:
         return min(free, (settings.num_steps - self._ledger.last_step) * settings.groups_per_step - unassigned)
 
     def _issue(self, num: int, version: int) -> list[Group]:
-        """New groups: questions to be asked again first, then the epoch's line. Durable with what follows."""
-        sources = [(epoch, key, attempt) for (epoch, key), attempt in list(self._ledger.again.items())[:num]]
-        num_again = len(sources)
-        while len(sources) < num:
-            index = len(sources) - num_again
-            if index >= len(self._line):
-                self._begin_epoch()
-            epoch, key = self._line[index]
-            sources.append((epoch, key, 0))
+        """New groups; durable with what follows."""
+        turns = self._line.next(num)
         records = [
             Issue(group_id=f"{self._incarnation}-{number}", epoch=epoch, question=key, attempt=attempt, version=version)
-            for number, (epoch, key, attempt) in enumerate(sources, self._num_issued)
+            for number, (epoch, key, attempt) in enumerate(turns, self._num_issued)
         ]
         if records:
-            self._commit(records, sync=False)
-        for _ in range(len(sources) - num_again):
-            self._line.popleft()
+            self._commit(records)
+        self._line.advance(turns)
         self._num_issued += len(records)
         return [self._ledger.groups[record.group_id] for record in records]
-
-    def _begin_epoch(self) -> None:
-        self._epoch += 1
-        order = issue_order(self._questions, seed=self._settings.seed, epoch=self._epoch)
-        self._line.extend((self._epoch, key) for key in order)
 
     def _known(self, group_id: str) -> Group:
         group = self._ledger.groups.get(group_id)
         if group is None:
-            raise UnknownLeaseError(f"group {group_id} was never issued by this buffer: abandon it")
+            raise UnknownLeaseError(f"group {group_id} was never issued by this buffer, or is settled: abandon it")
         return group
 
     def _version_bound(self, group: Group, min_version: int | None) -> int:
@@ -386,10 +388,6 @@ class ReplayState:
         self._commit([Assign(incarnation=self._incarnation, step=step, groups=chosen, rho=rho)])
         self._unpublished[step] = len(chosen)
         return True
-
-
-def _is_current(held: WeightVersion | None, published: WeightVersion) -> bool:
-    return held is not None and held.incarnation == published.incarnation and held.step >= published.step
 
 
 def _age(group: Group, version: int) -> int:

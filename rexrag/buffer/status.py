@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rexrag.buffer.leases import LeaseTable
 from rexrag.types import WeightVersion
 
 
@@ -51,3 +52,26 @@ class BufferPosition:
     last_step: int
     epoch: int
     damages: tuple[str, ...]
+
+
+def is_current(held: WeightVersion | None, published: WeightVersion) -> bool:
+    """Whether an actor that holds `held` may lease, once `published` is out."""
+    return held is not None and held.incarnation == published.incarnation and held.step >= published.step
+
+
+def actor_statuses(
+    leases: LeaseTable, *, held: Mapping[str, WeightVersion | None], published: WeightVersion | None, now: float
+) -> dict[str, ActorStatus]:
+    """What each actor holds, of those that asked for groups or have some."""
+    idle: dict[str, list[float]] = {actor_id: [] for actor_id in held}
+    for lease in leases:
+        idle.setdefault(lease.actor_id, []).append(now - lease.progressed_at)
+    return {
+        actor_id: ActorStatus(
+            num_leased=len(times),
+            idle_s=max(times, default=0.0),
+            held=held.get(actor_id),
+            waits_for_version=published is not None and not is_current(held.get(actor_id), published),
+        )
+        for actor_id, times in sorted(idle.items())
+    }

@@ -265,6 +265,10 @@ class Controller:
             keep_last=self._settings.keep_checkpoints,
             best=self._run_folder.best_checkpoint(),
         )
+        # A resume goes on from one of the newest; the best one is kept for its weights.
+        oldest = list(self._run_folder.committed_checkpoints())[-self._settings.keep_checkpoints :][0]
+        settled = call(self._buffer, ReplayActor.settle, oldest)
+        self._wait(settled, what=f"the run waits for the buffer to let go of what step {oldest} contains")
 
     def _wait_for_current_actors(self, *, interruptible: bool) -> None:
         self._supervisor.until(

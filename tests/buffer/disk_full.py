@@ -9,14 +9,14 @@ from pathlib import Path
 
 from replay_helpers import Clock, make_ipc, make_settings
 
-from rexrag.buffer.log import LogWriteError
+from rexrag.buffer.log_writer import LogWriteError
 from rexrag.buffer.recovery import open_buffer
 from rexrag.types import WeightVersion
 
 
 def main() -> None:
     replay = make_settings(Path(sys.argv[1]), num_questions=50, groups_per_step=20)
-    state = open_buffer(replay, resume_step=None, clock=Clock())
+    state, _ = open_buffer(replay, resume_step=None, clock=Clock())
     version = WeightVersion(incarnation="run", step=0)
     state.publish(version)
     leases = state.lease("a", num=50, held=version)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -12,8 +14,11 @@ import pytest
 import ray
 from replay_helpers import make_ipc, make_settings
 
+from rexrag.buffer import log_writer
+from rexrag.buffer.log_writer import LogWriteError
 from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
+from rexrag.buffer.segments import segments
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.errors import UnknownLeaseError
 from rexrag.types import GroupLease, LeaseKey, WeightVersion
@@ -132,5 +137,106 @@ def test_a_lost_lease_reaches_a_waiting_actor_by_itself(tmp_path: Path) -> None:
         (first,) = await actor.lease("a", num=1, held=FIRST, wait_s=0.0)
         (second,) = await actor.lease("b", num=1, held=FIRST, wait_s=20.0)
         assert second.group_id == first.group_id
+
+    asyncio.run(scenario())
+
+
+def test_who_cannot_act_is_not_woken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 actors wait while others work: an append wakes none of them, a freed group exactly one."""
+
+    async def scenario() -> None:
+        actor = ReplayActor(make_settings(tmp_path, num_questions=40, groups_per_step=4), resume_step=None)
+        await actor.open()
+        await actor.publish(FIRST)
+        items = await actor.lease("a", num=12, held=FIRST, wait_s=0.0)
+        assert len(items) == 12
+        polls = [asyncio.create_task(actor.lease(f"{i}", num=1, held=FIRST, wait_s=60.0)) for i in range(64)]
+        batch = asyncio.create_task(actor.assign(1, rho=None, timeout_s=60.0))
+        await asyncio.sleep(0)
+        tries = Counter[str]()
+        ask, choose = actor._state.lease, actor._state.assign
+        monkeypatch.setattr(actor._state, "lease", lambda *a, **k: tries.update(["lease"]) or ask(*a, **k))
+        monkeypatch.setattr(actor._state, "assign", lambda *a, **k: tries.update(["assign"]) or choose(*a, **k))
+        for item in items[:4]:
+            await actor.append("a", lease=item.key, ipc=make_ipc(item))
+        assert await batch
+        assert tries == {"assign": 1}
+        await actor.hand_back("a", lease=items[5].key)
+        await actor.fail("a", lease=items[6].key, reason="env_error")
+        await asyncio.sleep(0.05)
+        assert tries == {"assign": 1, "lease": 2}
+        assert [len(poll.result()) for poll in polls if poll.done()] == [1, 1]
+        assert all(poll.done() for poll in polls[:2]), "those that wait longest"
+        await actor.outcome(1, applied=True)
+        await actor.publish(WeightVersion(incarnation="run", step=1))
+        assert await asyncio.gather(*polls[2:]) == [[]] * 62, "all others have to fetch the new weights"
+
+    asyncio.run(scenario())
+
+
+def test_one_sync_serves_all_who_wait_for_one_and_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs: list[float] = []
+
+    def slowly(fd: int) -> None:
+        time.sleep(0.1)
+        os.fsync(fd)
+        syncs.append(time.monotonic())
+
+    async def scenario() -> None:
+        actor = ReplayActor(make_settings(tmp_path, num_questions=40, groups_per_step=10), resume_step=None)
+        await actor.open()
+        await actor.publish(FIRST)
+        items = await actor.lease("a", num=30, held=FIRST, wait_s=0.0)
+        monkeypatch.setattr(log_writer, "_sync_data", slowly)
+        appends = [asyncio.create_task(actor.append("a", lease=i.key, ipc=make_ipc(i))) for i in items]
+        await asyncio.sleep(0.02)
+        assert (await actor.status()).finished == 30
+        assert not syncs, "the loop answers while the disk is busy"
+        assert not any(append.done() for append in appends), "nobody is answered before"
+        assert await asyncio.gather(*appends) == ["accepted"] * 30
+        assert len(syncs) <= 3
+        assert accounting_from_log(tmp_path)["pending"] == 30
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_sync_reaches_all_who_waited_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def scenario() -> None:
+        actor = ReplayActor(make_settings(tmp_path, num_questions=40), resume_step=None)
+        await actor.open()
+        await actor.publish(FIRST)
+        items = await actor.lease("a", num=4, held=FIRST, wait_s=0.0)
+        await actor.append("a", lease=items[0].key, ipc=make_ipc(items[0]))
+        monkeypatch.setattr(log_writer, "_sync_data", fail)
+        appends = [actor.append("a", lease=i.key, ipc=make_ipc(i)) for i in items[1:3]]
+        errors = await asyncio.gather(*appends, return_exceptions=True)
+        assert all(isinstance(error, LogWriteError) for error in errors)
+        with pytest.raises(LogWriteError, match="check the disk"):
+            await actor.append("a", lease=items[3].key, ipc=make_ipc(items[3]))
+        with pytest.raises(LogWriteError, match="check the disk"):
+            await actor.assign(1, rho=None, timeout_s=1.0)
+
+    asyncio.run(scenario())
+    assert accounting_from_log(tmp_path)["pending"] == 4, "what was acknowledged is there, and the issues before it"
+
+
+def test_what_is_settled_leaves_the_disk(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        actor = ReplayActor(make_settings(tmp_path, num_questions=9, segment_bytes=9000), resume_step=None)
+        await actor.open()
+        for step in range(12):
+            version = WeightVersion(incarnation="run", step=step)
+            await actor.publish(version)
+            for item in await actor.lease("a", num=2, held=version, wait_s=0.0):
+                await actor.append("a", lease=item.key, ipc=make_ipc(item))
+            assert await actor.assign(step + 1, rho=None, timeout_s=1.0)
+            await actor.outcome(step + 1, applied=True)
+            await actor.settle(step)
+        assert len(segments(tmp_path)) <= 3 < int(segments(tmp_path)[0].stem[-6:])
 
     asyncio.run(scenario())

@@ -5,16 +5,20 @@ import os
 import pickle
 import shutil
 import struct
+import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from rexrag.buffer import log as log_module
-from rexrag.buffer.log import Damage, LogWriteError, LogWriter, cut_torn_tail, read_log, segments
-from rexrag.buffer.records import Assign, Begin, Drop, DropReason, Finish, Issue, Outcome, Record, Then
+from rexrag.buffer import log_writer as log_module
+from rexrag.buffer.log import Damage, cut_torn_tail, read_log
+from rexrag.buffer.log_writer import LogWriteError, LogWriter
+from rexrag.buffer.records import Assign, Begin, Drop, DropReason, Finish, Issue, Outcome, Record, Snapshot, Then
+from rexrag.buffer.segments import segments
 from rexrag.errors import RunFolderError
 
 RECORDS: tuple[Record, ...] = (
@@ -35,17 +39,22 @@ RECORDS: tuple[Record, ...] = (
     Outcome(incarnation="1", step=1, groups=("1-1", "1-2"), applied=True),
 )
 
+HEAD = Snapshot(payload=b"{}")
+
 
 def write(folder: Path, records: tuple[Record, ...] = RECORDS, *, segment_bytes: int = 1 << 20) -> Path:
     writer = LogWriter(folder, segment_bytes=segment_bytes)
     for record in records:
-        writer.write([record], sync=True)
+        if writer.is_full:
+            writer.roll(HEAD)
+        writer.write([record])
+        writer.sync()
     writer.close()
     return segments(folder)[-1]
 
 
 def read(folder: Path) -> tuple[list[Record], list[Damage]]:
-    items = list(read_log(folder))
+    items = [item for item in read_log(folder) if item != HEAD]
     records = [item for item in items if not isinstance(item, Damage)]
     return records, [item for item in items if isinstance(item, Damage)]
 
@@ -62,7 +71,7 @@ def test_segments_roll_and_every_writer_begins_its_own(tmp_path: Path) -> None:
     assert num > 2
     second = LogWriter(tmp_path, segment_bytes=200)
     assert second.first_segment == num + 1
-    second.write([RECORDS[1]], sync=False)
+    second.write([RECORDS[1]])
     assert read(tmp_path) == ([*RECORDS, RECORDS[1]], [])
 
 
@@ -130,7 +139,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_record_of_the_future_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_module, "encode", lambda record: ({"type": "merge"}, b""))
+    monkeypatch.setattr("rexrag.buffer.log.encode", lambda record: ({"type": "merge"}, b""))
     write(tmp_path, RECORDS[:1])
     with pytest.raises(RunFolderError, match="'merge', unknown"):
         read(tmp_path)
@@ -157,10 +166,13 @@ def test_acknowledged_records_survive_a_power_cut(tmp_path: Path, monkeypatch: p
     written, acknowledged = [], 0
     for number in range(42):
         record = Issue(group_id=f"1-{number}", epoch=0, question="world/0", attempt=0, version=0)
-        is_synced = number % 3 == 0
-        writer.write([record], sync=is_synced)
+        if writer.is_full:
+            writer.roll(HEAD)
+        writer.write([record])
         written.append(record)
-        acknowledged = len(written) if is_synced else acknowledged
+        if number % 3 == 0:
+            writer.sync()
+            acknowledged = len(written)
     for path in segments(tmp_path):
         with path.open("r+b") as file:
             file.truncate(durable.get(path.stat().st_ino, 16))
@@ -174,14 +186,57 @@ def test_after_a_failed_sync_nothing_more_is_written(tmp_path: Path, monkeypatch
         raise OSError(errno.EIO, "Input/output error")
 
     writer = LogWriter(tmp_path, segment_bytes=1 << 20)
-    writer.write(RECORDS[:1], sync=True)
+    writer.write(RECORDS[:1])
+    writer.sync()
     with monkeypatch.context() as patch:
         patch.setattr(log_module, "_sync_data", fail)
         with pytest.raises(LogWriteError, match="Input/output error"):
-            writer.write(RECORDS[1:2], sync=True)
+            writer.write(RECORDS[1:2])
+            writer.sync()
     with pytest.raises(LogWriteError, match="check the disk"):
-        writer.write(RECORDS[1:2], sync=True)
+        writer.write(RECORDS[1:2])
+    with pytest.raises(LogWriteError, match="check the disk"):
+        writer.sync()
     assert read(tmp_path) == ([RECORDS[0]], [])
+
+
+def test_what_is_written_during_a_sync_is_synced_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread syncs while another writes, and begins a new segment: each record is counted once it is on disk."""
+    syncing, go_on = threading.Event(), threading.Event()
+    sync_data = log_module._sync_data
+
+    def slowly(fd: int) -> None:
+        syncing.set()
+        assert go_on.wait(30)
+        sync_data(fd)
+
+    writer = LogWriter(tmp_path, segment_bytes=1 << 20)
+    writer.write(RECORDS[:1])
+    monkeypatch.setattr(log_module, "_sync_data", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(writer.sync)
+        assert syncing.wait(30)
+        writer.write(RECORDS[1:2])
+        monkeypatch.setattr(log_module, "_sync_data", sync_data)
+        writer.roll(HEAD)
+        writer.write(RECORDS[2:])
+        assert (writer.num_durable, writer.num_written) == (2, 4)
+        go_on.set()
+        first.result(30)
+    assert writer.num_durable == 2
+    writer.sync()
+    assert writer.num_durable == writer.num_written
+    assert read(tmp_path) == (list(RECORDS), [])
+
+
+def test_segments_before_a_number_are_deleted(tmp_path: Path) -> None:
+    write(tmp_path, segment_bytes=100)
+    writer = LogWriter(tmp_path, segment_bytes=100)
+    writer.delete_before(3)
+    assert segments(tmp_path)[0].name == "segment-000003.log"
+    writer.delete_before(10**6)
+    assert segments(tmp_path) == [tmp_path / f"segment-{writer.number:06d}.log"]
+    assert LogWriter(tmp_path, segment_bytes=100).first_segment == writer.number + 1
 
 
 def test_the_error_crosses_processes() -> None:

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from replay_helpers import Clock, ListJournal, fold, make_ipc, make_settings, restart
 
 from rexrag.buffer.ledger import GroupState, Ledger
-from rexrag.buffer.log import LogWriteError
-from rexrag.buffer.records import Assign, Begin, Drop, DropReason, Finish, Issue, Outcome, Then
+from rexrag.buffer.log_writer import LogWriteError
+from rexrag.buffer.records import Assign, Begin, Drop, DropReason, Finish, Issue, Outcome, Settle, Snapshot, Then
 from rexrag.errors import UnknownLeaseError
 from rexrag.types import GroupLease, LeaseKey, WeightVersion
 
@@ -37,8 +37,11 @@ class BufferMachine(RuleBasedStateMachine):
         groups_per_step=st.integers(1, 3),
         num_questions=st.integers(1, 5),
         max_attempts=st.integers(1, 2),
+        segment_records=st.sampled_from([1, 5, 20, 10**6]),
     )
-    def begin(self, staleness: int, groups_per_step: int, num_questions: int, max_attempts: int) -> None:
+    def begin(
+        self, staleness: int, groups_per_step: int, num_questions: int, max_attempts: int, segment_records: int
+    ) -> None:
         self.settings = make_settings(
             Path("unused"),
             num_questions=num_questions,
@@ -46,7 +49,9 @@ class BufferMachine(RuleBasedStateMachine):
             groups_per_step=groups_per_step,
             max_attempts=max_attempts,
         )
-        self.clock, self.journal, self.num_starts = Clock(), ListJournal(), 0
+        self.clock, self.num_starts = Clock(), 0
+        self.journal = ListJournal(segment_records=segment_records)
+        self.settled_step = 0
         self.is_disturbed = False
         self.start(resume_step=0)
 
@@ -113,6 +118,23 @@ class BufferMachine(RuleBasedStateMachine):
         self.state.release(actor)
         held = {work.lease.key: 1 for work in self.work if work.actor_id == actor}
         assert set(self.state.renew(actor, progress=held)) == set(held)
+
+    @rule(data=st.data())
+    def settle(self, data: st.DataObject) -> None:
+        """What no resume can take back is forgotten, and its groups are no longer known."""
+        step = data.draw(st.integers(self.settled_step, self.learner_step))
+        counts, before = self.state.accounting(), self.ledger
+        first = self.state.settle(step)
+        self.settled_step = step
+        assert 0 <= first <= self.journal.number
+        assert self.state.accounting() == counts
+        assert not self.ledger.in_state(GroupState.DROPPED)
+        assert all((group.step or 0) > step for group in self.ledger.in_state(GroupState.CONSUMED).values())
+        for group in before.groups.values():
+            if group.group_id not in self.ledger.groups:
+                with pytest.raises(UnknownLeaseError):
+                    self.state.append("late", lease=LeaseKey(group.group_id, 1), ipc=b"anything")
+        self.work = [work for work in self.work if work.lease.group_id in self.ledger.groups]
 
     @precondition(lambda self: self.work)
     @rule(data=st.data(), is_mixed=st.booleans())
@@ -210,13 +232,13 @@ class BufferMachine(RuleBasedStateMachine):
 
     @rule()
     def write_on_full_disk(self) -> None:
-        self.journal.is_full = True
+        self.journal.is_disk_full = True
         before = len(self.journal.records)
         for work in self.work:
             if self.ledger.groups[work.lease.group_id].state is GroupState.OPEN:
                 with pytest.raises(LogWriteError):
                     self.state.append(work.actor_id, lease=work.lease.key, ipc=make_ipc(work.lease))
-        self.journal.is_full = False
+        self.journal.is_disk_full = False
         assert len(self.journal.records) == before
 
     @precondition(lambda self: self.learner_step >= self.num_starts)
@@ -230,7 +252,9 @@ class BufferMachine(RuleBasedStateMachine):
         self.journal.records[:] = kept
         ledger = fold(kept)
         assert ledger.begin is not None
-        resume_step = data.draw(st.integers(ledger.begin.resume_step, ledger.last_step))
+        first_step = max(ledger.begin.resume_step, ledger.settled_step)
+        resume_step = data.draw(st.integers(first_step, max(first_step, ledger.last_step)))
+        self.settled_step = ledger.settled_step
         self.is_disturbed = True
         self.start(resume_step=resume_step)
         for group in self.ledger.groups.values():
@@ -263,7 +287,8 @@ class BufferMachine(RuleBasedStateMachine):
     def questions_are_asked_once_an_epoch(self) -> None:
         """Each is in exactly one place: a live group, asked again, still in line, or given up."""
         ledger = self.ledger
-        places = Counter([*ledger.live, *ledger.again, *self.state._line, *given_up(self.journal.records)])
+        records = self.journal.records
+        places = Counter([*ledger.live, *ledger.again, *self.state._line, *given_up(records), *settled(records)])
         for epoch in range(self.state.position().epoch + 1):
             for question in self.settings.questions:
                 assert places[epoch, question.key] == 1
@@ -308,7 +333,7 @@ def count_records(records: list[Any]) -> tuple[int, dict[str, str], dict[str, in
                 finals[record.group_id] = record.reason.value
             case Outcome():
                 finals |= dict.fromkeys(record.groups, "consumed")
-            case Assign() | Begin():
+            case Assign() | Begin() | Settle() | Snapshot():
                 pass
     return len(issued), finals, dict(Counter(final for final in finals.values() if final != "consumed"))
 
@@ -320,12 +345,28 @@ def given_up(records: list[Any]) -> list[tuple[int, str]]:
     return [questions[end.group_id] for end in ends]
 
 
+def settled(records: list[Any]) -> list[tuple[int, str]]:
+    """Questions whose group was consumed and is known no longer."""
+    questions = {record.group_id: (record.epoch, record.question) for record in records if isinstance(record, Issue)}
+    known = fold(records).groups
+    _, finals, _ = count_records(records)
+    return [questions[key] for key, final in finals.items() if final == "consumed" and key not in known]
+
+
 def describe(ledger: Ledger) -> object:
     groups = {
         key: (g.order, g.epoch, g.question, g.attempt, g.version, g.state, g.was_finished, g.min_version, g.step)
         for key, g in ledger.groups.items()
     }
-    return groups, list(ledger.again.items()), ledger.asked, ledger.live, ledger.steps, ledger.accounting()
+    return (
+        groups,
+        list(ledger.again.items()),
+        ledger.asked,
+        ledger.first_open_epoch,
+        ledger.live,
+        ledger.steps,
+        ledger.accounting(),
+    )
 
 
 BufferMachine.TestCase.settings = settings(

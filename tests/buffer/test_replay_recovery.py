@@ -16,8 +16,10 @@ from replay_helpers import Clock, make_ipc, make_questions, make_settings
 
 from rexrag.arrow import group_from_ipc
 from rexrag.buffer.ledger import GroupState, Ledger
-from rexrag.buffer.log import Damage, LogWriter, read_log, segments
+from rexrag.buffer.log import Damage, read_log
+from rexrag.buffer.log_writer import LogWriter
 from rexrag.buffer.recovery import accounting_from_log, books_from_log, check_questions, open_buffer
+from rexrag.buffer.segments import segments
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.buffer.state import ReplayState
 from rexrag.errors import RunFolderError
@@ -27,7 +29,7 @@ DISK_FULL_SCRIPT = Path(__file__).with_name("disk_full.py")
 
 
 def begin(replay: ReplaySettings, *, resume_step: int | None = None) -> ReplayState:
-    state = open_buffer(replay, resume_step=resume_step, clock=Clock())
+    state, _ = open_buffer(replay, resume_step=resume_step, clock=Clock())
     state.publish(version_of(state, resume_step or 0))
     return state
 
@@ -323,20 +325,98 @@ def test_a_hole_costs_the_groups_of_its_time_once(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_an_earlier_start_trained_on_is_missed_too(tmp_path: Path) -> None:
+    """Where the snapshot after it is lost as well: else that one knows."""
+    for with_snapshot in (True, False):
+        folder = tmp_path / str(with_snapshot)
+        replay = make_settings(folder, num_questions=9)
+        state = begin(replay)
+        produce(state, 0, 4)
+        trained = learn(state, 1)
+        state = begin(replay, resume_step=1)
+        spoil(folder / "segment-000001.log", "assign", "outcome")
+        if not with_snapshot:
+            spoil(folder / "segment-000002.log", "snapshot")
+        state = begin(replay, resume_step=1)
+        assert "segment-000001.log is damaged" in state.position().damages[0]
+        assert any("step 1 trained on" in told for told in state.position().damages) != with_snapshot
+        assert state.status().finished == (2 if with_snapshot else 0)
+        produce(state, 1, 4)
+        assert not set(trained) & set(learn(state, 2))
+
+
+def spoil(path: Path, *kinds: str) -> None:
+    """Damage the records of some kinds."""
+    data = path.read_bytes()
+    for kind in kinds:
+        whole = f'"type":"{kind}"'.encode()
+        assert whole in data
+        data = data.replace(whole, whole[:-2] + b'?"')
+    path.write_bytes(data)
+
+
+def test_a_lost_segment_costs_the_finished_groups_in_it(tmp_path: Path) -> None:
+    """The head of the next one knows all the rest: what was trained on, and what is to be asked again."""
     replay = make_settings(tmp_path, num_questions=9)
     state = begin(replay)
     produce(state, 0, 4)
     trained = learn(state, 1)
     state = begin(replay, resume_step=1)
-    damage = tmp_path / "segment-000001.log"
-    data = damage.read_bytes()
-    for kind in (b'"type":"assign"', b'"type":"outcome"'):
-        data = data.replace(kind, kind[:-2] + b'?"')
-    damage.write_bytes(data)
+    (tmp_path / "segment-000001.log").unlink()
     state = begin(replay, resume_step=1)
-    assert any("step 1 trained on" in told for told in state.position().damages)
-    produce(state, 1, 4)
-    assert not set(trained) & set(learn(state, 2))
+    assert state.accounting() == {"issued": 4, "consumed": 2, "dropped": {"corrupt": 2}, "pending": 0, "given_up": 0}
+    assert "segment-000001.log is missing" in state.position().damages[0]
+    assert "2 groups of the replay log that cannot be vouched for" in state.position().damages[1]
+    assert_goes_on(state, replay, step=1, trained=set(trained))
+
+
+def test_settled_segments_are_deleted_and_nothing_is_missed(tmp_path: Path) -> None:
+    """Many steps with a checkpoint every two: disk and memory stay flat, accounts and epochs are those of the whole."""
+    replay = make_settings(tmp_path, num_questions=5, segment_bytes=9000)
+    state, log = open_buffer(replay, resume_step=None, clock=Clock())
+    state.publish(version_of(state, 0))
+    sizes, known, asked = [], [], []
+    for step in range(1, 61):
+        asked += [(lease.epoch, lease.question.key) for lease in produce(state, step - 1, 2)]
+        learn(state, step)
+        if step % 2 == 0:
+            log.sync()
+            log.delete_before(state.settle(step - 2))
+            sizes.append(len(segments(tmp_path)))
+            known.append(len(state._ledger.groups))
+    assert max(sizes[5:]) <= 5
+    assert max(known[5:]) <= 8
+    assert segments(tmp_path)[0].name > "segment-000010.log"
+    counts = {"issued": 120, "consumed": 120, "dropped": {}, "pending": 0, "given_up": 0}
+    assert state.accounting() == accounting_from_log(tmp_path) == counts
+    assert books_from_log(tmp_path) == (counts, ())
+    assert set(Counter(asked).values()) == {1}
+    check_questions(tmp_path, replay.questions)
+    with pytest.raises(RunFolderError, match="other question"):
+        check_questions(tmp_path, replay.questions[1:])
+
+    again = begin(replay, resume_step=59)  # of two kept checkpoints the older one
+    assert again.position().damages == ()
+    assert again.accounting() == {**counts, "consumed": 118, "dropped": {"lost": 2}}
+    lost = {lease.question.key for lease in produce(again, 59, 2)}
+    assert {(lease.epoch, lease.question.key) for lease in produce(again, 59, 2)} & set(asked) == set()
+    assert lost == {key for _, key in asked[-2:]}
+
+
+def test_a_resume_from_before_what_is_settled_is_told(tmp_path: Path) -> None:
+    replay = make_settings(tmp_path, num_questions=9)
+    state = begin(replay)
+    for step in (1, 2, 3):
+        produce(state, step - 1, 2)
+        learn(state, step)
+    state.settle(2)
+    with pytest.raises(ValueError, match="step 4 is not over"):
+        state.settle(4)
+    state = begin(replay, resume_step=1)
+    assert state.position().damages == (
+        "the replay log was cut after the checkpoint that the run goes on from: the questions of step 2 are not "
+        "asked again in their epoch",
+    )
+    assert_goes_on(state, replay, step=1, trained=set())
 
 
 @given(at=st.integers(0, 10**6), junk=st.binary(min_size=1, max_size=400), segment=st.integers(0, 10))

@@ -98,7 +98,7 @@ def test_a_step_asks_in_this_order(tmp_path: Path) -> None:
     first, second = calls[len(before) : len(before) + 8], calls[len(before) + 8 :]
     assert first == [*STEP[:5], "learner.export", *STEP[5:]], "weights are exported before they are handed out"
     # Nothing changed in the second step: its version is handed out without weights. It is the last: saved, evaluated.
-    assert second == [*STEP[:6], "learner.save", "fleet.evaluate", "buffer.publish", "fleet.evaluate"]
+    assert second == [*STEP[:6], "learner.save", "buffer.settle", "fleet.evaluate", "buffer.publish", "fleet.evaluate"]
     assert rig.fleet.weights is None
 
 
