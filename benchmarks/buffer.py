@@ -74,12 +74,13 @@ def main() -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
     }
-    for name, measure in {
+    measures: dict[str, Callable[[], Figures]] = {
         "ingest": lambda: ingest(words.work / "ingest", shape=shape, num_groups=words.groups),
         "take": lambda: hand_out(words.work / "take", shape=shape),
         "control": lambda: control(words.work / "control", num_messages=words.messages),
         "long": lambda: asyncio.run(long_run(words.work / "long", num_steps=words.steps)),
-    }.items():
+    }
+    for name, measure in measures.items():
         found[name] = measure()
         print(name, json.dumps(found[name]), flush=True)
     ray.shutdown()
@@ -138,8 +139,8 @@ def ingest(folder: Path, *, shape: tuple[int, int], num_groups: int) -> Figures:
     """Tokens a second that are durable, from two processes; beside the disk's and Ray's own."""
     times = {}
     for name in ("buffer", "nothing"):
-        actor: Any = ray.remote(Nothing).remote() if name == "nothing" else start(folder, num_groups=num_groups)
-        clients = [ray.remote(Client).remote() for _ in range(NUM_CLIENTS)]  # type: ignore[attr-defined]
+        actor = begin(Nothing) if name == "nothing" else start(folder, num_groups=num_groups)
+        clients = [begin(Client) for _ in range(NUM_CLIENTS)]
         share = num_groups // NUM_CLIENTS
         ray.get([client.lease.remote(actor, num=share, shape=shape) for client in clients])
         began = time.perf_counter()
@@ -170,11 +171,11 @@ def hand_out(folder: Path, *, shape: tuple[int, int]) -> Figures:
     """From the call to the learner's having the groups of one step."""
     num_groups = -(-TAKE_TOKENS // (shape[0] * shape[1]))
     actor = start(folder, num_groups=num_groups)
-    client: Any = ray.remote(Client).remote()
+    client = begin(Client)
     ray.get(client.lease.remote(actor, num=num_groups, shape=shape))
     ray.get(client.append.remote(actor, at_once=16))
     assert ray.get(actor.assign.remote(1, rho=None, timeout_s=60.0))
-    learner: Any = ray.remote(Learner).remote()
+    learner = begin(Learner)
     times = []
     for _ in range(30):
         began = time.perf_counter()
@@ -195,8 +196,8 @@ def control(folder: Path, *, num_messages: int) -> Figures:
     rates: Figures = {}
     for name in ("buffer", "nothing"):
         is_buffer = name == "buffer"
-        actor: Any = start(folder, num_groups=8) if is_buffer else ray.remote(Nothing).remote()
-        clients = [ray.remote(Client).remote() for _ in range(NUM_CLIENTS)]  # type: ignore[attr-defined]
+        actor = start(folder, num_groups=8) if is_buffer else begin(Nothing)
+        clients = [begin(Client) for _ in range(NUM_CLIENTS)]
         if is_buffer:
             ray.get(actor.lease.remote("a", num=8, held=FIRST, wait_s=0.0))
             waiting = [actor.lease.remote(f"{i}", num=1, held=FIRST, wait_s=600.0) for i in range(NUM_ACTORS)]
@@ -255,6 +256,12 @@ def start(folder: Path, *, num_groups: int) -> Handle:
     ray.get(handle.open.remote())
     ray.get(handle.publish.remote(FIRST))
     return handle
+
+
+def begin(part: type[object]) -> Handle:
+    """An actor in a process of its own."""
+    remote: Any = ray.remote(part)
+    return remote.remote()
 
 
 def settings_of(folder: Path, *, num_groups: int, num_questions: int) -> ReplaySettings:
