@@ -264,12 +264,12 @@ def begin(part: type[object]) -> Handle:
     return remote.remote()
 
 
-def settings_of(folder: Path, *, num_groups: int, num_questions: int) -> ReplaySettings:
+def settings_of(folder: Path, *, num_groups: int, num_questions: int, max_staleness: int = 0) -> ReplaySettings:
     return ReplaySettings(
         folder=folder,
         questions=make_questions(num_questions),
         groups_per_step=num_groups,
-        max_staleness=0,
+        max_staleness=max_staleness,
         seed=0,
         lease_timeout_s=3600.0,
         lease_deadline_s=7200.0,
