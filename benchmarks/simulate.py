@@ -169,8 +169,8 @@ class Learner:
         self.ended: list[float] = []
         self.ages: list[float] = []
 
-    def ready(self) -> None:
-        pass
+    def ready(self) -> str:
+        return "float32"
 
     def rho(self) -> None:
         return None
@@ -206,6 +206,7 @@ class Fleet:
         self._idle: dict[int, None] = {}
 
     can_begin = is_current = True
+    dtypes = frozenset({"float32"})
     num_wanted = property(lambda self: len(self._held))
 
     def run(self) -> None:
@@ -325,7 +326,6 @@ def simulate(num_actors: int, *, max_staleness: int, spread: float, num_steps: i
             groups_per_step=GROUPS_PER_STEP,
             autoscale=None,
             guard="off",
-            transfer_dtype="float32",
         )
         controller = Controller(
             loop,

@@ -73,8 +73,13 @@ def build_runner(settings: RolloutSettings, *, version: WeightVersion) -> tuple[
     return EpisodeRunner(parts), engine
 
 
+def sampling_dtype(settings: RolloutSettings) -> Literal["float32", "bfloat16"]:
+    """The precision that an actor samples in; `auto` is the faster one where this runs."""
+    return fastest_dtype(settings.device) if settings.dtype == "auto" else settings.dtype
+
+
 def _build_engine(settings: RolloutSettings, *, codec: Codec, max_length: int, version: WeightVersion) -> Engine:
-    dtype = fastest_dtype(settings.device) if settings.dtype == "auto" else settings.dtype
+    dtype = sampling_dtype(settings)
     plain = EngineSettings(
         max_sequences=settings.num_sequences + 1,  # the canary of new weights waits for no episode
         max_length=max_length,

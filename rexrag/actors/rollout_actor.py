@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Literal, NamedTuple, Protocol, cast
 
 import ray
 from ray.actor import ActorHandle
 
-from rexrag.actors.build import RolloutSettings, build_runner
+from rexrag.actors.build import RolloutSettings, build_runner, sampling_dtype
 from rexrag.actors.rollout_loop import ActorPulse, RolloutLoop
 from rexrag.engine.protocol import EngineStats
 from rexrag.model.weight_proof import Delivery, WeightUpdate
@@ -53,6 +53,13 @@ class _RemoteBuffer:
         await self._handle.fail.remote(actor_id, lease=lease, reason=reason)
 
 
+class Built(NamedTuple):
+    """A rollout actor that is ready: the id of its process, and the precision that it samples in."""
+
+    pid: int
+    dtype: Literal["float32", "bfloat16"]
+
+
 class RolloutActor:
     """One engine with many concurrent episodes. `run` lasts until `stop`; all else answers meanwhile."""
 
@@ -62,14 +69,15 @@ class RolloutActor:
         log_process(settings.log_file, part=actor_id)
         self._node_id = str(ray.get_runtime_context().get_node_id())
         self._node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        self._dtype = sampling_dtype(settings)
         runner, self._engine = build_runner(settings, version=version)
         self._loop = RolloutLoop(
             runner, actor_id=actor_id, engine=self._engine, buffer=_RemoteBuffer(buffer), num_groups=num_groups
         )
 
-    async def ready(self) -> int:
-        """The id of this process, once engine and retriever are built."""
-        return os.getpid()
+    async def ready(self) -> Built:
+        """What was built, once engine and retriever are."""
+        return Built(os.getpid(), self._dtype)
 
     async def run(self) -> None:
         """Errors are those of `RolloutLoop.run`."""

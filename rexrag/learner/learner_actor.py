@@ -79,8 +79,11 @@ class LearnerActor:
         """The node that it is on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def ready(self) -> None:
-        """Build model and optimizer. Not done in the constructor, whose errors Ray hands on as text alone."""
+    def ready(self) -> Literal["float32", "bfloat16"]:
+        """Build model and optimizer; returns the precision that the learner computes in.
+
+        Not done in the constructor, whose errors Ray hands on as text alone.
+        """
         spec = self._spec
         log_process(spec.log_file, part="learner")
         torch.set_num_threads(spec.threads)
@@ -99,6 +102,7 @@ class LearnerActor:
         )
         if resumed is not None:
             self._core.load_trainer_state(resumed)
+        return self._core.precision
 
     def rho(self) -> float:
         """ρ of the next step (§8)."""
@@ -113,7 +117,7 @@ class LearnerActor:
         weights = self._core.export_weights(dtype=dtype)
         before, scores = self._scores, self._core.score(self._spec.canary)
         self._scores = scores
-        is_exact = dtype == self._spec.settings.autocast == "float32"
+        is_exact = dtype == self._core.precision == "float32"
         proof = WeightProof(
             canary=self._spec.canary,
             logprobs=scores,

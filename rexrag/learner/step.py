@@ -38,6 +38,7 @@ from rexrag.learner.step_metrics import StepReport, step_metrics
 from rexrag.learner.token_metrics import TokenRecord
 from rexrag.learner.trainer_state import TrainerState
 from rexrag.model.comparison import prepare_model
+from rexrag.model.loading import Device, fastest_dtype
 from rexrag.model.logprobs import backward_in_chunks, token_logprobs
 from rexrag.model.packing import PackedBatch, PackRow, pack
 from rexrag.model.weight_proof import Canary
@@ -53,7 +54,8 @@ class LearnerSettings:
         max_staleness: most learner steps between a token's version and its consumption.
         max_length: most tokens of a row; the model's passes are checked up to there.
         micro_batch_tokens: most packed tokens of one forward and backward pass; a longer row goes alone.
-        autocast: precision of the linear layers; master weights are float32.
+        autocast: precision of the linear layers; master weights are float32. "auto": the faster one where the learner
+            runs.
         gradient_checkpointing: compute activations again in the backward pass.
         max_bad_steps: consecutive steps with a non-finite loss or gradient that end the run.
     """
@@ -65,7 +67,7 @@ class LearnerSettings:
     max_staleness: int
     max_length: int
     micro_batch_tokens: int
-    autocast: Literal["float32", "bfloat16"]
+    autocast: Literal["auto", "float32", "bfloat16"]
     gradient_checkpointing: bool
     max_bad_steps: int
 
@@ -122,6 +124,8 @@ class LearnerCore:
         self._reference = reference
         self._evidence_folder = evidence_folder
         self._device = next(model.parameters()).device
+        wanted = settings.autocast
+        self.precision = fastest_dtype(_kind(self._device)) if wanted == "auto" else wanted
         self._success = INITIAL_SUCCESS
         self._bad_steps = 0
         self._rates = BranchRates()
@@ -375,8 +379,12 @@ class LearnerCore:
         return (1.0 + self._settings.probe.rate) * prepared.num_targets * (self._mean_tokens or 1.0)
 
     def _autocast(self) -> torch.autocast:
-        enabled = self._settings.autocast == "bfloat16"
+        enabled = self.precision == "bfloat16"
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def _kind(device: torch.device) -> Device:
+    return "cuda" if device.type == "cuda" else "cpu"
 
 
 def _as_numpy(weights: torch.Tensor, dtype: Literal["float32", "bfloat16"]) -> npt.NDArray[np.generic]:

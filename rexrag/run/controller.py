@@ -30,6 +30,7 @@ from rexrag.reporting.reporter import Reporter
 from rexrag.run.autoscale import Autoscaler, StepLoad
 from rexrag.run.fleet import Fleet
 from rexrag.run.guard import Guard
+from rexrag.run.identity import note_precision
 from rexrag.run.remote import Handle, Ref, T, call, peek, value_of
 from rexrag.run.rewind import note_collapse
 from rexrag.run.supervisor import Supervisor
@@ -53,7 +54,6 @@ class LoopSettings:
     groups_per_step: int
     autoscale: tuple[int, int] | None
     guard: Literal["off", "warn", "rewind"]
-    transfer_dtype: Literal["float32", "bfloat16"]
 
 
 class Controller:
@@ -102,8 +102,10 @@ class Controller:
             Interrupted: a stop signal came; `save` keeps what was finished.
         """
         first = self._version.step
-        self._wait(call(self._learner, LearnerActor.ready), what="the run waits for the learner to load its model")
+        loaded = call(self._learner, LearnerActor.ready)
+        precision = self._wait(loaded, what="the run waits for the learner to load its model")
         self._supervisor.until(lambda: self._fleet.can_begin, what="the run waits for its rollout actors to start")
+        self._tell_precision(precision)
         self._fleet.run()
         if first == 0:
             self._evaluate("test")
@@ -119,6 +121,13 @@ class Controller:
         """A checkpoint of the last finished step, unless there is one."""
         if self._saved_step != self._version.step:
             self._checkpoint()
+
+    def _tell_precision(self, learner: str) -> None:
+        """What the parts compute in where they run, if that is not what the run began with."""
+        actors = " and ".join(sorted(self._fleet.dtypes))
+        for told in note_precision(self._run_folder, {"learner.autocast": learner, "rollout.dtype": actors}):
+            self._reporter.note(f"warning: {told}")
+            LOG.warning("%s", told)
 
     def _step(self, step: int) -> None:
         started = time.monotonic()
@@ -216,7 +225,9 @@ class Controller:
     def _push(self, *, updated: bool) -> None:
         """Start the transfer of the current version to all actors; an unchanged one is only renamed."""
         self._wait_for_current_actors(interruptible=False)
-        weights = call(self._learner, LearnerActor.export, self._settings.transfer_dtype) if updated else None
+        # An actor that samples in float32 needs all bits, one in bfloat16 can do with what it uses.
+        dtype: Literal["float32", "bfloat16"] = "float32" if "float32" in self._fleet.dtypes else "bfloat16"
+        weights = call(self._learner, LearnerActor.export, dtype) if updated else None
         self._fleet.publish(self._version, weights)
 
     def _publish(self) -> None:

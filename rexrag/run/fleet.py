@@ -135,6 +135,11 @@ class Fleet:
             member.updates.append(_update(member.handle, version, weights))
 
     @property
+    def dtypes(self) -> frozenset[str]:
+        """The precisions that the actors sample in, of those that have started."""
+        return frozenset(member.dtype for member in self._members if member.dtype is not None)
+
+    @property
     def is_ready(self) -> bool:
         """Whether every actor has been built."""
         return all(member.is_ready for member in self._members)
@@ -271,7 +276,7 @@ class Fleet:
                     counted(len(self._ready()), "other actor"),
                 )
             return
-        ray.get(member.starting)
+        member.dtype = ray.get(member.starting).dtype
         member.starting = None
         version, weights = self._current
         if version != self._initial:

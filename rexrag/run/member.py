@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 import ray
 
-from rexrag.actors.rollout_actor import RolloutActor
+from rexrag.actors.rollout_actor import Built, RolloutActor
 from rexrag.actors.rollout_loop import ActorPulse
 from rexrag.model.weight_proof import Delivery
 from rexrag.run.remote import Handle, Ref, call
@@ -33,14 +33,16 @@ class Member:
         starting: its `ready` call, until that has ended.
         updates: weights that it has not confirmed.
         draining: its `drain` call, where it is to end.
+        dtype: the precision that it samples in, once it has started.
         silent_s: seconds in which it had work, or did not answer, and nothing came of it.
     """
 
     actor_id: str
     handle: Handle[RolloutActor]
-    starting: Ref[int] | None
+    starting: Ref[Built] | None
     started_at: float
     told_at: float
+    dtype: Literal["float32", "bfloat16"] | None = None
     run: Ref[None] | None = None
     updates: list[Ref[Delivery | None]] = field(default_factory=list)
     draining: Ref[None] | None = None

@@ -16,7 +16,7 @@ from rexrag.learner.loss import LossSettings
 from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
-from rexrag.model.loading import Device, fastest_dtype
+from rexrag.model.loading import Device
 from rexrag.retrieval.settings import RetrieverSettings, SearchActorSettings
 from rexrag.run.controller import LoopSettings
 from rexrag.run.engine_choice import choose_engine
@@ -102,7 +102,7 @@ def search_actor_settings(config: Config, *, log_file: Path | None) -> SearchAct
     )
 
 
-def learner_settings(config: Config, *, device: Device, rate_factor: float = 1.0) -> LearnerSettings:
+def learner_settings(config: Config, *, rate_factor: float = 1.0) -> LearnerSettings:
     """Settings of the learner, whose learning rate is multiplied with `rate_factor`."""
     learner = config.learner
     learning_rate = rate_factor * config.optimizer.learning_rate
@@ -115,7 +115,6 @@ def learner_settings(config: Config, *, device: Device, rate_factor: float = 1.0
         probe=copied(ProbeSettings, config.probe),
         max_staleness=config.replay.max_staleness,
         max_length=config.env.max_trajectory_tokens,
-        autocast=fastest_dtype(device) if learner.autocast == "auto" else learner.autocast,
     )
 
 
@@ -137,7 +136,6 @@ def replay_settings(
 
 
 def loop_settings(config: Config) -> LoopSettings:
-    fastest = fastest_dtype(device_of(config.rollout.num_gpus))
     bounds = config.rollout.autoscale
     return copied(
         LoopSettings,
@@ -146,5 +144,4 @@ def loop_settings(config: Config) -> LoopSettings:
         eval_every=config.eval.every,
         guard=config.guard,
         autoscale=(bounds["min"], bounds["max"]) if bounds else None,
-        transfer_dtype=fastest if config.rollout.dtype == "auto" else config.rollout.dtype,
     )

@@ -35,7 +35,7 @@ from rexrag.run.control_actor import run_name, start_control
 from rexrag.run.controller import Controller
 from rexrag.run.engine_choice import choose_engine
 from rexrag.run.fleet import Fleet
-from rexrag.run.identity import first_step_of, note_precision
+from rexrag.run.identity import first_step_of
 from rexrag.run.inputs import Inputs, model_path_of, read_inputs
 from rexrag.run.layout import Layout, plan_machine
 from rexrag.run.nodes import probe_paths, wait_for_layout
@@ -110,7 +110,6 @@ def _train_once(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, prog
 def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Board, progress: Progress) -> None:
     config, run = request.config, request.run
     layout = _layout(request, inputs=inputs, stop=stop, progress=progress)
-    _tell_precision(request, layout=layout, progress=progress)
     pool = _started_pool(request, layout=layout, progress=progress)
     progress.stage("starting the learner and the rollout actors")
     learner = start_learner(_learner_spec(request, layout=layout, inputs=inputs), share=layout.learner)
@@ -212,16 +211,6 @@ def _start_fleet(
     )
 
 
-def _tell_precision(request: TrainRequest, *, layout: Layout, progress: Progress) -> None:
-    """What `auto` comes to here, where it is not what the run began with."""
-    config = request.config
-    learner_dtype = learner_settings(config, device=device_of(layout.learner.gpus)).autocast
-    precision = {"learner.autocast": learner_dtype, "rollout.dtype": loop_settings(config).transfer_dtype}
-    for sentence in note_precision(request.run, precision):
-        progress.note(f"warning: {sentence}")
-        LOG.warning("%s", sentence)
-
-
 @contextmanager
 def _findable(run: RunFolder) -> Iterator[None]:
     """Says in the run folder which Ray the run goes on in, for as long as it does."""
@@ -294,7 +283,7 @@ def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> L
     device = device_of(layout.learner.gpus)
     return LearnerSpec(
         model=Path(config.model.path) if request.checkpoint is None else request.checkpoint,
-        settings=learner_settings(config, device=device, rate_factor=rate_factor(request.run)),
+        settings=learner_settings(config, rate_factor=rate_factor(request.run)),
         device=device,
         hints=[inputs.hints.ids(index) for index in range(len(inputs.hints))],
         kept=[inputs.hints.kept(index) for index in range(len(inputs.hints))],

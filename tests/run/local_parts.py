@@ -91,8 +91,8 @@ class LocalLearner:
         self.saved: list[int] = []
         self._groups_per_step = groups_per_step
 
-    def ready(self) -> None:
-        pass
+    def ready(self) -> str:
+        return "float32"
 
     def rho(self) -> float:
         return 0.18
@@ -124,7 +124,8 @@ class LocalFleet:
         self._is_dead = False
         self.num_replaced = 0
         self.evaluations: list[tuple[int, int]] = []
-        self.weights: object = None
+        self.weights: Any = None
+        self.dtypes = frozenset({"bfloat16"})
 
     def die(self) -> None:
         self._is_dead = True
@@ -214,11 +215,15 @@ class LocalReporter:
 
     def __init__(self, *, on_evaluation: Callable[[str, int], None]) -> None:
         self.steps: list[int] = []
+        self.notes: list[str] = []
         self.evaluations: list[tuple[str, int, int]] = []
         self._on_evaluation = on_evaluation
 
     def stage(self, name: str) -> None:
         pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def training(self, *, done: int, total: int) -> None:
         pass

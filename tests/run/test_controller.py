@@ -18,6 +18,7 @@ from rexrag.buffer.replay_actor import ReplayActor
 from rexrag.errors import Interrupted, PartDiedError
 from rexrag.run import controller as controller_module
 from rexrag.run.controller import Controller, LoopSettings
+from rexrag.run.identity import note_precision
 from rexrag.run.signals import StopSignal
 from rexrag.run_folder import RunFolder
 from rexrag.types import WeightVersion
@@ -68,7 +69,6 @@ def make_rig(folder: Path, *, num_steps: int = 3, eval_every: int = 0, checkpoin
             groups_per_step=GROUPS,
             autoscale=None,
             guard="off",
-            transfer_dtype="float32",
         ),
         run_folder=run,
         first=first,
@@ -100,6 +100,31 @@ def test_a_step_asks_in_this_order(tmp_path: Path) -> None:
     # Nothing changed in the second step: its version is handed out without weights. It is the last: saved, evaluated.
     assert second == [*STEP[:6], "learner.save", "buffer.settle", "fleet.evaluate", "buffer.publish", "fleet.evaluate"]
     assert rig.fleet.weights is None
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "wanted"),
+    [({"bfloat16"}, "bfloat16"), ({"float32"}, "float32"), ({"bfloat16", "float32"}, "float32")],
+)
+def test_weights_travel_as_exact_as_the_most_exact_actor_needs_them(
+    tmp_path: Path, dtypes: set[str], wanted: str
+) -> None:
+    rig = make_rig(tmp_path, num_steps=1)
+    rig.fleet.dtypes = frozenset(dtypes)
+    rig.controller.run()
+    assert rig.fleet.weights["dtype"] == wanted
+
+
+def test_another_precision_than_before_is_told_from_where_the_parts_run(tmp_path: Path) -> None:
+    """The learner's and the actors' own words count, not what this machine would choose."""
+    rig = make_rig(tmp_path, num_steps=1)
+    note_precision(rig.run, {"learner.autocast": "bfloat16", "rollout.dtype": "float32"})
+    rig.fleet.dtypes = frozenset({"float32", "bfloat16"})
+    rig.controller.run()
+    assert rig.reporter.notes == [
+        "warning: learner.autocast is float32 on this hardware, and was bfloat16 where the run was before",
+        "warning: rollout.dtype is bfloat16 and float32 on this hardware, and was float32 where the run was before",
+    ]
 
 
 def test_evaluations_are_of_the_version_just_pushed(tmp_path: Path) -> None:

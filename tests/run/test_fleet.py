@@ -81,7 +81,7 @@ class Rig:
         return self.fleet._members[number].handle
 
     def kill(self, number: int) -> None:
-        os.kill(ray.get(self.handle(number).ready.remote()), signal.SIGKILL)
+        os.kill(ray.get(self.handle(number).ready.remote()).pid, signal.SIGKILL)
 
     def version_of(self, number: int) -> WeightVersion:
         version: WeightVersion = ray.get(self.handle(number).__ray_call__.remote(lambda self: self._engine.version))

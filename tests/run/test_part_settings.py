@@ -68,7 +68,7 @@ def test_a_field_that_is_left_out_is_told() -> None:
 
 def test_sections_are_copied_whole() -> None:
     changes = {"correction__cap": 3.5, "loss__preserve": 0.25, "optimizer__beta1": 0.125, "learner__max_bad_steps": 7}
-    made = learner_settings(config_with(**changes), device="cpu")
+    made = learner_settings(config_with(**changes))
     assert (made.correction.cap, made.loss.preserve, made.optimizer.beta1, made.max_bad_steps) == (3.5, 0.25, 0.125, 7)
 
 
@@ -83,7 +83,7 @@ def test_the_learners_benchmark_measures_the_default_method() -> None:
         spec.loader.exec_module(benchmark)
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
-    wanted = learner_settings(config_with(learner__autocast="bfloat16"), device="cpu")
+    wanted = learner_settings(config_with(learner__autocast="bfloat16"))
     assert wanted == benchmark.SETTINGS
 
 
