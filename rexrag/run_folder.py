@@ -167,6 +167,10 @@ class RunFolder:
         """Where the run goes on, for those who ask from another process; there as long as it does."""
         return self.root / "cluster.json"
 
+    @property
+    def wanted(self) -> Path:
+        return self.root / "wanted.json"
+
     def committed_checkpoints(self) -> dict[int, Path]:
         """Step -> folder of each checkpoint whose `COMMIT` is there, oldest first."""
         found = {}

@@ -30,7 +30,7 @@ class Desk:
     """Exchanges with the control actor about once a second, and never waits for it.
 
     desk = Desk(control, run_folder=run.root, num_steps=16, reporter=reporter, fleet=fleet, buffer=buffer,
-                retriever="bm25")
+                retriever="bm25", on_scale=lambda num_actors: None)
     with desk.waiting("the run waits for the learner's step 3"):
         wanted = desk.look()
     """
@@ -45,7 +45,12 @@ class Desk:
         fleet: Fleet,
         buffer: Handle[Any],
         retriever: str,
+        on_scale: Callable[[int], None],
     ) -> None:
+        """
+        Args:
+            on_scale: told the number of actors that is asked for.
+        """
         self._control = control
         self._run_folder = run_folder
         self._num_steps = num_steps
@@ -53,6 +58,7 @@ class Desk:
         self._fleet = fleet
         self._buffer = buffer
         self._retriever = retriever
+        self._on_scale = on_scale
         self._waits: list[tuple[str | Callable[[], str], float]] = []
         self._exchange: _Pending[Wanted] = _Pending()
         self._buffer_status: _Pending[BufferStatus] = _Pending()
@@ -87,6 +93,8 @@ class Desk:
         if wanted is None or wanted.revision == self._revision:
             return None
         self._revision = wanted.revision
+        if wanted.num_actors is not None:
+            self._on_scale(wanted.num_actors)
         return wanted
 
     def status(self) -> RunStatus:

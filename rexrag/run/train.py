@@ -53,6 +53,7 @@ from rexrag.run.rewind import go_back, rate_factor
 from rexrag.run.search_pool import SearchPool
 from rexrag.run.signals import StopSignal
 from rexrag.run.supervisor import Supervisor
+from rexrag.run.wanted import note_wanted, with_wanted
 from rexrag.run_folder import RunFolder
 from rexrag.types import WeightVersion
 
@@ -130,6 +131,7 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         fleet=fleet,
         buffer=buffer,
         retriever=config.retriever.kind,
+        on_scale=lambda num_actors: note_wanted(run, config, num_actors),
     )
     supervisor = Supervisor(
         fleet=fleet,
@@ -183,7 +185,7 @@ def _stop(fleet: Fleet, pool: SearchPool) -> None:
 
 
 def _layout(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, progress: Progress) -> Layout:
-    config = request.config
+    config = with_wanted(request.run, request.config)
     if cluster_address() is None:
         num_gpus = float(torch.cuda.device_count())
         return plan_machine(config, num_cores=os.cpu_count() or 1, num_gpus=num_gpus)

@@ -72,6 +72,7 @@ def test_a_run_is_scaled_up_and_down_while_it_goes_on_and_stopped(recipe: Path, 
     assert saved == len(steps) == max(step for step in steps if step is not None)
     accounting = assert_books_balance(run)
     assert accounting["dropped"] == {}, "an actor that drains wastes nothing"
+    assert json.loads((run / "wanted.json").read_text()) == {"num_actors": 1, "instead_of": 1}
     log = (run / "log.jsonl").read_text()
     assert "rollout-1 is let go" in log
     assert "does not go on (it is interrupted)" in run_rexrag("status", "--run", run, status=2)
