@@ -151,6 +151,14 @@ def cluster_shares(config: Config, *, nodes: Sequence[Resources]) -> tuple[Share
     )
 
 
+def wanted_bundles(config: Config, *, nodes: Sequence[Resources]) -> list[dict[str, float]]:
+    """What an autoscaler is asked for: room for the learner, the search actors, and as many actors as are named."""
+    learner, actor = cluster_shares(config, nodes=nodes)
+    num_searchers, searcher = _searchers(config)
+    num_actors = _within_bounds(config, config.rollout.num_actors or 1)
+    return [learner.bundle, *[searcher.bundle] * num_searchers, *[actor.bundle] * num_actors]
+
+
 def describe_layout(layout: Layout) -> list[str]:
     """Which part gets which share, a line each."""
 

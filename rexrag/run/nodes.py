@@ -20,7 +20,7 @@ from rexrag.errors import ConfigError, Interrupted, first_line
 from rexrag.processes import Resources
 from rexrag.reporting.terminal import Progress
 from rexrag.run.joining import joined
-from rexrag.run.layout import Layout, cluster_shares, plan_cluster
+from rexrag.run.layout import Layout, plan_cluster, wanted_bundles
 from rexrag.run.signals import StopSignal
 
 LOOK_EVERY_S: Final = 2.0
@@ -67,8 +67,7 @@ def wait_for_layout(config: Config, *, progress: Progress, stop: StopSignal) -> 
             if nodes != seen:
                 seen, changed_at = nodes, time.monotonic()
                 progress.note(f"waiting for nodes: {error}")
-                learner, actor = cluster_shares(config, nodes=nodes)
-                _ask_autoscaler([learner.bundle, *[actor.bundle] * (config.rollout.num_actors or 1)])
+                _ask_autoscaler(wanted_bundles(config, nodes=nodes))
             if time.monotonic() - changed_at > config.train.stall_timeout_s:
                 raise ConfigError(
                     f"{error}; waited {config.train.stall_timeout_s:.0f} s without a change (train.stall_timeout_s)"

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.cluster_utils import Cluster
+from ray_heads import end_with_children, free_ports
 from system_runs import assert_books_balance, read_lines
 
 from rexrag.run.nodes import _missing
@@ -46,13 +51,63 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     made.shutdown()  # type: ignore[no-untyped-call]
 
 
+@contextmanager
+def autoscaled(tmp_path: Path) -> Iterator[str]:
+    """The address of a head without room, whose autoscaler starts a node for each part that asks for one.
+
+    All of it is lost at the end.
+    """
+    folder = tempfile.mkdtemp(prefix="rexrag-", dir="/tmp")  # paths of sockets are limited to 107 characters
+    port, client = free_ports(2)
+    address = f"127.0.0.1:{port}"
+    node = {"node_config": {}, "min_workers": 0}
+    config = {
+        "cluster_name": "scaled",
+        "max_workers": 8,
+        "idle_timeout_minutes": 60,
+        "upscaling_speed": 1.0,
+        "provider": {"type": "fake_multinode", "gcs_address": address},
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
+            "learner": {**node, "resources": {"CPU": 1, "learner": 1}, "max_workers": 1},
+            "rollout": {**node, "resources": {"CPU": 1, "rollout": 1}, "max_workers": 2},
+        },
+        "auth": {},
+        "file_mounts": {},
+        **{key: [] for key in ("initialization_commands", "setup_commands", "head_setup_commands")},
+        **{key: [] for key in ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")},
+    }
+    (tmp_path / "scaled.json").write_text(json.dumps(config))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    }
+    words = [
+        *("ray", "start", "--head", "--block", "--num-cpus=0", f"--port={port}", f"--temp-dir={folder}"),
+        *(f"--autoscaling-config={tmp_path / 'scaled.json'}", "--include-dashboard=false"),
+        *(f"--ray-client-server-port={client}", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000"),
+    ]
+    with (tmp_path / "head.log").open("wb") as out:
+        head = subprocess.Popen(words, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        yield address
+    finally:
+        end_with_children(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class Job:
     """`rexrag train` on the cluster; `told` is what it has said."""
 
-    def __init__(self, recipe: Path, run: Path, *, address: str) -> None:
+    def __init__(self, recipe: Path, run: Path, *settings: str, address: str) -> None:
         self.run = run
         self._environment = {**os.environ, "RAY_ADDRESS": address}
-        words = [word for setting in SETTINGS for word in ("--set", setting)]
+        words = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
         self.process = self._start("train", str(recipe), "--run-dir", str(run), *words)
         self.told = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -174,3 +229,31 @@ def test_a_node_says_which_files_it_does_not_see(tmp_path: Path) -> None:
     paths = {"model.path": str(tmp_path / "model"), "retriever.path": str(tmp_path / "index")}
     assert _missing(paths, str(tmp_path)) == [f"retriever.path = {tmp_path / 'index'}: is not there"]
     assert "cannot be written to" in _missing({}, str(tmp_path / "absent"))[0]
+
+
+def test_an_autoscaler_brings_nodes_and_a_run_outlives_the_whole_cluster(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run and its scaling ask for nodes and get them; the head is lost with all nodes, a new cluster goes on."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a driver waits a minute by itself
+    run = tmp_path / "run"
+    with autoscaled(tmp_path) as address:
+        job = Job(recipe, run, "rollout.num_actors=1", address=address)
+        job.until_told("waiting for nodes: no node of the cluster has room for the learner")
+        job.until(lambda status: status["step"] >= 1 and states(status) == {"rollout-0": "at work"})
+        job.ask("scale", "--actors", "2")
+        two = job.until(lambda status: states(status) == {"rollout-0": "at work", "rollout-1": "at work"})
+        done = job.until(lambda status: status["step"] >= two["step"] + 3)["step"]
+    assert job.process.wait(timeout=120) != 0, job.told
+    with autoscaled(tmp_path) as address:
+        again = Job(recipe, run, "rollout.num_actors=1", address=address)
+        try:
+            gone_on = again.until(lambda status: status["step"] > done)
+            assert gone_on["num_wanted"] == 2, "as was asked for"
+            again.ask("stop")
+            again.ended(status=130)
+        finally:
+            again.process.kill()
+    steps = [line["step"] for line in read_lines(run / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)), "each step once"
+    assert_books_balance(run)
