@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from functools import cached_property
 from importlib import import_module
+from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -333,11 +334,22 @@ class GroupLease:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """The groups of a learner step, in order of admission, as Arrow IPC streams. The filter of §8 is over them all."""
+    """The groups of a learner step, in order of admission, as Arrow IPC streams. The filter of §8 is over them all.
+
+    Between processes the streams travel beside the pickle: whoever gets a batch from Ray's object store reads them
+    there, without a copy.
+    """
 
     step: int
     incarnation: str
-    groups: tuple[bytes, ...]
+    groups: tuple[bytes | memoryview, ...]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _step_batch, (self.step, self.incarnation, [PickleBuffer(group) for group in self.groups])
+
+
+def _step_batch(step: int, incarnation: str, groups: Sequence[bytes | memoryview]) -> StepBatch:
+    return StepBatch(step=step, incarnation=incarnation, groups=tuple(groups))
 
 
 @dataclass(frozen=True, kw_only=True)
