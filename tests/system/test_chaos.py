@@ -38,6 +38,7 @@ def test_a_report_can_be_written_and_shown(chaos: ModuleType) -> None:
     assert "Of 5 groups 3 were consumed, 1 were left at the end; dropped: 1 lost." in section
 
 
+@pytest.mark.slow
 def test_a_run_that_is_hurt_in_each_way_loses_nothing(chaos: ModuleType, tmp_path: Path) -> None:
     faults = ("rollout actor", "learner", "buffer", "driver", "server refuses", "server vanishes")
     report = chaos.play(tmp_path, steps=24, faults=faults, seed=1, timeout_s=800.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from system_runs import assert_books_balance, read_lines, run_rexrag
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 
 def test_a_run_that_breaks_goes_back_and_in_the_end_gives_up(recipe: Path, tmp_path: Path) -> None:

@@ -231,6 +231,7 @@ def test_a_node_says_which_files_it_does_not_see(tmp_path: Path) -> None:
     assert "cannot be written to" in _missing({}, str(tmp_path / "absent"))[0]
 
 
+@pytest.mark.slow
 def test_an_autoscaler_brings_nodes_and_a_run_outlives_the_whole_cluster(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ def assignments(table: str) -> list[str]:
     return [f"{name.strip('[]')}.{line.partition(' = ')[0]}={line.partition(' = ')[2]}" for line in lines]
 
 
+@pytest.mark.slow
 def test_a_warm_start_and_a_sweep_over_methods_and_seeds(folder: Path) -> None:
     """Without training, which the other tests do; the first commands of the page are those of the README."""
     begin = [line for _, _, text in blocks("docs/how-to.md", under="Begin") for line in lines(text)]
