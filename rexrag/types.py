@@ -349,7 +349,7 @@ class StepBatch:
 
 
 def _step_batch(step: int, incarnation: str, groups: Sequence[bytes | memoryview]) -> StepBatch:
-    return StepBatch(step=step, incarnation=incarnation, groups=tuple(groups))
+    return StepBatch(step=step, incarnation=incarnation, groups=tuple(memoryview(group) for group in groups))
 
 
 @dataclass(frozen=True, kw_only=True)
