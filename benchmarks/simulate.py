@@ -36,12 +36,12 @@ from rexrag.run_folder import RunFolder
 from rexrag.types import FleetReport, GroupLease, StepBatch, StepResult, WeightVersion
 
 GROUPS_PER_STEP: Final = 64
-NUM_STEPS: Final = 40
+NUM_STEPS: Final = 28
 NUM_FIRST: Final = 8
 """Steps that fill the buffer, and count for nothing."""
 STEP_TIME: Final = 1.0
 PUSH_TIME: Final = 0.05
-NUM_ACTORS: Final = (16, 32, 48, 64, 80, 96, 128, 256)
+NUM_ACTORS: Final = (16, 32, 64, 96, 128, 256)
 STALENESS: Final = (0, 1, 2, 4)
 SPREADS: Final = (0.25, 1.0)
 """Standard deviations of a group's log time: at 1.0 one group in a hundred takes six times the mean."""

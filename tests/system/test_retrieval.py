@@ -74,6 +74,31 @@ def test_a_server_that_is_gone_for_seconds_is_waited_for(recipe: Path, tmp_path:
     assert sum("answers again, after" in line for line in told) == 1
 
 
+@pytest.mark.slow
+def test_an_outage_longer_than_a_search_waits_costs_what_was_begun_and_no_more(recipe: Path, tmp_path: Path) -> None:
+    """A search gives up after about two seconds, the server is gone for 15: no new question is burnt meanwhile."""
+    run, index = tmp_path / "run", recipe.parent / "index"
+    with served(index) as (url, server):
+        bounds = ("retriever.timeout_s=1", "retriever.max_retries=1")
+        process = start(recipe, run, "retriever.kind=http", f"retriever.url={url}", *bounds)
+        try:
+            wait_for(lambda: num_steps(run) >= 1, process=process)
+            server.kill()
+            server.wait()
+            time.sleep(15.0)
+            with served(index, port=int(url.rpartition(":")[2])):
+                _, errors = process.communicate(timeout=200)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors
+    assert num_steps(run) == STEPS
+    accounting = assert_books_balance(run)
+    assert accounting["consumed"] == STEPS * 8
+    dropped = accounting["dropped"]
+    assert isinstance(dropped, dict)
+    assert 1 <= dropped["env_error"] <= 2 * 8, "groups that were at hand, of two actors at most"
+
+
 def test_a_dense_index_in_the_process_and_in_an_evaluation(recipe: Path, tmp_path: Path) -> None:
     run, index, world = tmp_path / "run", tmp_path / "dense", recipe.parent / "world"
     encoder = make_encoder(tmp_path / "encoder", dimension=16)
