@@ -331,6 +331,7 @@ def simulate(num_actors: int, *, max_staleness: int, spread: float, num_steps: i
             loop,
             run_folder=run,
             first=first,
+            checkpoint=None,
             buffer=cast("Any", Actor(buffer)),
             learner=cast("Any", Actor(learner)),
             fleet=cast("Any", fleet),

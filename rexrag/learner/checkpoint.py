@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -134,15 +134,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found) if (path / COMMIT).is_file()]
 
 
-def prune(folder: Path, *, keep_last: int, best: Path | None) -> list[Path]:
-    """Delete all but the newest `keep_last` checkpoints and `best`, and what crashed attempts left behind.
+def prune(folder: Path, *, keep_last: int, needed: Collection[Path]) -> list[Path]:
+    """Delete all but the newest `keep_last` checkpoints and those `needed`, and what crashed attempts left behind.
 
     COMMIT goes first, so that a half deleted folder is no checkpoint. Returns the deleted checkpoints.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last is {keep_last}, it must be at least 1")
     committed = list_checkpoints(folder)
-    kept = {path.name for path in committed[-keep_last:]} | ({best.name} if best is not None else set())
+    here = folder.resolve()
+    kept = {path.name for path in committed[-keep_last:]} | {
+        path.name for path in needed if path.parent.resolve() == here
+    }
     deleted = [path for path in committed if path.name not in kept]
     for path in deleted:
         (path / COMMIT).unlink()

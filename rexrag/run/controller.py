@@ -19,6 +19,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 from rexrag.buffer.replay_actor import ReplayActor
@@ -63,6 +64,7 @@ class Controller:
 
     Args:
         first: the version of the weights that learner and actors were built with.
+        checkpoint: where these weights are, for actors that join or are replaced later; None: no checkpoint of the run.
         dev, test: questions of `data.dev` and `data.eval`.
     """
 
@@ -72,6 +74,7 @@ class Controller:
         *,
         run_folder: RunFolder,
         first: WeightVersion,
+        checkpoint: Path | None,
         buffer: Handle[ReplayActor],
         learner: Handle[LearnerActor],
         fleet: Fleet,
@@ -83,6 +86,7 @@ class Controller:
         self._settings = settings
         self._run_folder = run_folder
         self._version = first
+        self._origin = [] if checkpoint is None else [checkpoint]
         self._buffer = buffer
         self._learner = learner
         self._fleet = fleet
@@ -274,7 +278,7 @@ class Controller:
         prune(
             self._run_folder.checkpoints,
             keep_last=self._settings.keep_checkpoints,
-            best=self._run_folder.best_checkpoint(),
+            needed=[self._run_folder.best_checkpoint(), *self._origin],
         )
         # A resume goes on from one of the newest; the best one is kept for its weights.
         oldest = list(self._run_folder.committed_checkpoints())[-self._settings.keep_checkpoints :][0]

@@ -146,6 +146,7 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         loop_settings(config),
         run_folder=run,
         first=first,
+        checkpoint=request.checkpoint,
         buffer=buffer,
         learner=learner,
         fleet=fleet,

@@ -131,13 +131,13 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         learner.num_steps += 1
     (tmp_path / "step-000002.tmp").mkdir()
     half_deleted = tmp_path / "step-000001"
-    assert prune(tmp_path, keep_last=2, best=saved[0]) == [saved[1], saved[2]]
+    assert prune(tmp_path, keep_last=2, needed=[saved[0]]) == [saved[1], saved[2]]
     assert list_checkpoints(tmp_path) == [saved[0], saved[3], saved[4]]
     assert not half_deleted.exists()
     assert not (tmp_path / "step-000002.tmp").exists()
-    assert prune(tmp_path, keep_last=2, best=saved[0]) == []
+    assert prune(tmp_path, keep_last=2, needed=[saved[0]]) == []
     with pytest.raises(ValueError, match="keep_last is 0"):
-        prune(tmp_path, keep_last=0, best=None)
+        prune(tmp_path, keep_last=0, needed=())
 
 
 def test_state_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -46,7 +46,15 @@ class Rig:
         self.stop.received = "SIGTERM"
 
 
-def make_rig(folder: Path, *, num_steps: int = 3, eval_every: int = 0, checkpoint_every: int = 2) -> Rig:
+def make_rig(
+    folder: Path,
+    *,
+    num_steps: int = 3,
+    eval_every: int = 0,
+    checkpoint_every: int = 2,
+    keep_checkpoints: int = 9,
+    checkpoint: Path | None = None,
+) -> Rig:
     run = RunFolder.create(folder / "run", recipe="mine", seed=0, config="")
     run.__enter__()
     script, stop = Script(), StopSignal()
@@ -65,13 +73,14 @@ def make_rig(folder: Path, *, num_steps: int = 3, eval_every: int = 0, checkpoin
             num_steps=num_steps,
             checkpoint_every=checkpoint_every,
             eval_every=eval_every,
-            keep_checkpoints=9,
+            keep_checkpoints=keep_checkpoints,
             groups_per_step=GROUPS,
             autoscale=None,
             guard="off",
         ),
         run_folder=run,
         first=first,
+        checkpoint=checkpoint,
         buffer=cast("Any", LocalActor(buffer, name="buffer", script=script)),
         learner=cast("Any", LocalActor(learner, name="learner", script=script)),
         fleet=cast("Any", fleet),
@@ -125,6 +134,16 @@ def test_another_precision_than_before_is_told_from_where_the_parts_run(tmp_path
         "warning: learner.autocast is float32 on this hardware, and was bfloat16 where the run was before",
         "warning: rollout.dtype is bfloat16 and float32 on this hardware, and was float32 where the run was before",
     ]
+
+
+def test_the_checkpoint_that_actors_are_built_from_is_kept(tmp_path: Path) -> None:
+    """Those that join or are replaced later are built from it; without it each would die at once."""
+    origin = tmp_path / "run" / "checkpoints" / "step-000000"
+    rig = make_rig(tmp_path, num_steps=4, checkpoint_every=1, keep_checkpoints=1, checkpoint=origin)
+    origin.mkdir(parents=True)
+    (origin / "COMMIT").write_text("{}")
+    rig.controller.run()
+    assert [path.name for path in sorted(origin.parent.iterdir())] == ["step-000000", "step-000004"]
 
 
 def test_evaluations_are_of_the_version_just_pushed(tmp_path: Path) -> None:

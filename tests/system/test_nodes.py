@@ -238,8 +238,9 @@ def test_an_autoscaler_brings_nodes_and_a_run_outlives_the_whole_cluster(
     """A run and its scaling ask for nodes and get them; the head is lost with all nodes, a new cluster goes on."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a driver waits a minute by itself
     run = tmp_path / "run"
+    settings = ("rollout.num_actors=1", "train.keep_checkpoints=1")
     with autoscaled(tmp_path) as address:
-        job = Job(recipe, run, "rollout.num_actors=1", address=address)
+        job = Job(recipe, run, *settings, address=address)
         job.until_told("waiting for nodes: no node of the cluster has room for the learner")
         job.until(lambda status: status["step"] >= 1 and states(status) == {"rollout-0": "at work"})
         job.ask("scale", "--actors", "2")
@@ -247,10 +248,15 @@ def test_an_autoscaler_brings_nodes_and_a_run_outlives_the_whole_cluster(
         done = job.until(lambda status: status["step"] >= two["step"] + 3)["step"]
     assert job.process.wait(timeout=120) != 0, job.told
     with autoscaled(tmp_path) as address:
-        again = Job(recipe, run, "rollout.num_actors=1", address=address)
+        again = Job(recipe, run, *settings, address=address)
         try:
             gone_on = again.until(lambda status: status["step"] > done)
             assert gone_on["num_wanted"] == 2, "as was asked for"
+            again.ask("scale", "--actors", "1", "--now")
+            again.until(lambda status: len(states(status)) == 1 and status["step"] > gone_on["step"] + 4)
+            again.ask("scale", "--actors", "2")
+            joined = again.until(lambda status: list(states(status).values()) == ["at work"] * 2)
+            assert "rollout-2" in states(joined), "it was built from a checkpoint that others have followed since"
             again.ask("stop")
             again.ended(status=130)
         finally:
