@@ -81,7 +81,10 @@ class Rig:
         return self.fleet._members[number].handle
 
     def kill(self, number: int) -> None:
-        os.kill(ray.get(self.handle(number).ready.remote()).pid, signal.SIGKILL)
+        self.hurt(number, signal.SIGKILL)
+
+    def hurt(self, number: int, fault: signal.Signals) -> None:
+        os.kill(ray.get(self.handle(number).ready.remote()).pid, fault)
 
     def version_of(self, number: int) -> WeightVersion:
         version: WeightVersion = ray.get(self.handle(number).__ray_call__.remote(lambda self: self._engine.version))
@@ -101,11 +104,13 @@ def rig(settings: RolloutSettings, buffer: Handle[ReplayActor]) -> Iterator[Call
         one.fleet.stop(timeout_s=1.0)
 
 
-def test_a_push_goes_on_where_an_actor_died_meanwhile(rig: Callable[[int], Rig]) -> None:
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["died", "hangs"])
+def test_a_push_goes_on_where_an_actor_has_gone_meanwhile(rig: Callable[[int], Rig], fault: signal.Signals) -> None:
     one = rig(1)
+    one.fleet._hang_timeout_s = 4.0
     one.fleet.run()
     second = WeightVersion(incarnation=one.first.incarnation, step=1)
-    one.kill(0)
+    one.hurt(0, fault)
     one.fleet.publish(second, None)  # to an actor that is no more
     one.until(lambda: one.fleet.is_ready and one.fleet.is_current and bool(one.dead))
     assert one.dead == ["rollout-0"]
