@@ -89,15 +89,11 @@ class LeaseTable:
     def release(self, actor_id: str) -> None:
         self._leases = {key: lease for key, lease in self._leases.items() if lease.actor_id != actor_id}
 
-    def expire(self, now: float) -> bool:
-        """End the leases that are over; whether there were any. All are looked at only when one may be."""
-        if now < self._none_before:
-            return False
-        kept = {key: lease for key, lease in self._leases.items() if now < self._end_of(lease)}
-        has_ended = len(kept) < len(self._leases)
-        self._leases = kept
-        self._none_before = min(map(self._end_of, kept.values()), default=math.inf)
-        return has_ended
+    def expire(self, now: float) -> None:
+        """End the leases that are over. All are looked at only when one may be."""
+        if now >= self._none_before:
+            self._leases = {key: lease for key, lease in self._leases.items() if now < self._end_of(lease)}
+            self._none_before = min(map(self._end_of, self._leases.values()), default=math.inf)
 
     def _end_of(self, lease: Lease) -> float:
         """When a lease is over, if it makes no progress until then."""

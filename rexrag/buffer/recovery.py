@@ -147,16 +147,14 @@ def begin_records(
 
 
 def _fold(items: Iterable[Record | Damage]) -> tuple[Ledger, list[Damage]]:
-    """What the records come to, and the damage between them; a segment that was deleted on purpose is none."""
+    """What the records come to, and the damage between them; of segments that nobody needs any more there is none."""
     ledger, damages = Ledger(), []
     for item in items:
         if isinstance(item, Damage):
             damages.append(item)
         else:
             ledger.apply(item)
-    return ledger, [
-        damage for damage in damages if not damage.is_missing or segment_number(damage.segment) >= ledger.first_segment
-    ]
+    return ledger, [damage for damage in damages if segment_number(damage.segment) >= ledger.first_segment]
 
 
 def _compare_questions(begin: Begin, *, folder: Path, questions: Sequence[Question]) -> None:

@@ -166,8 +166,8 @@ class ReplayActor:
     async def _look_for_lost_leases(self) -> None:
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
-            if self._state.expire():
-                self._wake()
+            self._state.expire()
+            self._wake()  # any call may have ended leases on its way
 
 
 def start_replay_actor(

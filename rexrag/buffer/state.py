@@ -102,9 +102,9 @@ class ReplayState:
             for group, key in zip(groups, keys, strict=True)
         ]
 
-    def expire(self) -> bool:
-        """End the leases that are over; whether there were any."""
-        return self._leases.expire(self._clock())
+    def expire(self) -> None:
+        """End the leases that are over."""
+        self._leases.expire(self._clock())
 
     @property
     def num_leasable(self) -> int:

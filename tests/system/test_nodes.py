@@ -75,6 +75,8 @@ def autoscaled(tmp_path: Path) -> Iterator[str]:
         },
         "auth": {},
         "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
         **{key: [] for key in ("initialization_commands", "setup_commands", "head_setup_commands")},
         **{key: [] for key in ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")},
     }
