@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from machine import commit, machine
 
 from rexrag.buffer.log import read_log
 from rexrag.buffer.records import Begin, Finish, Outcome
+from rexrag.buffer.segments import segments
 from rexrag.preparation.tiny_model import make_tiny_model
 from rexrag.preparation.warmstart import warm_start
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
@@ -309,6 +311,7 @@ class Chaos:
 
     def _look(self) -> None:
         """Note when steps end; a resume takes some of them back."""
+        self._keep_log()
         now, done = time.monotonic(), self._num_steps()
         if done > len(self._step_times):
             for fault, at in self._stuck:
@@ -321,7 +324,8 @@ class Chaos:
         self._step_times = [*self._step_times[:done], *[now] * (done - len(self._step_times))]
 
     def _write_books(self) -> None:
-        trained = trained_groups(self._run / "buffer")
+        self._keep_log()
+        trained = trained_groups(self._folder / "log")
         questions = Counter(trained.values())
         self.report.steps = self._num_steps()
         self.report.unplayed = Counter(self._faults)
@@ -330,6 +334,14 @@ class Chaos:
         self.report.lost = self._steps * GROUPS_PER_STEP - len(trained)
         gaps = [b - a for a, b in zip(self._step_times, self._step_times[1:], strict=False)]
         self.report.step_s = round(statistics.median(gaps), 2) if gaps else 0.0
+
+    def _keep_log(self) -> None:
+        """Have a second name for each segment of the replay log: the run deletes those that it needs no more."""
+        kept = self._folder / "log"
+        kept.mkdir(exist_ok=True)
+        for segment in segments(self._run / "buffer"):
+            with contextlib.suppress(FileExistsError, FileNotFoundError):
+                (kept / segment.name).hardlink_to(segment)
 
 
 def trained_groups(log: Path) -> dict[str, tuple[int, str]]:

@@ -66,7 +66,12 @@ def autoscaled(tmp_path: Path) -> Iterator[str]:
         "max_workers": 8,
         "idle_timeout_minutes": 60,
         "upscaling_speed": 1.0,
-        "provider": {"type": "fake_multinode", "gcs_address": address},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
         "head_node_type": "ray.head.default",
         "available_node_types": {
             "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
