@@ -69,6 +69,7 @@ def autoscaled(tmp_path: Path) -> Iterator[str]:
         "provider": {
             "type": "fake_multinode",
             "gcs_address": address,
+            "use_node_id_as_ip": True,  # all nodes have one
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
         },
