@@ -226,6 +226,13 @@ def test_the_table_of_the_corrected_method_is_that_of_its_figures() -> None:
     assert table in (DOCS / "estimators.md").read_text(encoding="utf-8")
 
 
+def test_the_tables_on_asynchrony_are_those_of_their_figures() -> None:
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "load_tables.py"))["tables"]()
+    page = (DOCS / "asynchrony.md").read_text(encoding="utf-8")
+    assert len(tables) == 3
+    assert all(table in page for table in tables)
+
+
 def test_the_section_on_faults_is_that_of_its_figures() -> None:
     section = runpy.run_path(str(ROOT / "benchmarks" / "chaos_table.py"))["section"]
     figures = ROOT / "benchmarks" / "results" / "chaos.json"
