@@ -34,7 +34,7 @@ from rexrag.run_folder import read_jsonl
 
 RECIPE: Final = Path(__file__).resolve().parents[1] / "recipes" / "synthetic.toml"
 STALENESS: Final = (0, 1, 2, 4)
-LOADS: Final = {"as it is": (), "balanced": ("learner.micro_batch_tokens=768",)}
+LOADS: Final = {"as it is": (), "balanced": ("learner.micro_batch_tokens=128",)}
 SETTINGS: Final = ("rollout.num_actors=1", "eval.every=0", "train.checkpoint_every=1000")
 NUM_FIRST: Final = 2
 """Steps that fill the buffer and warm up, and count for nothing."""
