@@ -2,7 +2,7 @@
 
     python benchmarks/guard.py RUN... [--out FILE.json]
 
-RUN is a run folder. Steps that a run has cut when it went back are looked at first, then those that it kept.
+RUN is a run folder. Of one that went back, the steps that it cut are looked at in their place.
 """
 
 from __future__ import annotations
@@ -42,15 +42,21 @@ def main() -> None:
 
 
 def replay(run: Path) -> Row:
+    cut, kept = (list(read_jsonl(run / name)) for name in ("metrics.lost.jsonl", "metrics.jsonl"))
+    went_back = int(cut[0]["step"]) if cut else len(kept) + 1
+    before = [line for line in kept if int(line["step"]) < went_back]
     guard, first = Guard(), None
-    lines = [*read_jsonl(run / "metrics.lost.jsonl"), *read_jsonl(run / "metrics.jsonl")]
-    for line in lines:
+    for line in [*before, *cut]:
+        trip = guard.look(int(line["step"]), line)
+        first = first or trip
+    guard = Guard(before)
+    for line in kept[len(before) :]:
         trip = guard.look(int(line["step"]), line)
         first = first or trip
     em = [float(line["em"]) for line in read_jsonl(run / "eval.jsonl") if line["split"] == "test"]
     return Row(
         name=run.name,
-        steps=len(lines),
+        steps=len(kept),
         em=(em[0], em[-1]) if len(em) > 1 else (None, None),
         trip=None if first is None else first.step,
         reasons=() if first is None else first.reasons,
