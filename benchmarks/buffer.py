@@ -188,7 +188,7 @@ def hand_out(folder: Path, *, shape: tuple[int, int]) -> Figures:
 
 class Learner:
     def step(self, batch: StepBatch) -> int:
-        return sum(len(stream) for stream in batch.groups)
+        return sum(memoryview(stream).nbytes for stream in batch.groups)
 
 
 def control(folder: Path, *, num_messages: int) -> Figures:

@@ -334,22 +334,11 @@ class GroupLease:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """The groups of a learner step, in order of admission, as Arrow IPC streams. The filter of §8 is over them all.
-
-    Between processes the streams travel beside the pickle: whoever gets a batch from Ray's object store reads them
-    there, without a copy.
-    """
+    """The groups of a learner step, in order of admission, as Arrow IPC streams. The filter of §8 is over them all."""
 
     step: int
     incarnation: str
-    groups: tuple[bytes | memoryview, ...]
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _step_batch, (self.step, self.incarnation, [PickleBuffer(group) for group in self.groups])
-
-
-def _step_batch(step: int, incarnation: str, groups: Sequence[bytes | memoryview]) -> StepBatch:
-    return StepBatch(step=step, incarnation=incarnation, groups=tuple(memoryview(group) for group in groups))
+    groups: tuple[bytes | PickleBuffer, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

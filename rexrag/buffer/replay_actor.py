@@ -12,7 +12,9 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
+from pickle import PickleBuffer
 from typing import cast
 
 import ray
@@ -57,6 +59,7 @@ class ReplayActor:
         self._state, self._log = open_buffer(
             self._settings, resume_step=self._resume_step, is_new=self._is_new, clock=time.monotonic
         )
+        self._settings = self._settings.without_questions()  # the state has them, packed
         self._looking = asyncio.create_task(self._look_for_lost_leases())
         return self._state.position()
 
@@ -111,8 +114,9 @@ class ReplayActor:
         return done
 
     async def take(self, step: int) -> StepBatch:
-        """The batch of a step that has one."""
-        return self._state.take(step)
+        """The batch of a step that has one; its groups lie in Ray's object store and are read there, without a copy."""
+        batch = self._state.take(step)
+        return replace(batch, groups=tuple(PickleBuffer(group) for group in batch.groups))
 
     async def outcome(self, step: int, *, applied: bool) -> None:
         self._state.outcome(step, applied=applied)

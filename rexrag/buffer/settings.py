@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,12 @@ class ReplaySettings:
     num_steps: int | None
     refill: bool
     log_file: Path | None
+
+    def without_questions(self) -> ReplaySettings:
+        """The same for who keeps the questions elsewhere."""
+        slim = copy.copy(self)
+        object.__setattr__(slim, "questions", ())
+        return slim
 
     def __post_init__(self) -> None:
         if not self.questions:

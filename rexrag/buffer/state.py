@@ -18,6 +18,7 @@ from rexrag.buffer.journal import Journal
 from rexrag.buffer.leases import LeaseTable
 from rexrag.buffer.ledger import Accounting, Group, GroupState, Ledger, is_settled, what_then
 from rexrag.buffer.line import QuestionLine
+from rexrag.buffer.questions import PackedQuestions
 from rexrag.buffer.records import Assign, Drop, DropReason, Finish, Issue, Outcome, Record, Settle
 from rexrag.buffer.schedule import Candidate, select_batch
 from rexrag.buffer.settings import ReplaySettings
@@ -55,14 +56,14 @@ class ReplayState:
         damages: tuple[str, ...] = (),
     ) -> None:
         assert ledger.begin is not None, "an incarnation is durable before the first issue"
-        self._settings = settings
+        self._settings = settings.without_questions()
         self._ledger = ledger
         self._journal = journal
         self._clock = clock
         self._damages = damages
         self._incarnation = ledger.begin.incarnation
         self._resume_step = ledger.begin.resume_step
-        self._questions = {question.key: question for question in settings.questions}
+        self._questions = PackedQuestions(settings.questions)
         self._leases = LeaseTable(timeout_s=settings.lease_timeout_s, deadline_s=settings.lease_deadline_s)
         self._published: WeightVersion | None = None
         self._unpublished: dict[int, int] = {}

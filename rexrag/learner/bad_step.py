@@ -21,5 +21,5 @@ def save_evidence(folder: Path, *, batch: StepBatch, loss: float, grad_norm: flo
     )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for group in batch.groups:
-            writer.write_batch(batch_of(group).replace_schema_metadata(schema.metadata))
+            writer.write_batch(batch_of(memoryview(group)).replace_schema_metadata(schema.metadata))
     return path

@@ -155,7 +155,7 @@ class LearnerCore:
         started = time.perf_counter()
         if batch.step != self.num_steps + 1:
             raise ValueError(f"the batch is of step {batch.step}, the learner is at step {self.num_steps + 1}")
-        groups = [group_from_ipc(data) for data in batch.groups]
+        groups = [group_from_ipc(memoryview(data)) for data in batch.groups]
         check_ages(groups, version=self.num_steps, max_staleness=self._settings.max_staleness)
         rho = self.rho
         prepared = self._prepare(groups, rho)

@@ -78,8 +78,9 @@ def test_a_killed_buffer_is_recovered_by_a_new_one(ray_session: None, tmp_path: 
     assert lease(second, 1)[0].group_id == unfinished.group_id
     assert get(second.assign.remote(1, rho=0.18, timeout_s=10.0))
     batch = get(second.take.remote(1))
-    assert list(batch.groups) == [make_ipc(done), make_ipc(also_done)]
-    assert all(isinstance(group, memoryview) and group.readonly for group in batch.groups), "in the object store"
+    groups = [memoryview(group) for group in batch.groups]
+    assert groups == [make_ipc(done), make_ipc(also_done)]
+    assert not any(isinstance(group.obj, bytes) for group in groups), "they are read in the object store"
     ray.kill(second)
 
 

@@ -12,6 +12,7 @@ from replay_helpers import Clock, ListJournal, fold, make_group, make_ipc, make_
 
 from rexrag.arrow import group_from_ipc, group_to_ipc
 from rexrag.buffer.ledger import GroupState
+from rexrag.buffer.questions import PackedQuestions
 from rexrag.buffer.records import Assign, Issue
 from rexrag.buffer.schedule import Candidate, issue_order, select_batch
 from rexrag.errors import DataError, UnknownLeaseError
@@ -447,3 +448,11 @@ def test_status_names_who_holds_what() -> None:
     assert "b" not in status.actors
     position = rig.state.position()
     assert (position.incarnation, position.last_step, position.epoch) == ("1", 0, 0)
+
+
+def test_the_buffer_keeps_its_questions_packed(tmp_path: Path) -> None:
+    questions = make_questions(3)
+    packed = PackedQuestions(questions)
+    assert [packed[question.key] for question in questions] == list(packed.values()) == list(questions)
+    slim = make_settings(tmp_path, num_questions=3).without_questions()
+    assert (slim.questions, slim.groups_per_step) == ((), 2)
