@@ -20,11 +20,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from machine import commit, machine
+from machine import origin
 
 from rexrag import metrics as keys
 from rexrag.preparation.prepare import prepare
@@ -87,9 +86,7 @@ def main() -> None:
                 print(json.dumps(asdict(results[-1])), flush=True)
     if words.out is not None:
         told = {
-            "commit": commit(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
+            **origin(),
             "results": [asdict(result) for result in results],
         }
         words.out.write_text(json.dumps(told, indent=1) + "\n")

@@ -16,14 +16,13 @@ import os
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import psutil
 import ray
-from machine import commit, machine
+from machine import origin
 
 from rexrag.arrow import group_to_ipc
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
@@ -69,11 +68,7 @@ def main() -> None:
     words.work.mkdir(parents=True)
     shape = (words.rows, words.row_tokens)
     ray.init(address="local", include_dashboard=False, log_to_driver=False, configure_logging=False)
-    found: dict[str, object] = {
-        "commit": commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-    }
+    found = origin()
     measures: dict[str, Callable[[], Figures]] = {
         "ingest": lambda: ingest(words.work / "ingest", shape=shape, num_groups=words.groups),
         "take": lambda: hand_out(words.work / "take", shape=shape),

@@ -16,14 +16,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Final
 
 import numpy as np
 import torch
-from machine import commit, machine
+from machine import origin
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from rexrag import metrics as keys
@@ -121,9 +120,7 @@ def main() -> None:
             torch.cuda.empty_cache()
     if words.out is not None:
         found = {
-            "commit": commit(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
+            **origin(),
             "ceiling_tflops": round(ceiling, 1),
             "results": [asdict(result) for result in results],
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +29,11 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def origin() -> dict[str, object]:
+    """What a file of figures begins with: commit, time and machine."""
+    return {"commit": commit(), "time": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine()}
 
 
 def commit() -> str:

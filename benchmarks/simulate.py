@@ -19,13 +19,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, cast
 
 from buffer import group_of, settings_of
-from machine import commit, machine
+from machine import origin
 
 from rexrag.buffer.ledger import Ledger
 from rexrag.buffer.records import Begin, Record
@@ -291,9 +290,7 @@ def main() -> None:
         print(json.dumps(asdict(results[-1])), flush=True)
     if words.out is not None:
         told = {
-            "commit": commit(),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
+            **origin(),
             "groups_per_step": GROUPS_PER_STEP,
             "steps": words.steps - NUM_FIRST,
             "results": [asdict(result) for result in results],

@@ -233,31 +233,28 @@ def test_the_tables_on_asynchrony_are_those_of_their_figures() -> None:
     assert all(table in page for table in tables)
 
 
-def test_the_section_on_faults_is_that_of_its_figures() -> None:
-    section = runpy.run_path(str(ROOT / "benchmarks" / "chaos_table.py"))["section"]
-    figures = ROOT / "benchmarks" / "results" / "chaos.json"
+@pytest.mark.parametrize(
+    ("section", "name", "heading", "least_steps"),
+    [
+        ("section", "chaos", "## Under faults", 100),
+        ("nodes_section", "node_chaos", "## Under faults, over several nodes", 50),
+    ],
+)
+def test_the_sections_on_faults_are_those_of_their_figures(
+    section: str, name: str, heading: str, least_steps: int
+) -> None:
+    make = runpy.run_path(str(ROOT / "benchmarks" / "chaos_table.py"))[section]
+    figures = ROOT / "benchmarks" / "results" / f"{name}.json"
     page = (DOCS / "results.md").read_text(encoding="utf-8")
     if not figures.exists():
-        assert "## Under faults" not in page, "figures without a file that they are from"
+        assert heading not in page, "figures without a file that they are from"
         return
     report = json.loads(figures.read_text(encoding="utf-8"))
-    assert section(report) in page
-    assert report["steps"] >= 100
+    assert make(report) in page
     assert (report["lost"], report["trained_twice"], report["unplayed"]) == (0, 0, {})
+    assert report["steps"] >= least_steps
     assert report["machine"]["cpu"]
     assert report["commit"]
-
-
-def test_the_section_on_faults_of_nodes_is_that_of_its_figures() -> None:
-    section = runpy.run_path(str(ROOT / "benchmarks" / "chaos_table.py"))["nodes_section"]
-    figures = ROOT / "benchmarks" / "results" / "node_chaos.json"
-    page = (DOCS / "results.md").read_text(encoding="utf-8")
-    if not figures.exists():
-        assert "## Under faults, over several nodes" not in page, "figures without a file that they are from"
-        return
-    report = json.loads(figures.read_text(encoding="utf-8"))
-    assert section(report) in page
-    assert (report["lost"], report["trained_twice"], report["unplayed"]) == (0, 0, {})
 
 
 def test_examples_of_data_files_are_valid(tmp_path: Path) -> None:

@@ -75,6 +75,10 @@ class Group:
     payload: bytes | memoryview | None = None
 
 
+_TOLD: Final = tuple(item.name for item in dataclasses.fields(Group) if item.name != "payload")
+"""What a snapshot says of a group."""
+
+
 def what_then(group: Group | None, reason: DropReason, *, max_attempts: int | None = None) -> Then:
     """What becomes of a dropped group's question; `lost` counts as no attempt."""
     if group is None or not group.question or reason is DropReason.FLAT:
@@ -175,9 +179,8 @@ class Ledger:
 
     def snapshot(self) -> Snapshot:
         """What the ledger holds, but for the bytes of groups."""
-        fields = [item.name for item in dataclasses.fields(Group) if item.name != "payload"]
         told = {
-            "groups": [[getattr(group, name) for name in fields] for group in self.groups.values()],
+            "groups": [[getattr(group, name) for name in _TOLD] for group in self.groups.values()],
             "states": {state: list(groups) for state, groups in self._by_state.items()},
             "again": [[*key, attempt] for key, attempt in self.again.items()],
             "first_open_epoch": self.first_open_epoch,
@@ -203,8 +206,7 @@ class Ledger:
         """Become what the snapshot says: the same in a whole log; in a damaged one, what the lost records came to."""
         told: dict[str, Any] = json.loads(bytes(record.payload))
         payloads = {group_id: group.payload for group_id, group in self.groups.items()}
-        fields = [item.name for item in dataclasses.fields(Group) if item.name != "payload"]
-        groups = [Group(**dict(zip(fields, values, strict=True))) for values in told["groups"]]
+        groups = [Group(**dict(zip(_TOLD, values, strict=True))) for values in told["groups"]]
         for group in groups:
             group.question, group.state = intern(group.question), GroupState(group.state)
             if group.state in (GroupState.FINISHED, GroupState.ASSIGNED):

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from rexrag.buffer.log import Chunk, frame, segment_head
 from rexrag.buffer.records import Record
-from rexrag.buffer.segments import newest_number, note_newest, segment_path, segments, sync_folder
+from rexrag.buffer.segments import newest_number, note_newest, segment_number, segment_path, segments
 from rexrag.errors import RunFailure
+from rexrag.files import sync_folder
 
 _sync_data = getattr(os, "fdatasync", os.fsync)
 
@@ -122,7 +123,7 @@ class LogWriter:
             LogWriteError: a file cannot be deleted.
         """
         for path in segments(self._folder):
-            if path < segment_path(self._folder, min(number, self.number)):
+            if segment_number(path) < min(number, self.number):
                 try:
                     path.unlink()
                 except OSError as error:

@@ -77,8 +77,8 @@ def open_buffer(
         LogWriteError: the new incarnation cannot be written.
     """
     ledger, damages = _fold(read_log(settings.folder))
-    is_new = is_new or resume_step is None
-    if is_new and ledger.groups:
+    step = resume_step or 0
+    if (is_new or resume_step is None) and ledger.groups:
         raise RunFolderError(
             f"{settings.folder} holds the replay log of a run already: resume that run, or choose a new run folder"
         )
@@ -91,11 +91,11 @@ def open_buffer(
         ledger,
         damages,
         first_step=settings.first_step,
-        resume_step=resume_step or 0,
+        resume_step=step,
         max_attempts=settings.max_attempts,
     )
-    told = (*_gone(ledger, first_step=settings.first_step, resume_step=resume_step or 0), *findings.sentences())
-    LOG.info("the replay log in %s is gone on with after step %d", settings.folder, resume_step or 0)
+    told = (*_gone(ledger, first_step=settings.first_step, resume_step=step), *findings.sentences())
+    LOG.info("the replay log in %s is gone on with after step %d", settings.folder, step)
     for sentence in told:
         LOG.warning("%s", sentence)
     writer = LogWriter(settings.folder, segment_bytes=settings.segment_bytes)
@@ -105,7 +105,7 @@ def open_buffer(
         ledger,
         settings,
         incarnation=str(writer.first_segment),
-        resume_step=resume_step or 0,
+        resume_step=step,
         findings=findings,
     )
     writer.write(records)

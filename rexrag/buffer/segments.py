@@ -5,7 +5,6 @@ The number is noted so that the loss of the newest one is seen too, and its numb
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Final
 
@@ -43,15 +42,6 @@ def newest_number(folder: Path) -> int:
 
 def note_newest(folder: Path, number: int) -> None:
     write_atomic(folder / _LAST_SEGMENT, f"{number}\n")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: without it a power cut may forget a new one."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _noted_number(folder: Path) -> int:

@@ -28,7 +28,8 @@ def warnings_of(run: Path) -> list[str]:
     return [str(line) for line in lines if "WARNING" in str(line)]
 
 
-def assert_nothing_lost(run: Path, process: subprocess.Popen[str]) -> None:
+def assert_finished(run: Path, process: subprocess.Popen[str]) -> dict[str, int]:
+    """All steps were made; returns the dropped groups by reason."""
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     assert num_steps(run) == STEPS
@@ -36,6 +37,10 @@ def assert_nothing_lost(run: Path, process: subprocess.Popen[str]) -> None:
     assert accounting["consumed"] == STEPS * 8
     dropped = accounting["dropped"]
     assert isinstance(dropped, dict)
+    return dropped
+
+
+def assert_nothing_lost(run: Path, dropped: dict[str, int]) -> None:
     assert not dropped.get("env_error"), dropped
     assert sum(line["search/failed"] or 0 for line in read_lines(run / "metrics.jsonl")) == 0
 
@@ -47,25 +52,31 @@ def test_a_pool_inside_the_run_survives_the_death_of_its_actor(recipe: Path, tmp
         wait_for(lambda: num_steps(run) >= 1, process=process)
         (actor,) = child_of(process, title="ray::SearchActor")
         actor.kill()
-        assert_nothing_lost(run, process)
+        assert_nothing_lost(run, assert_finished(run, process))
     finally:
         process.kill()
     assert any("search actor search-0 died and is back" in line for line in warnings_of(run))
 
 
-def test_a_server_that_is_gone_for_seconds_is_waited_for(recipe: Path, tmp_path: Path) -> None:
-    run, index = tmp_path / "run", recipe.parent / "index"
+def train_through_outage(recipe: Path, run: Path, *settings: str, seconds: float) -> dict[str, int]:
+    """A run whose search server is killed after the first step, and is back later; its dropped groups by reason."""
+    index = recipe.parent / "index"
     with served(index) as (url, server):
-        process = start(recipe, run, "retriever.kind=http", f"retriever.url={url}")
+        process = start(recipe, run, "retriever.kind=http", f"retriever.url={url}", *settings)
         try:
             wait_for(lambda: num_steps(run) >= 1, process=process)
             server.kill()
             server.wait()
-            time.sleep(4.0)
+            time.sleep(seconds)
             with served(index, port=int(url.rpartition(":")[2])):
-                assert_nothing_lost(run, process)
+                return assert_finished(run, process)
         finally:
             process.kill()
+
+
+def test_a_server_that_is_gone_for_seconds_is_waited_for(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert_nothing_lost(run, train_through_outage(recipe, run, seconds=4.0))
     lines = read_lines(run / "metrics.jsonl")
     assert sum(line["search/outages"] or 0 for line in lines) >= 1
     assert sum(line["search/outage_s"] or 0 for line in lines) > 1.0
@@ -77,25 +88,8 @@ def test_a_server_that_is_gone_for_seconds_is_waited_for(recipe: Path, tmp_path:
 @pytest.mark.slow
 def test_an_outage_longer_than_a_search_waits_costs_what_was_begun_and_no_more(recipe: Path, tmp_path: Path) -> None:
     """A search gives up after about two seconds, the server is gone for 15: no new question is burnt meanwhile."""
-    run, index = tmp_path / "run", recipe.parent / "index"
-    with served(index) as (url, server):
-        bounds = ("retriever.timeout_s=1", "retriever.max_retries=1")
-        process = start(recipe, run, "retriever.kind=http", f"retriever.url={url}", *bounds)
-        try:
-            wait_for(lambda: num_steps(run) >= 1, process=process)
-            server.kill()
-            server.wait()
-            time.sleep(15.0)
-            with served(index, port=int(url.rpartition(":")[2])):
-                _, errors = process.communicate(timeout=200)
-        finally:
-            process.kill()
-    assert process.returncode == 0, errors
-    assert num_steps(run) == STEPS
-    accounting = assert_books_balance(run)
-    assert accounting["consumed"] == STEPS * 8
-    dropped = accounting["dropped"]
-    assert isinstance(dropped, dict)
+    bounds = ("retriever.timeout_s=1", "retriever.max_retries=1")
+    dropped = train_through_outage(recipe, tmp_path / "run", *bounds, seconds=15.0)
     assert 1 <= dropped["env_error"] <= 2 * 8, "groups that were at hand, of two actors at most"
 
 
