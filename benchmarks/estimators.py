@@ -153,7 +153,10 @@ class Cell:
 STUDIES: Final[dict[str, list[tuple[str, range, tuple[str, ...]]]]] = {
     "methods": [(MIDDLE, range(5), tuple(METHODS))],
     "depths": [(depth, range(3), AT_ALL_DEPTHS) for depth in WORLDS["synthetic"].depths],
-    "model": [(QUICK_START, range(3, 6), (*MAIN, "rex")), ("2e-3", range(3, 6), ("escape", "none", "rex"))],
+    "model": [
+        (QUICK_START, range(3, 6), (*MAIN, "rex", "rex, without preserving")),
+        ("2e-3", range(3, 6), ("escape", "none", "rex")),
+    ],
 }
 """Study -> (depth, seeds, methods). Settings were chosen on other seeds: 10 to 13, of the model 0 to 2."""
 
