@@ -30,6 +30,7 @@ from rexrag.buffer.ledger import Ledger
 from rexrag.buffer.records import Begin, Record
 from rexrag.buffer.state import ReplayState
 from rexrag.buffer.status import BufferStatus
+from rexrag.learner.learner_actor import Loaded
 from rexrag.run.controller import Controller, LoopSettings
 from rexrag.run_folder import RunFolder
 from rexrag.types import FleetReport, GroupLease, StepBatch, StepResult, WeightVersion
@@ -103,8 +104,14 @@ class Actor:
 @dataclass
 class _Method:
     function: Callable[..., Any]
+    num_returns: int | None = None
 
-    def remote(self, *args: object, **kwargs: object) -> Value:
+    def options(self, *, num_returns: int) -> _Method:
+        return _Method(self.function, num_returns)
+
+    def remote(self, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
+        if self.num_returns is not None:
+            return [Value(value) for value in self.function(*args, **kwargs)]
         return Value(self.function(*(arg.get() if isinstance(arg, Value) else arg for arg in args), **kwargs))
 
 
@@ -168,8 +175,8 @@ class Learner:
         self.ended: list[float] = []
         self.ages: list[float] = []
 
-    def ready(self) -> str:
-        return "float32"
+    def ready(self) -> Loaded:
+        return Loaded("float32", num_buckets=0)
 
     def rho(self) -> None:
         return None
@@ -183,8 +190,8 @@ class Learner:
         self.ended.append(self._world.now)
         return StepResult(step=batch.step, applied=True, metrics={}, updated=True)
 
-    def export(self, dtype: str) -> None:
-        return None
+    def export(self, dtype: str) -> list[None]:
+        return [None]
 
     def save(self, folder: Path) -> Path:
         path = folder / f"step-{len(self.ended):06d}"

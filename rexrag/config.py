@@ -108,7 +108,27 @@ def _training_problems(config: Config) -> list[str]:
             f"rollout.autoscale: min = {bounds['min']} must be at most max = {bounds['max']}; lower the one or raise "
             "the other."
         )
-    return problems
+    return problems + _engine_problems(config.rollout)
+
+
+def _engine_problems(rollout: RolloutConfig) -> list[str]:
+    width = rollout.tensor_parallel
+    if width > 1 and rollout.engine == "torch":
+        return [
+            f'rollout.tensor_parallel = {width}: must be 1 with rollout.engine = "torch", which computes on one; '
+            'set it, or set rollout.engine = "vllm".'
+        ]
+    if width > 1 and 0 < rollout.num_gpus != width:
+        return [
+            f"rollout.tensor_parallel = {width}: must be the number of GPUs of each actor, and rollout.num_gpus is "
+            f"{rollout.num_gpus:g}; set both to the same number."
+        ]
+    if width == 1 and rollout.num_gpus > 1:
+        return [
+            f"rollout.num_gpus = {rollout.num_gpus:g}: must be at most 1 with rollout.tensor_parallel = 1, where an "
+            "engine computes on one GPU; set both to the same number, or lower this one and have more actors."
+        ]
+    return []
 
 
 def _lease_problems(config: Config) -> list[str]:

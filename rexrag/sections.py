@@ -84,7 +84,12 @@ class RolloutConfig(Section):
         "auto", description="Precision of sampling; `auto` takes bfloat16 where the processor is faster in it."
     )
     num_gpus: float = Field(
-        0.0, ge=0, le=1, description="Share of a GPU that Ray reserves for each actor's engine, 0: it is on the CPU."
+        0.0,
+        ge=0,
+        description="Share of a GPU, or number of them, that Ray reserves for each actor's engine; 0: on the CPU.",
+    )
+    tensor_parallel: int = Field(
+        1, ge=1, le=64, description="GPUs of an actor that vLLM spreads its model over, for those too large for one."
     )
     resources: dict[str, Positive] = Field(
         {},

@@ -18,6 +18,7 @@ from rexrag.engine.protocol import GenerateRequest, Generation, TokenText
 from rexrag.engine.torch_engine import TorchEngine
 from rexrag.engine.vllm_engine import VllmEngine
 from rexrag.engine.vllm_environment import installed_for
+from rexrag.engine.vllm_settings import Place
 from rexrag.model.loading import Device
 from rexrag.types import WeightVersion
 
@@ -120,12 +121,14 @@ def make_vllm_engine(
     max_length: int = 128,
     inflight: Literal["keep", "recompute"] = "keep",
     dtype: Literal["float32", "bfloat16"] = "float32",
+    tensor_parallel: int = 1,
 ) -> VllmEngine:
     model.save_pretrained(folder)
     settings = engine_settings(
         max_sequences=max_sequences, max_length=max_length, inflight=inflight, dtype=dtype, num_threads=1
     )
-    return VllmEngine(folder, settings=settings, gpu_share=0.0, codec=codec, version=V0)
+    place = Place(tensor_parallel=tensor_parallel)
+    return VllmEngine(folder, settings=settings, place=place, codec=codec, version=V0)
 
 
 async def generate_all(engine: TorchEngine, *requests: GenerateRequest) -> list[Generation]:

@@ -13,6 +13,7 @@ from rexrag.engine.protocol import Engine
 from rexrag.engine.settings import EngineSettings
 from rexrag.engine.torch_engine import TorchEngine
 from rexrag.engine.vllm_engine import VllmEngine
+from rexrag.engine.vllm_settings import Place
 from rexrag.env.codec import Codec
 from rexrag.hints import HintPool, load_hints
 from rexrag.model.checks import load_codec
@@ -26,7 +27,13 @@ from rexrag.types import WeightVersion
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-    """All that a rollout actor, or an evaluation in this process, is built from. `log_file`: an actor's `log.jsonl`."""
+    """All that a rollout actor, or an evaluation in this process, is built from.
+
+    Attributes:
+        gpu_share: of each GPU that the engine is on; 0 on CPUs.
+        tensor_parallel: devices that it is spread over.
+        log_file: an actor's `log.jsonl`.
+    """
 
     model_path: str
     episodes: EpisodeSettings
@@ -35,6 +42,7 @@ class RolloutSettings:
     dtype: Literal["auto", "float32", "bfloat16"]
     device: Device
     gpu_share: float
+    tensor_parallel: int
     inflight: Literal["keep", "recompute"]
     num_threads: int
     retriever: RetrieverSettings
@@ -90,6 +98,7 @@ def _build_engine(settings: RolloutSettings, *, codec: Codec, max_length: int, v
     )
     if settings.engine == "vllm":
         folder = resolve_model(settings.model_path)
-        return VllmEngine(folder, settings=plain, gpu_share=settings.gpu_share, codec=codec, version=version)
+        place = Place(gpu_share=settings.gpu_share, tensor_parallel=settings.tensor_parallel)
+        return VllmEngine(folder, settings=plain, place=place, codec=codec, version=version)
     model = load_model(settings.model_path, dtype=dtype)
     return TorchEngine(model, settings=plain, codec=codec, version=version)

@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from rexrag.actors.build import RolloutSettings, build_runner, sampling_dtype
 from rexrag.actors.rollout_loop import ActorPulse, RolloutLoop
 from rexrag.engine.protocol import EngineStats
-from rexrag.model.weight_proof import Delivery, WeightUpdate
+from rexrag.model.weight_proof import Delivery, WeightProof, Weights, WeightUpdate
 from rexrag.processes import Share
 from rexrag.reporting.log_file import log_process
 from rexrag.retrieval.protocol import RetrieverState
@@ -93,7 +93,12 @@ class RolloutActor:
     async def pulse(self) -> ActorPulse:
         return self._loop.pulse(node=self._node, node_id=self._node_id)
 
-    async def update_weights(self, version: WeightVersion, update: WeightUpdate | None) -> Delivery | None:
+    async def update_weights(
+        self, version: WeightVersion, proof: WeightProof | None, *buckets: Weights
+    ) -> Delivery | None:
+        """New weights, in the buckets in which they came; without a proof they stay, and only the version changes."""
+        weights = {name: array for bucket in buckets for name, array in bucket.items()}
+        update = None if proof is None else WeightUpdate(weights=weights, proof=proof)
         return await self._loop.update_weights(version, update)
 
     async def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[EpisodeScore]:

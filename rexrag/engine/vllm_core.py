@@ -26,6 +26,7 @@ from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequ
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.executor import Executor
 
+from rexrag.engine.shared_weights import in_shared_memory
 from rexrag.engine.vllm_draws import count_draws
 from rexrag.engine.vllm_types import CoreOutput, CorePass, CoreRequest, CoreSettings
 from rexrag.engine.weight_arrays import WeightArrays, as_tensor
@@ -43,6 +44,7 @@ class VllmCore:
             Exception: of any kind: vLLM refuses the settings or the model.
         """
         self._eos_ids = sorted(settings.eos_ids)
+        self._num_processes = settings.tensor_parallel
         with _own_threads(settings.num_threads):
             config = _engine_args(settings).create_engine_config(UsageContext.ENGINE_CONTEXT)
             self._client: Any = InprocClient(config, Executor.get_class(config), log_stats=True)
@@ -76,7 +78,11 @@ class VllmCore:
         Raises:
             RuntimeError: a weight of vLLM's model was not among them: it would keep its old value.
         """
-        self._client.collective_rpc(lambda worker: _load(worker, weights))
+        if self._num_processes == 1:
+            self._client.collective_rpc(lambda worker: _load(worker, weights))
+        else:
+            with in_shared_memory(weights) as shared:
+                self._client.collective_rpc(lambda worker: _load(worker, shared.arrays()))
         if forget:
             self._client.reset_prefix_cache(reset_running_requests=True)
 
@@ -159,6 +165,9 @@ def _engine_args(settings: CoreSettings) -> EngineArgs:
         logprobs_mode="processed_logprobs",
         # Compiling takes longer than it saves on CPUs.
         enforce_eager=on_cpu,
+        tensor_parallel_size=settings.tensor_parallel,
+        # In a Ray actor vLLM would ask Ray for placement groups: its GPUs are those of the actor.
+        distributed_executor_backend="uni" if settings.tensor_parallel == 1 else "mp",
         block_size=_CPU_BLOCK if on_cpu else None,
         kv_cache_memory_bytes=settings.cache_bytes,
         **({} if on_cpu else {"gpu_memory_utilization": settings.gpu_share}),

@@ -30,7 +30,7 @@ from rexrag.engine.protocol import EngineClosedError, EngineStats, Finish, Gener
 from rexrag.engine.requests import Endings, check_request
 from rexrag.engine.settings import EngineSettings
 from rexrag.engine.vllm_environment import prepare
-from rexrag.engine.vllm_settings import check_head_size, core_settings, parameter_sizes, reason_of
+from rexrag.engine.vllm_settings import Place, check_heads, core_settings, parameter_sizes, reason_of
 from rexrag.engine.vllm_types import CoreOutput, CorePass, CoreRequest
 from rexrag.engine.weight_arrays import WeightArrays, check_arrays
 from rexrag.errors import EngineBrokenError, EnginePassError, RunFailure
@@ -90,25 +90,22 @@ class VllmEngine:
 
     Example:
         >>> engine = VllmEngine(  # doctest: +SKIP
-        ...     folder, settings=settings, gpu_share=0.0, codec=codec, version=version
+        ...     folder, settings=settings, place=Place(), codec=codec, version=version
         ... )
         >>> generation = await engine.generate(GenerateRequest(prompt_ids=[1, 2], max_tokens=8))  # doctest: +SKIP
     """
 
     def __init__(
-        self, folder: Path, *, settings: EngineSettings, gpu_share: float, codec: TokenText, version: WeightVersion
+        self, folder: Path, *, settings: EngineSettings, place: Place, codec: TokenText, version: WeightVersion
     ) -> None:
         """
-        Args:
-            gpu_share: share of the GPU's memory that is this engine's, as Ray reserved it; 0 on CPUs.
-
         Raises:
-            ModelError: the model's context is shorter than `max_length`, or vLLM has no attention of its head size.
+            ModelError: the model's context is shorter than `max_length`, or vLLM cannot run its heads there.
             RunFailure: vLLM refuses the settings or the model; the message has its reason.
         """
         config = load_config(folder)
         check_context(config, settings.max_length)
-        check_head_size(config, device=settings.device)
+        check_heads(config, device=settings.device, tensor_parallel=place.tensor_parallel)
         self._settings = settings
         self._version = version
         self._endings = Endings(codec)
@@ -128,7 +125,7 @@ class VllmEngine:
         self._sampled_tokens = self._prefilled_tokens = self._reused_tokens = 0
         self._forward_s = 0.0
         self._executor = ThreadPoolExecutor(1, "vllm")
-        self._core = self._start(folder, config, gpu_share=gpu_share, eos_ids=codec.eos_ids)
+        self._core = self._start(folder, config, place=place, eos_ids=codec.eos_ids)
 
     @property
     def version(self) -> WeightVersion:
@@ -214,11 +211,11 @@ class VllmEngine:
             await self._in_thread(self._core.close)
         self._executor.shutdown()
 
-    def _start(self, folder: Path, config: PreTrainedConfig, *, gpu_share: float, eos_ids: frozenset[int]) -> VllmCore:
+    def _start(self, folder: Path, config: PreTrainedConfig, *, place: Place, eos_ids: frozenset[int]) -> VllmCore:
         prepare(self._settings.device)
         from rexrag.engine.vllm_core import VllmCore  # reads the environment as it is now
 
-        settings = core_settings(folder, config=config, settings=self._settings, gpu_share=gpu_share, eos_ids=eos_ids)
+        settings = core_settings(folder, config=config, settings=self._settings, place=place, eos_ids=eos_ids)
         try:
             return self._executor.submit(VllmCore, settings).result()
         except Exception as error:  # noqa: BLE001

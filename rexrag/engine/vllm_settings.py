@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -28,33 +29,51 @@ _GPU_MARGIN: Final = 0.9
 """Part of its share of a GPU that vLLM may plan with: the CUDA context and fragments come on top."""
 
 
-def core_settings(
-    folder: Path, *, config: PreTrainedConfig, settings: EngineSettings, gpu_share: float, eos_ids: frozenset[int]
-) -> CoreSettings:
-    """The core's part of the settings, with memory and the tokens of a pass worked out.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What an engine computes on.
 
-    Args:
-        gpu_share: share of the GPU's memory that is this engine's; 0 on CPUs.
+    Attributes:
+        gpu_share: share of each GPU's memory that is this engine's, as Ray reserved it; 0 on CPUs.
+        tensor_parallel: GPUs that the model is spread over; on CPUs processes.
     """
+
+    gpu_share: float = 0.0
+    tensor_parallel: int = 1
+
+
+def core_settings(
+    folder: Path, *, config: PreTrainedConfig, settings: EngineSettings, place: Place, eos_ids: frozenset[int]
+) -> CoreSettings:
+    """The core's part of the settings, with memory, threads and the tokens of a pass worked out for each process."""
+    threads = settings.num_threads
     return CoreSettings(
         model=str(folder),
         eos_ids=eos_ids,
         max_sequences=settings.max_sequences,
         max_length=settings.max_length,
         dtype=settings.dtype,
-        cache_bytes=_cache_bytes(config, settings) if settings.device == "cpu" else None,
-        gpu_share=gpu_share * _GPU_MARGIN,
+        cache_bytes=_cache_bytes(config, settings) // place.tensor_parallel if settings.device == "cpu" else None,
+        gpu_share=place.gpu_share * _GPU_MARGIN,
+        tensor_parallel=place.tensor_parallel,
         prefill_tokens=_PREFILL_TOKENS[settings.device],
-        num_threads=settings.num_threads,
+        num_threads=None if threads is None else max(1, threads // place.tensor_parallel),
     )
 
 
-def check_head_size(config: PreTrainedConfig, *, device: Device) -> None:
-    """Refuse a model that vLLM loads and cannot run.
+def check_heads(config: PreTrainedConfig, *, device: Device, tensor_parallel: int) -> None:
+    """Refuse a model that vLLM cannot run.
 
     Raises:
-        ModelError: on CPUs it has no attention for heads of this size.
+        ModelError: on CPUs it has no attention for heads of this size; or they cannot be dealt to the devices.
     """
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        num = int(getattr(config, name))
+        if num % tensor_parallel and (name == "num_attention_heads" or tensor_parallel % num):
+            raise ModelError(
+                f"rollout.tensor_parallel = {tensor_parallel}: the model's {num} {name} cannot be dealt evenly to so "
+                "many GPUs; take a divisor"
+            )
     size = _head_size(config)
     if device == "cpu" and size not in CPU_HEAD_SIZES:
         raise ModelError(

@@ -65,8 +65,10 @@ class CoreSettings:
         model: folder of config and safetensors.
         eos_ids: tokens after which the core ends a request.
         cache_bytes: of the key-value cache; None: what the model leaves of `gpu_share`.
-        gpu_share: share of the GPU's memory that this process may use, 0 on CPUs.
+        gpu_share: share of a GPU's memory that a process may use, 0 on CPUs.
+        tensor_parallel: processes, and GPUs, that the model is spread over; with 1 it is in this process.
         prefill_tokens: most tokens of one pass.
+        num_threads: of each process.
     """
 
     model: str
@@ -76,5 +78,6 @@ class CoreSettings:
     dtype: Literal["float32", "bfloat16"]
     cache_bytes: int | None
     gpu_share: float
+    tensor_parallel: int
     prefill_tokens: int
     num_threads: int | None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, NamedTuple, cast
 
 import ray
 import torch
@@ -18,10 +18,23 @@ from rexrag.hints import HintPool
 from rexrag.learner.checkpoint import load_checkpoint, save_checkpoint
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.model.loading import Device, load_model, load_tokenizer
-from rexrag.model.weight_proof import Canary, WeightProof, WeightUpdate, bit_sum, distance
+from rexrag.model.weight_proof import (
+    MODULUS,
+    Canary,
+    Precision,
+    WeightProof,
+    Weights,
+    bit_sum,
+    distance,
+    in_buckets,
+)
 from rexrag.processes import Share
 from rexrag.reporting.log_file import log_process
 from rexrag.types import FloatArray, StepBatch, StepResult
+
+BUCKET_BYTES: Final = 512 << 20
+"""Most bytes, in float32, of the weights that travel as one object: it bounds what the learner holds twice, and a large
+model comes over several connections at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +52,7 @@ class LearnerSpec:
         reference: folder of the reference model, needed where `loss.kl_coef` is above 0.
         canary: prompts by whose log-probs engines prove that they hold what was exported.
         log_file: the run's `log.jsonl`.
+        bucket_bytes: most bytes, in float32, of the weights that travel as one object.
     """
 
     model: Path
@@ -53,10 +67,25 @@ class LearnerSpec:
     reference: Path | None = None
     canary: Canary = ()
     log_file: Path | None = None
+    bucket_bytes: int = BUCKET_BYTES
 
 
 _BESIDE: Final = "beside"
 """The thread that answers while the main one computes."""
+
+
+class Loaded(NamedTuple):
+    """A learner that is ready: the precision that it computes in, and in how many buckets its weights travel."""
+
+    precision: Precision
+    num_buckets: int
+
+
+class Published(NamedTuple):
+    """A version on its way: the weights in buckets, and their proof; there before it is made."""
+
+    proof: ObjectRef[WeightProof]
+    buckets: tuple[ObjectRef[Weights], ...]
 
 
 class LearnerActor:
@@ -65,7 +94,7 @@ class LearnerActor:
         learner = start_learner(spec, share=Share(threads=2))
         ray.get(learner.ready.remote())
         result = ray.get(learner.step.remote(batch))
-        update = learner.export.remote("float32")      # a reference that actors read without a copy
+        published = start_export(learner, "float32", num_buckets=1)     # references that actors read without a copy
 
     Methods raise what `LearnerCore` and `checkpoint` raise.
     """
@@ -79,8 +108,8 @@ class LearnerActor:
         """The node that it is on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def ready(self) -> Literal["float32", "bfloat16"]:
-        """Build model and optimizer; returns the precision that the learner computes in.
+    def ready(self) -> Loaded:
+        """Build model and optimizer.
 
         Not done in the constructor, whose errors Ray hands on as text alone.
         """
@@ -102,7 +131,8 @@ class LearnerActor:
         )
         if resumed is not None:
             self._core.load_trainer_state(resumed)
-        return self._core.precision
+        self._buckets = in_buckets(self._core.weight_sizes, most_bytes=spec.bucket_bytes)
+        return Loaded(self._core.precision, len(self._buckets))
 
     def rho(self) -> float:
         """ρ of the next step (§8)."""
@@ -112,20 +142,23 @@ class LearnerActor:
         """Train on one step's groups."""
         return self._core.step(batch)
 
-    def export(self, dtype: Literal["float32", "bfloat16"]) -> WeightUpdate:
-        """The weights and what they are known by; Ray copies them once, into its object store."""
-        weights = self._core.export_weights(dtype=dtype)
+    def export(self, dtype: Precision) -> Iterator[Weights | WeightProof]:
+        """The weights bucket by bucket, then what they are known by; Ray copies each once, into its object store."""
+        bits = 0
+        for names in self._buckets:
+            weights = self._core.export_weights(names, dtype=dtype)
+            bits = (bits + bit_sum(weights.values())) % MODULUS
+            yield weights
         before, scores = self._scores, self._core.score(self._spec.canary)
         self._scores = scores
         is_exact = dtype == self._core.precision == "float32"
-        proof = WeightProof(
+        yield WeightProof(
             canary=self._spec.canary,
             logprobs=scores,
             moved=math.inf if before is None else distance(before, scores),
-            bits=bit_sum(weights.values()),
+            bits=bits,
             precision="float32" if is_exact else "bfloat16",
         )
-        return WeightUpdate(weights=weights, proof=proof)
 
     def save(self, folder: Path) -> Path:
         """Write the checkpoint of the current step under `folder`; returns its folder."""
@@ -148,6 +181,13 @@ def start_learner(spec: LearnerSpec, *, share: Share) -> ActorHandle[LearnerActo
     options: dict[str, Any] = {**share.options, "concurrency_groups": {_BESIDE: 1}}
     remote: Any = ray.remote(**options)
     return cast("ActorHandle[LearnerActor]", remote(LearnerActor).remote(spec))
+
+
+def start_export(learner: ActorHandle[LearnerActor], dtype: Precision, *, num_buckets: int) -> Published:
+    """`LearnerActor.export`, of which whoever calls it owns what comes: it outlives the learner."""
+    method: Any = learner.export
+    *buckets, proof = method.options(num_returns=num_buckets + 1).remote(dtype)
+    return Published(proof, tuple(buckets))
 
 
 def ask_progress(learner: ActorHandle[LearnerActor]) -> ObjectRef[tuple[int, int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -41,7 +41,7 @@ from rexrag.model.comparison import prepare_model
 from rexrag.model.loading import Device, fastest_dtype
 from rexrag.model.logprobs import backward_in_chunks, token_logprobs
 from rexrag.model.packing import PackedBatch, PackRow, pack
-from rexrag.model.weight_proof import Canary
+from rexrag.model.weight_proof import Canary, Precision
 from rexrag.types import FloatArray, StepBatch, StepResult, TrajectoryGroup
 
 
@@ -90,7 +90,7 @@ class LearnerCore:
 
         core = LearnerCore(model, settings=settings, hints=pool, evidence_folder=run_folder)
         result = core.step(batch)             # batch.step == core.num_steps + 1
-        weights = core.export_weights(dtype="float32")
+        weights = core.export_weights(core.weight_sizes, dtype="float32")
 
     A step without a row that has an advantage (and β = 0), and a skipped one, leave the weights as they are; both
     count. `trainer_state` and `load_trainer_state` carry all but the weights from one process to the next.
@@ -201,12 +201,17 @@ class LearnerCore:
             samples=pick_samples(groups),
         )
 
-    def export_weights(self, *, dtype: Literal["float32", "bfloat16"]) -> dict[str, npt.NDArray[np.generic]]:
-        """Arrays by parameter name, a tied head once; bfloat16 as its bits in uint16.
+    @property
+    def weight_sizes(self) -> dict[str, int]:
+        """Bytes of each parameter by its name, a tied head once."""
+        return {name: parameter.nbytes for name, parameter in self.model.named_parameters()}
+
+    def export_weights(self, names: Iterable[str], *, dtype: Precision) -> dict[str, npt.NDArray[np.generic]]:
+        """Arrays by parameter name; bfloat16 as its bits in uint16.
 
         On CPU float32 arrays are views of the weights, which the next step changes: copy or publish them first.
         """
-        return {name: _as_numpy(p.detach(), dtype) for name, p in self.model.named_parameters()}
+        return {name: _as_numpy(self.model.get_parameter(name).detach(), dtype) for name in names}
 
     def score(self, sequences: Canary) -> tuple[FloatArray, ...]:
         """Log-probs of each sequence's tokens from the second on, under the current weights."""
@@ -387,10 +392,7 @@ def _kind(device: torch.device) -> Device:
     return "cuda" if device.type == "cuda" else "cpu"
 
 
-def _as_numpy(weights: torch.Tensor, dtype: Literal["float32", "bfloat16"]) -> npt.NDArray[np.generic]:
-    array: npt.NDArray[np.generic]
+def _as_numpy(weights: torch.Tensor, dtype: Precision) -> npt.NDArray[np.generic]:
     if dtype == "float32":
-        array = weights.float().cpu().numpy()
-    else:
-        array = weights.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
-    return array
+        return weights.float().cpu().numpy()
+    return weights.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)

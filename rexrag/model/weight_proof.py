@@ -22,6 +22,8 @@ from rexrag.types import FloatArray
 Canary = tuple[tuple[int, ...], ...]
 """Token ids of its prompts."""
 Precision = Literal["float32", "bfloat16"]
+Weights = Mapping[str, npt.NDArray[np.generic]]
+"""By the names of the transformers model: float32, or bfloat16 as the uint16 of its bits."""
 
 LONGEST: Final = 256
 NUM_SHORT: Final = 3
@@ -34,7 +36,8 @@ some 1e−6 apart, in bfloat16 some 1e−2; a head or a layer of another version
 _SIGNED: Final = {4: torch.int32, 2: torch.int16}
 _UNSIGNED: Final = {4: np.uint32, 2: np.uint16}
 """By bytes of an entry; torch adds up no unsigned numbers, and numpy does it ten times as fast on a CPU."""
-_MODULUS: Final = 1 << 64
+MODULUS: Final = 1 << 64
+"""Of sums of bits."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,9 +61,9 @@ class WeightProof:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WeightUpdate:
-    """Weights by the names of the transformers model, float32, or bfloat16 as the uint16 of its bits; their proof."""
+    """All weights of a version, and their proof."""
 
-    weights: Mapping[str, npt.NDArray[np.generic]]
+    weights: Weights
     proof: WeightProof
 
 
@@ -89,7 +92,20 @@ def canary_of(prompts: Sequence[Sequence[int]]) -> Canary:
 
 def bit_sum(arrays: Iterable[npt.NDArray[np.generic] | Tensor]) -> int:
     """Sum of the raw bits of all entries, each as an unsigned number of its size, modulo 2⁶⁴."""
-    return sum(_bit_sum_of(array) for array in arrays) % _MODULUS
+    return sum(_bit_sum_of(array) for array in arrays) % MODULUS
+
+
+def in_buckets(sizes: Mapping[str, int], *, most_bytes: int) -> list[list[str]]:
+    """Names in their order, dealt so that each bucket has at most so many bytes, or is a single larger one."""
+    buckets: list[list[str]] = []
+    left = 0
+    for name, size in sizes.items():
+        if not buckets or size > left:
+            buckets.append([])
+            left = most_bytes
+        buckets[-1].append(name)
+        left -= size
+    return buckets
 
 
 def _bit_sum_of(array: npt.NDArray[np.generic] | Tensor) -> int:

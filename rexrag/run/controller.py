@@ -26,7 +26,7 @@ from rexrag.buffer.replay_actor import ReplayActor
 from rexrag.buffer.status import BufferStatus
 from rexrag.errors import CollapsedError, EnginePassError, PartDiedError, counted
 from rexrag.learner.checkpoint import prune
-from rexrag.learner.learner_actor import LearnerActor, ask_progress
+from rexrag.learner.learner_actor import LearnerActor, ask_progress, start_export
 from rexrag.reporting.reporter import Reporter
 from rexrag.run.autoscale import Autoscaler, StepLoad
 from rexrag.run.fleet import Fleet
@@ -107,7 +107,7 @@ class Controller:
         """
         first = self._version.step
         loaded = call(self._learner, LearnerActor.ready)
-        precision = self._wait(loaded, what="the run waits for the learner to load its model")
+        precision, self._num_buckets = self._wait(loaded, what="the run waits for the learner to load its model")
         self._supervisor.until(lambda: self._fleet.can_begin, what="the run waits for its rollout actors to start")
         self._tell_precision(precision)
         self._fleet.run()
@@ -231,8 +231,8 @@ class Controller:
         self._wait_for_current_actors(interruptible=False)
         # An actor that samples in float32 needs all bits, one in bfloat16 can do with what it uses.
         dtype: Literal["float32", "bfloat16"] = "float32" if "float32" in self._fleet.dtypes else "bfloat16"
-        weights = call(self._learner, LearnerActor.export, dtype) if updated else None
-        self._fleet.publish(self._version, weights)
+        published = start_export(self._learner, dtype, num_buckets=self._num_buckets) if updated else None
+        self._fleet.publish(self._version, published)
 
     def _publish(self) -> None:
         """Open admission for the current version."""

@@ -25,7 +25,7 @@ def choose_engine(config: Config) -> EngineChoice:
     """What `rollout.engine` comes to in this environment.
 
     Raises:
-        ConfigError: vLLM is asked for, and is not installed, or not the build for where the actors compute.
+        ConfigError: vLLM is asked for, or needed, and is not installed, or not the build for where the actors compute.
     """
     asked = config.rollout.engine
     device: Device = "cuda" if config.rollout.num_gpus else "cpu"
@@ -43,11 +43,17 @@ def choose_engine(config: Config) -> EngineChoice:
                 f"one with `{INSTALL[device]}`, or change rollout.num_gpus."
             )
         return EngineChoice(engine="vllm", reason="rollout.engine says so")
-    if device == "cpu":
-        return EngineChoice(engine="torch", reason="the actors compute on CPUs (rollout.num_gpus = 0)")
-    if installed == "cuda":
+    if device == "cuda" and installed == "cuda":
         return EngineChoice(engine="vllm", reason="the actors have GPUs, and vLLM is installed")
-    return EngineChoice(engine="torch", reason=f"vLLM is not installed (`{INSTALL[device]}`)")
+    missing = f"vLLM is not installed (`{INSTALL[device]}`)"
+    if device == "cpu":
+        missing = "the actors compute on CPUs (rollout.num_gpus = 0)"
+    if config.rollout.tensor_parallel > 1:
+        raise ConfigError(
+            f"rollout.tensor_parallel = {config.rollout.tensor_parallel}: only vLLM spreads a model over devices, and "
+            f'rollout.engine = "auto" comes to "torch", since {missing}.'
+        )
+    return EngineChoice(engine="torch", reason=missing)
 
 
 def describe_engine(config: Config) -> str:

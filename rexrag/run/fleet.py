@@ -22,7 +22,8 @@ from rexrag.actors.build import RolloutSettings
 from rexrag.actors.rollout_actor import RolloutActor, start_rollout_actor
 from rexrag.engine.protocol import EngineStats
 from rexrag.errors import EngineBrokenError, RexragError, RunFailure, counted
-from rexrag.model.weight_proof import Delivery, WeightUpdate
+from rexrag.learner.learner_actor import Published
+from rexrag.model.weight_proof import Delivery
 from rexrag.processes import Share, in_words
 from rexrag.retrieval.protocol import RetrieverState, added, since
 from rexrag.run.member import Member, new_member
@@ -67,7 +68,7 @@ class Fleet:
         self._num_groups = num_groups
         self._share = share
         self._initial = version
-        self._current: tuple[WeightVersion, Ref[WeightUpdate] | None] = (version, None)
+        self._current: tuple[WeightVersion, Published | None] = (version, None)
         self._buffer = buffer
         self._on_death = on_death
         self._num_first = num_actors if num_fitting is None else min(num_actors, num_fitting)
@@ -124,10 +125,10 @@ class Fleet:
         """Actors that are there to stay, those that are starting included."""
         return sum(member.draining is None for member in self._members)
 
-    def publish(self, version: WeightVersion, weights: Ref[WeightUpdate] | None) -> None:
+    def publish(self, version: WeightVersion, weights: Published | None) -> None:
         """Hand new weights to all actors without waiting for them; None: the weights did not change.
 
-        An actor that is still starting gets the current ones when it is ready. The previous version's object is let
+        An actor that is still starting gets the current ones when it is ready. The previous version's objects are let
         go once every actor has switched.
         """
         self._current = (version, weights if weights is not None else self._current[1])
@@ -320,7 +321,7 @@ class Fleet:
         self._on_death(member.actor_id)
 
 
-def _update(
-    actor: Handle[RolloutActor], version: WeightVersion, weights: Ref[WeightUpdate] | None
-) -> Ref[Delivery | None]:
-    return call(actor, RolloutActor.update_weights, version, None if weights is None else value_of(weights))
+def _update(actor: Handle[RolloutActor], version: WeightVersion, weights: Published | None) -> Ref[Delivery | None]:
+    if weights is None:
+        return call(actor, RolloutActor.update_weights, version, None)
+    return call(actor, RolloutActor.update_weights, version, value_of(weights.proof), *map(value_of, weights.buckets))

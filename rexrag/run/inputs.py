@@ -10,7 +10,7 @@ from rexrag.buffer.recovery import check_questions
 from rexrag.buffer.settings import ReplaySettings
 from rexrag.config import Config
 from rexrag.data.questions import load_questions
-from rexrag.engine.vllm_settings import check_head_size
+from rexrag.engine.vllm_settings import check_heads
 from rexrag.errors import ConfigError
 from rexrag.hints import HintPool, load_hints
 from rexrag.model.checks import check_model
@@ -60,7 +60,11 @@ def read_inputs(request: TrainRequest) -> Inputs:
     model_path = model_path_of(request)
     model = check_model(model_path)
     if choose_engine(config).engine == "vllm":
-        check_head_size(model.config, device=device_of(config.rollout.num_gpus))
+        check_heads(
+            model.config,
+            device=device_of(config.rollout.num_gpus),
+            tensor_parallel=config.rollout.tensor_parallel,
+        )
     hints = load_hints(config.probe.hints, codec=model.codec, removable=config.probe.transfer == "hint_free")
     if hints.has_empty and config.correction.mixture != "none":
         raise ConfigError(

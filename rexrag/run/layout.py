@@ -217,7 +217,9 @@ def _learner_gpus(config: Config, num_gpus: float) -> float:
 
 
 def _gpu_places(num_gpus: float, share: float) -> int:
-    """How often a share of a GPU fits; none lies over two of them."""
+    """How often a share of a GPU fits, none over two of them, or a number of GPUs on one node."""
+    if share > 1.0:
+        return int(num_gpus / share + _SLACK)
     whole = int(num_gpus + _SLACK)
     return whole * int(1.0 / share + _SLACK) + int((num_gpus - whole) / share + _SLACK)
 

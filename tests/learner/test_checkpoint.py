@@ -5,6 +5,7 @@ import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rexrag.learner.learner_actor import LearnerActor, LearnerSpec
 from rexrag.learner.probe_filter import INITIAL_SUCCESS
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.model.saving import save_model
+from rexrag.model.weight_proof import bit_sum
 
 SETTINGS = learner_settings(optimizer=optimizer_settings(learning_rate=1e-3, warmup_steps=3, weight_decay=0.01))
 
@@ -151,6 +153,12 @@ def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
         learner._optimizer.load_state({name: torch.zeros(1)}, num_updates=1)
 
 
+def exported(actor: LearnerActor) -> tuple[list[Any], Any]:
+    """The buckets, and their proof."""
+    *buckets, proof = actor.export("float32")
+    return buckets, proof
+
+
 def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
     save_model(tiny_model(), tokenizer(), tmp_path / "model")
     spec = LearnerSpec(
@@ -162,16 +170,21 @@ def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
         device="cpu",
         seed=0,
         evidence_folder=tmp_path,
+        bucket_bytes=20_000,
     )
     actor = LearnerActor(spec)
-    actor.ready()
+    loaded = actor.ready()
     assert actor.step(step_batch(random_groups())).updated
     folder = actor.save(tmp_path / "checkpoints")
     other = LearnerActor(replace(spec, checkpoint=folder))
     other.ready()
     assert other.rho() == actor.rho()
-    ours, theirs = actor.export("float32").weights, other.export("float32").weights
-    assert all((ours[name] == theirs[name]).all() for name in ours)
+    (ours, proof), (theirs, their_proof) = exported(actor), exported(other)
+    assert len(ours) == len(theirs) == loaded.num_buckets > 2
+    assert bit_sum([array for bucket in ours for array in bucket.values()]) == proof.bits == their_proof.bits
+    assert {name for bucket in ours for name in bucket} == actor._core.weight_sizes.keys()
+    for mine, other_bucket in zip(ours, theirs, strict=True):
+        assert all((mine[name] == other_bucket[name]).all() for name in mine)
 
 
 @pytest.mark.parametrize("num_bytes", [200, 20_000])

@@ -385,13 +385,13 @@ def test_kl_needs_a_reference(tmp_path: Path) -> None:
 
 def test_exported_weights(tmp_path: Path) -> None:
     learner = core(tmp_path, settings=settings())
-    weights = learner.export_weights(dtype="float32")
+    weights = learner.export_weights(learner.weight_sizes, dtype="float32")
     assert set(weights) == {name for name, _ in learner.model.named_parameters()}
     assert "lm_head.weight" not in weights
     name = "model.embed_tokens.weight"
     assert weights[name].dtype == np.float32
     assert np.shares_memory(weights[name], learner.model.get_parameter(name).detach().numpy())
-    bits = learner.export_weights(dtype="bfloat16")[name]
+    bits = learner.export_weights([name], dtype="bfloat16")[name]
     assert bits.dtype == np.uint16
     back = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
     assert torch.equal(back, learner.model.get_parameter(name).detach().bfloat16())

@@ -7,15 +7,16 @@ happen between two of them: a stop signal, the death of an actor.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from inspect import iscoroutine
+from inspect import iscoroutine, isgenerator
 from typing import Any
 
 from replay_helpers import make_ipc
 
 from rexrag.buffer.replay_actor import ReplayActor
 from rexrag.errors import Interrupted, PartDiedError
+from rexrag.learner.learner_actor import Loaded
 from rexrag.retrieval.protocol import RetrieverState
 from rexrag.run.signals import StopSignal
 from rexrag.types import (
@@ -74,10 +75,17 @@ class _Method:
     name: str
     script: Script
 
-    def remote(self, *args: object, **kwargs: object) -> LocalRef:
+    def options(self, *, num_returns: int) -> _Method:
+        assert num_returns > 1
+        return self
+
+    def remote(self, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
+        """The reference to what the method returns, or to each thing that it yields."""
         self.script.note(self.name)
         try:
             result = self.function(*(arg.get() if isinstance(arg, LocalRef) else arg for arg in args), **kwargs)
+            if isgenerator(result):
+                return [LocalRef(value) for value in result]
             return LocalRef(asyncio.run(result) if iscoroutine(result) else result)
         except Exception as error:  # noqa: BLE001  # as Ray does: whoever asks for the value gets it
             return LocalRef(error=error)
@@ -91,8 +99,8 @@ class LocalLearner:
         self.saved: list[int] = []
         self._groups_per_step = groups_per_step
 
-    def ready(self) -> str:
-        return "float32"
+    def ready(self) -> Loaded:
+        return Loaded("float32", num_buckets=1)
 
     def rho(self) -> float:
         return 0.18
@@ -103,8 +111,9 @@ class LocalLearner:
         self.num_steps += 1
         return StepResult(step=batch.step, applied=True, metrics={}, updated=batch.step % 2 == 1)
 
-    def export(self, dtype: str) -> dict[str, object]:
-        return {"weights of step": self.num_steps, "dtype": dtype}
+    def export(self, dtype: str) -> Iterator[dict[str, object]]:
+        yield {"weights of step": self.num_steps, "dtype": dtype}
+        yield {"proof of step": self.num_steps}
 
     def save(self, folder: Any) -> Any:  # noqa: ANN401
         path = folder / f"step-{self.num_steps:06d}"
@@ -141,9 +150,9 @@ class LocalFleet:
     def run(self) -> None:
         self._script.note("fleet.run")
 
-    def publish(self, version: WeightVersion, weights: LocalRef | None) -> None:
+    def publish(self, version: WeightVersion, weights: Any | None) -> None:  # noqa: ANN401
         self._script.note("fleet.publish")
-        self.weights = None if weights is None else weights.get()
+        self.weights = None if weights is None else weights.buckets[0].get()
         self._held = version
 
     def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[LocalRef]:

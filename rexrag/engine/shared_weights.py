@@ -1,0 +1,61 @@
+"""Weights for the processes of one engine: a file in shared memory, written once, that each of them maps."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from rexrag.engine.weight_arrays import WeightArrays
+
+_SHARED_MEMORY: Final = Path("/dev/shm")
+_ALIGNMENT: Final = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedWeights:
+    """Where each array is in a file: name -> type, shape, first byte. Small, and pickles."""
+
+    path: Path
+    places: dict[str, tuple[str, tuple[int, ...], int]]
+
+    def arrays(self) -> WeightArrays:
+        """The arrays, mapped and read-only: without a copy in the memory of this process."""
+        raw = np.memmap(self.path, np.uint8, mode="r")
+        return {
+            name: np.ndarray(shape, dtype, buffer=raw, offset=offset)
+            for name, (dtype, shape, offset) in self.places.items()
+        }
+
+
+@contextmanager
+def in_shared_memory(weights: WeightArrays) -> Iterator[SharedWeights]:
+    """The weights in a file of shared memory, or of the folder for temporary files where that is too small.
+
+    Raises:
+        OSError: neither has room.
+    """
+    places: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    size = 0
+    for name, array in weights.items():
+        places[name] = (array.dtype.str, array.shape, size)
+        size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    with tempfile.TemporaryDirectory(prefix="rexrag-weights-", dir=_roomy(size)) as folder:
+        path = Path(folder) / "weights"
+        raw = np.memmap(path, np.uint8, mode="w+", shape=(size,))
+        for name, (dtype, shape, offset) in places.items():
+            np.copyto(np.ndarray(shape, dtype, buffer=raw, offset=offset), weights[name])
+        del raw
+        yield SharedWeights(path=path, places=places)
+
+
+def _roomy(size: int) -> Path | None:
+    """None: the folder for temporary files. A full shared memory would end whoever writes there by a signal."""
+    has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > size
+    return _SHARED_MEMORY if has_room else None
