@@ -35,6 +35,9 @@ _CPU_BLOCK: Final = 32
 """Tokens of a cache block on CPUs, the smallest for which vLLM's attention there is fast."""
 
 
+_HEALTH_TIMEOUT_S: Final = 10.0
+
+
 class VllmCore:
     """Life cycle: `run_pass` again and again, `load` between two of them, `close`."""
 
@@ -87,7 +90,12 @@ class VllmCore:
             self._client.reset_prefix_cache(reset_running_requests=True)
 
     def reset(self, dropped: Iterable[str]) -> None:
-        """After a pass that failed: requests end, and nothing that is cached is trusted any more."""
+        """After a pass that failed: requests end, and nothing that is cached is trusted any more.
+
+        Raises:
+            Exception: of any kind: a process of the engine is dead or does not answer.
+        """
+        self._client.collective_rpc("check_health", timeout=_HEALTH_TIMEOUT_S)
         self._client.abort_requests(list(dropped))
         self._client.reset_prefix_cache(reset_running_requests=True)
 

@@ -31,6 +31,7 @@ def installed_for() -> Device | None:
 def prepare(device: Device) -> None:
     """Set the variables of this process. What the user has set stays, but for what the engine depends on."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the core in this process, driven pass by pass
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork of a process with threads may wait for ever
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if device == "cpu":
