@@ -57,3 +57,10 @@ def test_vllm_is_refused_where_it_cannot_run(
     install(monkeypatch, installed)
     with pytest.raises(ConfigError, match=message):
         choose_engine(config_with("vllm", num_gpus))
+
+
+def test_a_model_over_several_devices_needs_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, None)
+    wide = {"rollout.num_gpus": 2.0, "rollout.tensor_parallel": 2}
+    with pytest.raises(ConfigError, match=r"rollout\.tensor_parallel = 2: only vLLM .* since vLLM is not installed"):
+        choose_engine(make_config({**flatten(Config()), **wide}, sources={}))

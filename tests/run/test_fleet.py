@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import ray
+from plain_settings import learner_settings
 from replay_helpers import make_settings
 
 from rexrag.actors.build import RolloutSettings
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
 from rexrag.config import Config
 from rexrag.errors import EngineBrokenError, RunFailure
+from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, start_export, start_learner
 from rexrag.preparation.tiny_model import make_tiny_model
 from rexrag.processes import Share
 from rexrag.recipe import flatten, make_config
@@ -163,6 +165,42 @@ def test_a_broken_engine_is_rebuilt_with_the_current_weights(rig: Callable[[int]
     one.until(lambda: bool(one.dead))
     one.until(lambda: one.fleet.is_ready and one.fleet.is_current)
     assert one.version_of(0) == second
+
+
+def test_a_version_arrives_in_buckets_and_outlives_the_learner_that_made_it(
+    rig: Callable[[int], Rig], settings: RolloutSettings, tmp_path: Path
+) -> None:
+    make_tiny_model(["Who is it? It is a."], tmp_path / "model", seed=1, width=16, num_layers=1)
+    spec = LearnerSpec(
+        model=tmp_path / "model",
+        settings=learner_settings(),
+        hints=[[1, 2]],
+        kept=[0],
+        threads=1,
+        device="cpu",
+        seed=0,
+        evidence_folder=tmp_path,
+        canary=(tuple(range(1, 30)), (5, 4, 3)),
+        bucket_bytes=5_000,
+    )
+    one = rig(1)
+    learner = start_learner(spec, share=Share(threads=1))
+    loaded = result_of(call(learner, LearnerActor.ready), what="the test")
+    assert loaded.num_buckets > 2
+    published = start_export(learner, "float32", num_buckets=loaded.num_buckets)
+    second = WeightVersion(incarnation=one.first.incarnation, step=1)
+    one.fleet.publish(second, published)
+    one.until(lambda: one.fleet.is_current)
+    first_kl = one.fleet.report().canary_kl
+    assert first_kl is not None
+    assert first_kl < 1e-8
+    assert one.version_of(0) == second
+
+    ray.kill(learner)
+    one.fleet.resize(2)
+    one.until(lambda: one.fleet.is_ready and one.fleet.is_current)
+    assert one.version_of(1) == second
+    assert one.fleet.report().canary_kl == pytest.approx(first_kl, abs=1e-8), "and proves to hold the same weights"
 
 
 def test_actors_that_die_again_and_again_end_the_run_with_the_cause(

@@ -29,6 +29,8 @@ def config_with(**settings: object) -> Config:
         ({"rollout__num_gpus": 0.25, "learner__num_gpus": 0.5}, 2, 6, 0.5),
         ({"rollout__num_gpus": 1.0, "learner__num_gpus": 0.0}, 1, 1, 0.0),
         ({"rollout__num_gpus": 1.0, "rollout__num_actors": 3}, 4, 3, 1.0),
+        ({"rollout__num_gpus": 2.0, "rollout__tensor_parallel": 2}, 8, 3, 1.0),
+        ({"rollout__num_gpus": 4.0, "rollout__tensor_parallel": 4, "learner__num_gpus": 0.0}, 8, 2, 0.0),
         ({"rollout__num_gpus": 0.2, "rollout__num_actors": 4, "learner__num_gpus": 0.1}, 1, 4, 0.1),
     ],
 )
