@@ -106,7 +106,7 @@ class TransformersEngine:
 
     async def update_weights(
         self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
-    ) -> None:
+    ) -> float:
         raise NotImplementedError("the benchmark changes no weights")
 
     async def bit_sum(self) -> int | None:

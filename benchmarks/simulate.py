@@ -250,7 +250,14 @@ class Fleet:
     def report(self) -> FleetReport:
         num = len(self._held)
         return FleetReport(
-            num_wanted=num, num_ready=num, num_replaced=0, tokens_per_s=0.0, canary_kl=None, num_unproven=0
+            num_wanted=num,
+            num_ready=num,
+            num_replaced=0,
+            tokens_per_s=0.0,
+            canary_kl=None,
+            switch_s=None,
+            proof_s=None,
+            num_unproven=0,
         )
 
     def searches(self) -> None:

@@ -204,6 +204,14 @@ ENGINE_CANARY_KL: Final = _metric(
     "engine/canary_kl",
     "k3 estimate of KL(engine ‖ learner) per token of the canary, right after new weights; the worst actor's.",
 )
+ENGINE_SWITCH_S: Final = _metric(
+    "engine/switch_s",
+    "Seconds in which an engine took in new weights and generated nothing: they had come while it did; the worst "
+    "actor's.",
+)
+ENGINE_PROOF_S: Final = _metric(
+    "engine/proof_s", "Seconds until an engine had proved its new weights, beside its generation; the worst actor's."
+)
 ENGINE_UNPROVEN: Final = _metric(
     "engine/unproven", "Weight updates of which neither the canary nor the bits can tell them from those before."
 )

@@ -355,8 +355,7 @@ class Sample:
 class StepResult:
     """What one learner step did. `metrics` has no NaN: a metric without a value is None.
 
-    `applied` is False for a step skipped on a non-finite loss or gradient; `updated` is False where the weights
-    are those of the step before (skipped, or no row had an advantage), so that no transfer is needed.
+    `applied`: not skipped on a non-finite loss or gradient. `updated`: a row had an advantage, the weights changed.
     """
 
     step: int
@@ -376,6 +375,8 @@ class FleetReport:
     num_replaced: int
     tokens_per_s: float | None
     canary_kl: float | None
+    switch_s: float | None
+    proof_s: float | None
     num_unproven: int
 
 

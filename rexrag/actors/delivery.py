@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Final
 
 import numpy as np
@@ -34,12 +35,14 @@ async def deliver(
         return None
     problem = ""
     for _ in range(ATTEMPTS):
-        await engine.update_weights(version, update.weights)
+        switch_s = await engine.update_weights(version, update.weights)
+        began = time.monotonic()
         scores = await _scores(engine, update.proof.canary, version)
         bits = await engine.bit_sum()
         found = problem_of(update.proof, scores=scores, bits=bits)
         if found is None:
-            return delivery_of(update.proof, scores=scores, bits=bits)
+            proof_s = time.monotonic() - began
+            return delivery_of(update.proof, scores=scores, bits=bits, switch_s=switch_s, proof_s=proof_s)
         problem = found
         LOG.warning("the engine of %s does not hold the weights of step %d: %s", actor_id, version.step, problem)
     raise EngineBrokenError(

@@ -106,8 +106,11 @@ class Engine(Protocol):
 
     async def update_weights(
         self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
-    ) -> None:
+    ) -> float:
         """Swap the weights between two forward passes; returns once the new ones are in use.
+
+        Returns:
+            Seconds between these two passes, in which nothing was generated.
 
         None: the version's weights are those that the engine holds, whose step changed nothing.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -122,12 +123,15 @@ class TorchEngine:
 
     async def update_weights(
         self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
-    ) -> None:
+    ) -> float:
         """Swap the weights between two passes.
 
         Args:
             weights: by the names of the model's `named_parameters()` (a tied head is left out), float32, or
                 bfloat16 as the uint16 that hold its bits. None: the weights stay, only their version changes.
+
+        Returns:
+            Seconds between the two passes.
 
         Raises:
             ValueError: a name is missing or unknown, or an array has another shape or type. Nothing has changed then.
@@ -138,11 +142,13 @@ class TorchEngine:
         if self._closed:
             raise EngineClosedError("the engine is closed")
         async with self._pass_lock:
+            began = time.monotonic()
             if weights is not None:
                 await self._in_thread(self._pass.weights.load, weights)
             self._version = version
             if weights is not None and self._settings.inflight == "recompute":
                 self._scheduler.invalidate()
+            return time.monotonic() - began
 
     async def bit_sum(self) -> int | None:
         """Read between two passes."""

@@ -17,6 +17,7 @@ import asyncio
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -151,12 +152,15 @@ class VllmEngine:
             self._task = asyncio.create_task(self._run(), name="vllm-engine")
         return await future
 
-    async def update_weights(self, version: WeightVersion, weights: WeightArrays | None) -> None:
+    async def update_weights(self, version: WeightVersion, weights: WeightArrays | None) -> float:
         """Swap the weights between two passes.
 
         Args:
             weights: by the names of the transformers model's `named_parameters()` (a tied head is left out), float32,
                 or bfloat16 as the uint16 that hold its bits. None: the weights stay, only their version changes.
+
+        Returns:
+            Seconds between the two passes.
 
         Raises:
             ValueError: a name is missing or unknown, or an array has another shape or type. Nothing has changed then.
@@ -168,6 +172,7 @@ class VllmEngine:
         self._refuse_if_over()
         async with self._pass_lock:
             self._refuse_if_over()  # it may have ended meanwhile
+            began = time.monotonic()
             if weights is not None:
                 self._restart_scoring()
                 try:
@@ -176,6 +181,7 @@ class VllmEngine:
                     self._die(f"the weights of {version} could not be loaded: {error!r}")
                     raise EngineBrokenError(self._dead) from error
             self._version = version
+            return time.monotonic() - began
 
     async def bit_sum(self) -> int | None:
         """None: vLLM fuses and repacks the weights, and their bits cannot be read."""

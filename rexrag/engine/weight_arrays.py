@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -33,7 +34,11 @@ def check_arrays(weights: WeightArrays, *, sizes: Mapping[str, tuple[int, ...]])
 
 
 def as_tensor(array: npt.NDArray[np.generic]) -> Tensor:
-    """A copy of a float32 array, or of one of uint16 that hold the bits of bfloat16; the array may be read-only."""
-    staged = torch.empty(array.shape, dtype=torch.float32 if array.dtype == np.float32 else torch.uint16)
-    np.copyto(staged.numpy(), array)
-    return staged if array.dtype == np.float32 else staged.view(torch.bfloat16)
+    """A view of a float32 array, or of one of uint16 that hold the bits of bfloat16: to be read, never written.
+
+    Arrays from Ray's object store and mapped files are read-only, which no tensor can be: torch warns of it.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        viewed = torch.from_numpy(array)
+    return viewed if array.dtype == np.float32 else viewed.view(torch.bfloat16)

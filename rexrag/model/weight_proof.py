@@ -74,10 +74,14 @@ class Delivery:
     Attributes:
         canary_kl: k3 estimate of KL(engine ‖ learner) per token of the canary.
         is_told_apart: whether the proof would have failed with the weights of the version before.
+        switch_s: from the end of a pass to new weights, in which the engine generates nothing; proof_s: to look at
+            them, beside its generation.
     """
 
     canary_kl: float
     is_told_apart: bool
+    switch_s: float
+    proof_s: float
 
 
 def canary_of(prompts: Sequence[Sequence[int]]) -> Canary:
@@ -145,9 +149,13 @@ def problem_of(proof: WeightProof, *, scores: Sequence[FloatArray], bits: int | 
     return None
 
 
-def delivery_of(proof: WeightProof, *, scores: Sequence[FloatArray], bits: int | None) -> Delivery:
+def delivery_of(
+    proof: WeightProof, *, scores: Sequence[FloatArray], bits: int | None, switch_s: float, proof_s: float
+) -> Delivery:
     """What is told of an engine that holds the version."""
     return Delivery(
+        switch_s=switch_s,
+        proof_s=proof_s,
         canary_kl=canary_kl(scores, proof.logprobs),
         is_told_apart=bits is not None or proof.moved > 2.0 * BOUND[proof.precision],
     )

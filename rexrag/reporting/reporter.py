@@ -98,6 +98,8 @@ class Reporter:
             keys.ROLLOUT_ACTORS_WANTED: float(fleet.num_wanted),
             keys.ROLLOUT_REPLACED: float(fleet.num_replaced),
             keys.ENGINE_CANARY_KL: fleet.canary_kl,
+            keys.ENGINE_SWITCH_S: fleet.switch_s,
+            keys.ENGINE_PROOF_S: fleet.proof_s,
             keys.ENGINE_UNPROVEN: float(fleet.num_unproven),
             keys.SEARCH_EMPTY: float(searches.empty),
             keys.SEARCH_FAILED: float(searches.failed),

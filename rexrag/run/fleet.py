@@ -181,6 +181,8 @@ class Fleet:
             num_replaced=self._num_replaced,
             tokens_per_s=rate,
             canary_kl=max((delivery.canary_kl for delivery in deliveries), default=None),
+            switch_s=max((delivery.switch_s for delivery in deliveries), default=None),
+            proof_s=max((delivery.proof_s for delivery in deliveries), default=None),
             num_unproven=sum(not delivery.is_told_apart for delivery in deliveries),
         )
 

@@ -77,7 +77,7 @@ class ScriptedEngine:
 
     async def update_weights(
         self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
-    ) -> None:
+    ) -> float:
         raise AssertionError("episodes do not change weights")
 
     async def bit_sum(self) -> int | None:

@@ -402,6 +402,8 @@ def test_metrics_are_finite_documented_and_complete(tmp_path: Path) -> None:
     by_controller = {
         keys.ENGINE_CANARY_KL,
         keys.ENGINE_UNPROVEN,
+        keys.ENGINE_SWITCH_S,
+        keys.ENGINE_PROOF_S,
         keys.TIME_LEARNER_WAIT,
         keys.ROLLOUT_TOKENS_PER_S,
         keys.ROLLOUT_ACTORS,

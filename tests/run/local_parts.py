@@ -168,7 +168,14 @@ class LocalFleet:
 
     def report(self) -> FleetReport:
         return FleetReport(
-            num_wanted=1, num_ready=1, num_replaced=self.num_replaced, tokens_per_s=1.0, canary_kl=None, num_unproven=0
+            num_wanted=1,
+            num_ready=1,
+            num_replaced=self.num_replaced,
+            tokens_per_s=1.0,
+            canary_kl=None,
+            switch_s=None,
+            proof_s=None,
+            num_unproven=0,
         )
 
     def searches(self) -> RetrieverState:

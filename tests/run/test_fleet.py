@@ -191,9 +191,12 @@ def test_a_version_arrives_in_buckets_and_outlives_the_learner_that_made_it(
     second = WeightVersion(incarnation=one.first.incarnation, step=1)
     one.fleet.publish(second, published)
     one.until(lambda: one.fleet.is_current)
-    first_kl = one.fleet.report().canary_kl
+    report = one.fleet.report()
+    first_kl = report.canary_kl
     assert first_kl is not None
     assert first_kl < 1e-8
+    assert report.switch_s is not None
+    assert 0 < report.switch_s < 60
     assert one.version_of(0) == second
 
     ray.kill(learner)
