@@ -26,7 +26,7 @@ from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequ
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.executor import Executor
 
-from rexrag.engine.shared_weights import in_shared_memory
+from rexrag.engine.shared_weights import SharedWeights
 from rexrag.engine.vllm_draws import count_draws
 from rexrag.engine.vllm_types import CoreOutput, CorePass, CoreRequest, CoreSettings
 from rexrag.engine.weight_arrays import WeightArrays, as_tensor
@@ -47,7 +47,6 @@ class VllmCore:
             Exception: of any kind: vLLM refuses the settings or the model.
         """
         self._eos_ids = sorted(settings.eos_ids)
-        self._num_processes = settings.tensor_parallel
         with _own_threads(settings.num_threads):
             config = _engine_args(settings).create_engine_config(UsageContext.ENGINE_CONTEXT)
             self._client: Any = InprocClient(config, Executor.get_class(config), log_stats=True)
@@ -72,20 +71,17 @@ class VllmCore:
             forward_s=time.monotonic() - began,
         )
 
-    def load(self, weights: WeightArrays, *, forget: bool) -> None:
+    def load(self, weights: WeightArrays | SharedWeights, *, forget: bool) -> None:
         """Replace all weights.
 
         Args:
+            weights: where there are several processes, such that each can map them.
             forget: cached keys and values are void, and running requests are prefilled again.
 
         Raises:
             RuntimeError: a weight of vLLM's model was not among them: it would keep its old value.
         """
-        if self._num_processes == 1:
-            self._client.collective_rpc(lambda worker: _load(worker, weights))
-        else:
-            with in_shared_memory(weights) as shared:
-                self._client.collective_rpc(lambda worker: _load(worker, shared.arrays()))
+        self._client.collective_rpc(lambda worker: _load(worker, weights))
         if forget:
             self._client.reset_prefix_cache(reset_running_requests=True)
 
@@ -194,13 +190,14 @@ def _own_threads(num_threads: int | None) -> Iterator[None]:
         torch.set_num_threads = original
 
 
-def _load(worker: Any, weights: WeightArrays) -> None:  # noqa: ANN401
+def _load(worker: Any, weights: WeightArrays | SharedWeights) -> None:  # noqa: ANN401
     """The way of a checkpoint into vLLM's fused and repacked layers; its warning of what did not come is an error."""
     model: nn.Module = worker.model_runner.get_model()
     wanted = {name for name, _ in model.named_parameters()}
     with set_current_vllm_config(worker.vllm_config):
         initialize_layerwise_reload(model)
-        named = ((name, as_tensor(array)) for name, array in _by_layer(weights))
+        arrays = weights.arrays() if isinstance(weights, SharedWeights) else weights
+        named = ((name, as_tensor(array)) for name, array in _by_layer(arrays))
         loaded: set[str] = worker.model_runner.get_model().load_weights(named)
         finalize_layerwise_reload(model, worker.model_config)
         _repack_tied_head(model)

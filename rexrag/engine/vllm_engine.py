@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers import PreTrainedConfig
 from rexrag.engine.protocol import EngineClosedError, EngineStats, Finish, GenerateRequest, Generation, TokenText
 from rexrag.engine.requests import Endings, check_request
 from rexrag.engine.settings import EngineSettings
+from rexrag.engine.shared_weights import SharedWeights, in_shared_memory
 from rexrag.engine.vllm_environment import prepare
 from rexrag.engine.vllm_settings import Place, check_heads, core_settings, parameter_sizes, reason_of
 from rexrag.engine.vllm_types import CoreOutput, CorePass, CoreRequest
@@ -113,6 +115,7 @@ class VllmEngine:
         self._sizes = parameter_sizes(config)
         self._vocab_size = int(config.vocab_size)
         self._keys = itertools.count()
+        self._is_spread = place.tensor_parallel > 1
         self._salts: dict[str, str] = {}
         self._live: dict[str, _Live] = {}
         self._added: list[CoreRequest] = []
@@ -170,22 +173,29 @@ class VllmEngine:
         if weights is not None:
             check_arrays(weights, sizes=self._sizes)
         self._refuse_if_over()
-        async with self._pass_lock:
-            self._refuse_if_over()  # it may have ended meanwhile
-            began = time.monotonic()
-            if weights is not None:
-                self._restart_scoring()
-                try:
-                    await self._in_thread(self._core.load, weights, forget=self._settings.inflight == "recompute")
-                except Exception as error:
-                    self._die(f"the weights of {version} could not be loaded: {error!r}")
-                    raise EngineBrokenError(self._dead) from error
-            self._version = version
-            return time.monotonic() - began
+        with ExitStack() as stack:
+            arrays: WeightArrays | SharedWeights | None = weights
+            if weights is not None and self._is_spread:  # beside the passes: only the reading is a pause
+                arrays = await asyncio.to_thread(stack.enter_context, in_shared_memory(weights))
+            async with self._pass_lock:
+                self._refuse_if_over()  # it may have ended meanwhile
+                began = time.monotonic()
+                if arrays is not None:
+                    await self._load(arrays, version)
+                self._version = version
+                return time.monotonic() - began
 
     async def bit_sum(self) -> int | None:
         """None: vLLM fuses and repacks the weights, and their bits cannot be read."""
         return None
+
+    async def _load(self, weights: WeightArrays | SharedWeights, version: WeightVersion) -> None:
+        self._restart_scoring()
+        try:
+            await self._in_thread(self._core.load, weights, forget=self._settings.inflight == "recompute")
+        except Exception as error:
+            self._die(f"the weights of {version} could not be loaded: {error!r}")
+            raise EngineBrokenError(self._dead) from error
 
     def release(self, cache_salt: str) -> None:
         """Entries of the salt are not found again, and make room as others need it."""
