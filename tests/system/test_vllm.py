@@ -23,11 +23,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_world(tmp_path_factory.mktemp("small"), num_demonstrations=200, num_heads=2, num_kv_heads=1)
 
 
-def test_a_run_trains_on_what_vllm_sampled_under_the_weights_that_it_was_sent(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_a_run_trains_on_what_vllm_sampled_under_the_weights_that_it_was_sent(
+    recipe: Path, tmp_path: Path, tensor_parallel: int
+) -> None:
     """With `recompute` log-probs are those of a full pass, after each weight change in mid-trajectory, too."""
     run = tmp_path / "run"
     settings = (
-        'rollout.engine="vllm"', "rollout.num_actors=1", "rollout.threads_per_actor=1", 'weights.inflight="recompute"'
+        'rollout.engine="vllm"', "rollout.num_actors=1", "rollout.threads_per_actor=1", 'weights.inflight="recompute"',
+        f"rollout.tensor_parallel={tensor_parallel}",
     )  # fmt: skip
     overrides = [word for setting in settings for word in ("--set", setting)]
     run_rexrag("train", recipe, "--run-dir", run, *overrides, timeout_s=800)
