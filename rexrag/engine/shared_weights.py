@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from rexrag.engine.weight_arrays import WeightArrays
+from rexrag.model.weight_proof import Weights
 
 _SHARED_MEMORY: Final = Path("/dev/shm")
 _ALIGNMENT: Final = 64
@@ -25,7 +25,7 @@ class SharedWeights:
     path: Path
     places: dict[str, tuple[str, tuple[int, ...], int]]
 
-    def arrays(self) -> WeightArrays:
+    def arrays(self) -> Weights:
         """The arrays, mapped and read-only: without a copy in the memory of this process."""
         raw = np.memmap(self.path, np.uint8, mode="r")
         return {
@@ -35,7 +35,7 @@ class SharedWeights:
 
 
 @contextmanager
-def in_shared_memory(weights: WeightArrays) -> Iterator[SharedWeights]:
+def in_shared_memory(weights: Weights) -> Iterator[SharedWeights]:
     """The weights in a file of shared memory, or of the folder for temporary files where that is too small.
 
     Raises:

@@ -29,7 +29,8 @@ from vllm.v1.executor import Executor
 from rexrag.engine.shared_weights import SharedWeights
 from rexrag.engine.vllm_draws import count_draws
 from rexrag.engine.vllm_types import CoreOutput, CorePass, CoreRequest, CoreSettings
-from rexrag.engine.weight_arrays import WeightArrays, as_tensor
+from rexrag.engine.weight_arrays import as_tensor
+from rexrag.model.weight_proof import Weights
 
 _CPU_BLOCK: Final = 32
 """Tokens of a cache block on CPUs, the smallest for which vLLM's attention there is fast."""
@@ -71,7 +72,7 @@ class VllmCore:
             forward_s=time.monotonic() - began,
         )
 
-    def load(self, weights: WeightArrays | SharedWeights, *, forget: bool) -> None:
+    def load(self, weights: Weights | SharedWeights, *, forget: bool) -> None:
         """Replace all weights.
 
         Args:
@@ -190,7 +191,7 @@ def _own_threads(num_threads: int | None) -> Iterator[None]:
         torch.set_num_threads = original
 
 
-def _load(worker: Any, weights: WeightArrays | SharedWeights) -> None:  # noqa: ANN401
+def _load(worker: Any, weights: Weights | SharedWeights) -> None:  # noqa: ANN401
     """The way of a checkpoint into vLLM's fused and repacked layers; its warning of what did not come is an error."""
     model: nn.Module = worker.model_runner.get_model()
     wanted = {name for name, _ in model.named_parameters()}
@@ -205,7 +206,7 @@ def _load(worker: Any, weights: WeightArrays | SharedWeights) -> None:  # noqa: 
         raise RuntimeError(f"vLLM kept {len(missing)} old weights, such as {min(missing)}")
 
 
-def _by_layer(weights: WeightArrays) -> Iterable[tuple[str, Any]]:
+def _by_layer(weights: Weights) -> Iterable[tuple[str, Any]]:
     """Weights of a layer one after the other: vLLM holds what has come of a layer until it is whole."""
     return sorted(weights.items())
 

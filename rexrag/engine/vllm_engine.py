@@ -35,10 +35,11 @@ from rexrag.engine.shared_weights import SharedWeights, in_shared_memory
 from rexrag.engine.vllm_environment import prepare
 from rexrag.engine.vllm_settings import Place, check_heads, core_settings, parameter_sizes, reason_of
 from rexrag.engine.vllm_types import CoreOutput, CorePass, CoreRequest
-from rexrag.engine.weight_arrays import WeightArrays, check_arrays
+from rexrag.engine.weight_arrays import check_arrays
 from rexrag.errors import EngineBrokenError, EnginePassError, RunFailure
 from rexrag.model.loading import load_config
 from rexrag.model.supported import check_context
+from rexrag.model.weight_proof import Weights
 from rexrag.types import WeightVersion
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class VllmEngine:
             self._task = asyncio.create_task(self._run(), name="vllm-engine")
         return await future
 
-    async def update_weights(self, version: WeightVersion, weights: WeightArrays | None) -> float:
+    async def update_weights(self, version: WeightVersion, weights: Weights | None) -> float:
         """Swap the weights between two passes.
 
         Args:
@@ -174,7 +175,7 @@ class VllmEngine:
             check_arrays(weights, sizes=self._sizes)
         self._refuse_if_over()
         with ExitStack() as stack:
-            arrays: WeightArrays | SharedWeights | None = weights
+            arrays: Weights | SharedWeights | None = weights
             if weights is not None and self._is_spread:  # beside the passes: only the reading is a pause
                 arrays = await asyncio.to_thread(stack.enter_context, in_shared_memory(weights))
             async with self._pass_lock:
@@ -188,14 +189,6 @@ class VllmEngine:
     async def bit_sum(self) -> int | None:
         """None: vLLM fuses and repacks the weights, and their bits cannot be read."""
         return None
-
-    async def _load(self, weights: WeightArrays | SharedWeights, version: WeightVersion) -> None:
-        self._restart_scoring()
-        try:
-            await self._in_thread(self._core.load, weights, forget=self._settings.inflight == "recompute")
-        except Exception as error:
-            self._die(f"the weights of {version} could not be loaded: {error!r}")
-            raise EngineBrokenError(self._dead) from error
 
     def release(self, cache_salt: str) -> None:
         """Entries of the salt are not found again, and make room as others need it."""
@@ -238,6 +231,14 @@ class VllmEngine:
             # Fault boundary: vLLM's own errors cannot be pickled, and follow their reason with pages.
             self._executor.shutdown()
             raise RunFailure(f"vLLM does not start with {folder}: {reason_of(error)}") from None
+
+    async def _load(self, weights: Weights | SharedWeights, version: WeightVersion) -> None:
+        self._restart_scoring()
+        try:
+            await self._in_thread(self._core.load, weights, forget=self._settings.inflight == "recompute")
+        except Exception as error:
+            self._die(f"the weights of {version} could not be loaded: {error!r}")
+            raise EngineBrokenError(self._dead) from error
 
     def _core_request(self, request: GenerateRequest, *, reads_cache: bool = True) -> CoreRequest:
         salt = request.cache_salt

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-WeightArrays = Mapping[str, npt.NDArray[np.generic]]
+from rexrag.model.weight_proof import Weights
 
 
-def check_arrays(weights: WeightArrays, *, sizes: Mapping[str, tuple[int, ...]]) -> None:
+def check_arrays(weights: Weights, *, sizes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse arrays that are not those of the model.
 
     Args:
