@@ -115,8 +115,8 @@ def _engine_problems(rollout: RolloutConfig) -> list[str]:
     width = rollout.tensor_parallel
     if width > 1 and rollout.engine == "torch":
         return [
-            f'rollout.tensor_parallel = {width}: must be 1 with rollout.engine = "torch", which computes on one; '
-            'set it, or set rollout.engine = "vllm".'
+            f'rollout.tensor_parallel = {width}: must be 1 with rollout.engine = "torch", which computes on one device '
+            'alone; set it, or set rollout.engine = "vllm".'
         ]
     if width > 1 and 0 < rollout.num_gpus != width:
         return [
