@@ -45,23 +45,29 @@ def pool_of(*members: Member, timeout_s: float = 5.0, max_retries: int = 5) -> P
 
 
 def test_queries_go_where_the_fewest_are_outstanding() -> None:
-    quick, slow = Echo(seconds=0.001), Echo(seconds=0.3)
-
     async def scenario() -> None:
-        pool = pool_of(quick, slow)
-        together = [asyncio.create_task(pool.search(str(i), top_k=1)) for i in range(8)]
-        await asyncio.gather(*together)
-        assert (quick.most_at_once, slow.most_at_once) == (4, 4)
+        members = [Echo(), Echo()]
+        pool = pool_of(*members, timeout_s=60.0)
+        await asyncio.gather(*(pool.search(str(number), top_k=1) for number in range(8)))
+        assert [member.most_at_once for member in members] == [4, 4]
 
-        async def one_after_another() -> None:
-            for number in range(30):
-                assert tuple(await pool.search(str(number), top_k=2)) == answer_to(str(number), 2)
-
-        await asyncio.gather(one_after_another(), one_after_another())
-        assert quick.num_asked > slow.num_asked + 20
+        for member in members:
+            member.seconds = 60.0
+        held = asyncio.create_task(pool.search("held", top_k=1))
+        await asyncio.sleep(0)
+        while not any(member.at_once for member in members):
+            await asyncio.sleep(0.001)
+        idle, busy = sorted(members, key=lambda member: member.at_once)
+        idle.seconds = 0.001
+        asked = (idle.num_asked, busy.num_asked)
+        for number in range(30):
+            assert tuple(await pool.search(str(number), top_k=2)) == answer_to(str(number), 2)
+        assert (idle.num_asked, busy.num_asked) == (asked[0] + 30, asked[1])
+        held.cancel()
+        await asyncio.gather(held, return_exceptions=True)
         await pool.close()
 
-    asyncio.run(scenario())
+    asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
 @settings(deadline=None, max_examples=15)
