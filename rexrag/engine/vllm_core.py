@@ -49,7 +49,7 @@ class VllmCore:
         """
         self._eos_ids = sorted(settings.eos_ids)
         with _own_threads(settings.num_threads):
-            config = _engine_args(settings).create_engine_config(UsageContext.ENGINE_CONTEXT)
+            config = engine_args(settings).create_engine_config(UsageContext.ENGINE_CONTEXT)
             self._client: Any = InprocClient(config, Executor.get_class(config), log_stats=True)
         if not settings.gpu_share:
             self._client.collective_rpc(lambda worker: count_draws(worker.model_runner))
@@ -152,7 +152,7 @@ def _computed(scores: Tensor, *, num: int) -> list[float]:
     return [float(score) for score in scores[max(0, len(scores) - num) :]]
 
 
-def _engine_args(settings: CoreSettings) -> EngineArgs:
+def engine_args(settings: CoreSettings) -> EngineArgs:
     on_cpu = not settings.gpu_share
     return EngineArgs(
         model=settings.model,

@@ -28,7 +28,7 @@ from rexrag.retrieval.manifest import (
     write_manifest,
 )
 from rexrag.retrieval.recall import ExactResults, encode_sample
-from rexrag.retrieval.search import Rows, Searcher
+from rexrag.retrieval.search import Effort, Rows, Searcher
 from rexrag.retrieval.vectors import FaissVectors
 
 _SAMPLE: Final = 64
@@ -182,13 +182,11 @@ def _check_order(index: FaissIndex, path: Path, *, passages: Corpus, encoder: En
 
 
 def _best_rows(index: FaissIndex, vectors: Vectors) -> Rows:
-    _, rows = Searcher(index, probes=_all_lists(index)).search(vectors, 1)
+    searcher = Searcher(index)
+    if searcher.num_lists is not None:
+        searcher.set_effort(Effort(probes=searcher.num_lists))
+    _, rows = searcher.search(vectors, 1)
     return rows[:, 0]
-
-
-def _all_lists(index: FaissIndex) -> int | None:
-    lists = faiss.try_extract_index_ivf(index)
-    return None if lists is None else int(lists.nlist)
 
 
 def _point_to(

@@ -1,6 +1,6 @@
 """A dense index in this process: vectors of passages in a FAISS file, memory-mapped, and the encoder of queries.
 
-index/  index.json · offsets.u64 (where each row starts) · vectors.faiss
+index/  index.json · offsets.u64 (where each row starts) · vectors.faiss · lists.faiss (of an `ivf` index)
         passages.jsonl (only for a parquet corpus, whose rows cannot be read singly)
 """
 
@@ -17,13 +17,14 @@ import torch
 
 from rexrag.errors import RetrievalIndexError, counted
 from rexrag.retrieval.encoder import Device, Encoder, Vectors
-from rexrag.retrieval.faiss_files import open_faiss
+from rexrag.retrieval.faiss_files import FaissIndex, open_faiss, open_lists
 from rexrag.retrieval.manifest import DenseEntry, Manifest, check_sizes, locate_file, read_manifest
-from rexrag.retrieval.search import Searcher
+from rexrag.retrieval.search import Effort, Searcher
 from rexrag.retrieval.stored_passages import open_passages
 from rexrag.types import Passage
 
 VECTORS_NAME: Final = "vectors.faiss"
+LISTS_NAME: Final = "lists.faiss"
 
 
 class DenseIndex:
@@ -118,14 +119,24 @@ def open_searcher(folder: Path, manifest: Manifest, *, num_threads: int | None =
     """
     dense = manifest.dense
     assert dense is not None, "a dense index has its entry"
-    path = folder / VECTORS_NAME if dense.file is None else locate_file(folder, dense.file)
-    index = open_faiss(path)
+    index = open_index(folder) if dense.file is None else open_faiss(locate_file(folder, dense.file))
     if index.d != dense.encoder.dimension:
         raise RetrievalIndexError(
-            f"{path}: its vectors have {counted(index.d, 'dimension')}, those of its encoder "
+            f"{folder}: its vectors have {counted(index.d, 'dimension')}, those of its encoder "
             f"{dense.encoder.dimension}; build the index again"
         )
-    return Searcher(index, probes=dense.probes, num_threads=num_threads)
+    effort = None if dense.probes is None else Effort(probes=dense.probes, candidates=dense.candidates)
+    return Searcher(index, effort=effort, num_threads=num_threads)
+
+
+def open_index(folder: Path) -> FaissIndex:
+    """The FAISS index of an index folder: its vectors, and where it has lists those in front of them.
+
+    Raises:
+        RetrievalIndexError: a file is missing, damaged, or one of another index.
+    """
+    vectors, lists = open_faiss(folder / VECTORS_NAME), folder / LISTS_NAME
+    return open_lists(lists, vectors) if lists.exists() else vectors
 
 
 def _load_encoder(

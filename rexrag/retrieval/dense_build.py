@@ -15,11 +15,11 @@ import numpy as np
 from rexrag.data.corpus import Corpus
 from rexrag.data.formats import format_of
 from rexrag.errors import ConfigError, DataError
-from rexrag.retrieval.dense import VECTORS_NAME
+from rexrag.retrieval.dense import LISTS_NAME, VECTORS_NAME, open_index
 from rexrag.retrieval.encoder import Device, Encoder, Vectors
 from rexrag.retrieval.encoder_settings import EncoderOverrides
-from rexrag.retrieval.faiss_files import Precision, empty_flat, open_faiss, write_flat
-from rexrag.retrieval.ivf import choose_probes, write_ivf
+from rexrag.retrieval.faiss_files import Precision, empty_flat, write_flat
+from rexrag.retrieval.ivf import choose_effort, write_ivf
 from rexrag.retrieval.manifest import (
     CorpusEntry,
     DenseEntry,
@@ -162,22 +162,24 @@ def take_passages(source: Path, folder: Path, *, out: Path, progress: Progress) 
 def write_index(
     folder: Path, source: VectorSource, *, corpus: Corpus, encoder: Encoder, settings: DenseSettings, progress: Progress
 ) -> DenseEntry:
-    """Write `vectors.faiss` and measure its recall."""
+    """Write `vectors.faiss`, with lists also `lists.faiss`, and measure recall."""
     rows = settings.block_rows(source.dimension)
-    path = folder / VECTORS_NAME
+    progress.stage("writing vectors", total=source.count)
+    limits = _limits(source, rows) if settings.precision == "int8" else None
+    empty = empty_flat(source.dimension, settings.precision, limits=limits)
+    write_flat(folder / VECTORS_NAME, empty, told(source.blocks(rows), progress.advance_to), count=source.count)
     if settings.kind == "ivf":
         progress.stage("filling lists", total=source.count)
         write_ivf(
-            path, source, memory_bytes=settings.memory_bytes, use_gpu=settings.use_gpu, progress=progress.advance_to
+            folder / LISTS_NAME,
+            source,
+            memory_bytes=settings.memory_bytes,
+            use_gpu=settings.use_gpu,
+            progress=progress.advance_to,
         )
-    else:
-        progress.stage("writing vectors", total=source.count)
-        limits = _limits(source, rows) if settings.precision == "int8" else None
-        empty = empty_flat(source.dimension, settings.precision, limits=limits)
-        write_flat(path, empty, told(source.blocks(rows), progress.advance_to), count=source.count)
     progress.stage("measuring recall")
     exact = ExactResults(source, encode_sample(corpus, encoder, questions=settings.questions), block_rows=rows)
-    searcher = Searcher(open_faiss(path))
+    searcher = Searcher(open_index(folder))
     return describe_dense(searcher, exact, encoder=encoder, precision=settings.precision)
 
 
@@ -190,16 +192,17 @@ def describe_dense(
     file: ForeignFile | None = None,
 ) -> DenseEntry:
     """An index with its measured recall; of one with lists it is chosen first how many are looked through."""
-    probes, part = None, slice(None)
+    effort, part = None, slice(None)
     if searcher.num_lists is not None and exact is not None:
-        probes = choose_probes(searcher, exact)
+        effort = choose_effort(searcher, exact)
         part = exact.second_half  # the first half chose
     return DenseEntry(
         encoder=describe_encoder(encoder),
         metric="l2" if searcher.is_l2 else "inner_product",
         precision=precision,
         lists=searcher.num_lists,
-        probes=probes,
+        probes=effort and effort.probes,
+        candidates=effort and effort.candidates,
         recall=exact and exact.measure(searcher, part=part),
         file=file,
     )

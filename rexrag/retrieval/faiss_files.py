@@ -52,6 +52,26 @@ def open_faiss(path: Path) -> FaissIndex:
     return index
 
 
+def open_lists(path: Path, vectors: FaissIndex) -> FaissIndex:
+    """Lists of 4-bit codes, and the vectors that put their candidates in order, as one index.
+
+    The codes are copied into the order in which FAISS compares many at once, and stay in memory.
+
+    Args:
+        vectors: of the same rows; int8, memory-mapped.
+
+    Raises:
+        RetrievalIndexError: the file is missing, damaged, or of other vectors.
+    """
+    stored = open_faiss(path)
+    if not isinstance(stored, faiss.IndexIVFPQ) or (stored.ntotal, stored.d) != (vectors.ntotal, vectors.d):
+        raise RetrievalIndexError(f"{path}: no lists of the vectors beside it; build the index again")
+    packed = faiss.IndexIVFPQFastScan(stored)
+    index = faiss.IndexRefine(packed, vectors)
+    index.referenced_objects = [packed, vectors, stored]  # of which it has no copies
+    return index
+
+
 def _reason(error: BaseException) -> str:
     """What FAISS says, without the place in its source."""
     said = re.sub(r"Error in .*? at \S+:\d+: (?:Error: )?", "", first_line(error)).strip()

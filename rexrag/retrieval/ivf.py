@@ -1,7 +1,8 @@
-"""An index with lists: vectors as int8 in lists of near ones, of which a search looks through a few.
+"""An index with lists: coarse codes of vectors in lists of near ones, and the vectors themselves as int8.
 
-Lists are filled in parts that fit in memory, each a file, and merged into one file. So many of them are looked
-through as the measured recall asks for.
+A search looks through a few lists, by codes of half a bit a dimension, and puts the best candidates in order by their
+int8 vectors. Lists are filled in parts that fit in memory, each a file, and merged into one file. So many lists are
+looked through, and so many candidates are compared, as the measured recall asks for.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -17,13 +19,19 @@ import numpy as np
 
 from rexrag.retrieval.faiss_files import FaissIndex, open_faiss, write_lists
 from rexrag.retrieval.recall import ExactResults
-from rexrag.retrieval.search import Searcher
+from rexrag.retrieval.search import Effort, Searcher
 from rexrag.retrieval.vectors import VectorSource
 
 _LISTS_PER_ROOT: Final = 4
 _TRAINED_PER_LIST: Final = 64
 _LEAST_PER_LIST: Final = 39
 """Below so many vectors a list FAISS itself warns of poor lists."""
+_DIMENSIONS_PER_CODE: Final = 4
+"""A code of four bits for so many dimensions: with half of the bits more candidates would have to be compared."""
+_CODE_BITS: Final = 4
+"""What FAISS compares sixteen or thirty-two at a time."""
+MOST_CANDIDATES: Final = 256
+_LEAST_CANDIDATES: Final = 32
 _ABOUT_AS_MUCH: Final = 0.005
 _WANTED_RECALL: Final = 0.97
 """On the half of the sample that decides, so that the other half, which is reported, has 0.95."""
@@ -43,7 +51,7 @@ def write_ivf(
     progress: Callable[[int], None],
     seed: int = 0,
 ) -> int:
-    """Write an index file with lists.
+    """Write the lists of an index: codes and row of each vector.
 
     Args:
         memory_bytes: bound: a quarter of it holds vectors to train with, as float32, a quarter the part of the lists
@@ -82,12 +90,14 @@ def write_ivf(
 def _trained(
     source: VectorSource, *, rows: np.ndarray[tuple[int], np.dtype[np.int64]], lists: int, use_gpu: bool
 ) -> FaissIndex:
-    """An index without vectors that knows the centres of its lists and the range of int8 in each dimension."""
+    """An index without vectors that knows the centres of its lists and its codes."""
     centres = faiss.IndexFlatIP(source.dimension)
-    int8 = faiss.ScalarQuantizer.QT_8bit
-    index = faiss.IndexIVFScalarQuantizer(centres, source.dimension, lists, int8, faiss.METRIC_INNER_PRODUCT)
+    codes = num_codes(source.dimension)
+    index = faiss.IndexIVFPQ(centres, source.dimension, lists, codes, _CODE_BITS, faiss.METRIC_INNER_PRODUCT)
     index.cp.max_points_per_centroid = max(_TRAINED_PER_LIST, -(-len(rows) // lists))
-    index.cp.min_points_per_centroid = 1  # as many as memory allows were taken
+    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1  # as many as memory allows were taken
+    if len(rows) < index.pq.ksub:
+        rows = np.resize(rows, index.pq.ksub)
     if use_gpu:
         on_gpus = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(source.dimension))
         index.clustering_index = on_gpus
@@ -98,21 +108,33 @@ def _trained(
     return index
 
 
-def choose_probes(searcher: Searcher, exact: ExactResults) -> int:
-    """Set the number of lists that a search looks through: the least that finds enough for one half of the sample.
+def num_codes(dimension: int) -> int:
+    """Codes of a vector: one for four dimensions, or for the next smaller number that divides them evenly."""
+    return min(n for n in range(1, dimension + 1) if dimension % n == 0 and n * _DIMENSIONS_PER_CODE >= dimension)
+
+
+def choose_effort(searcher: Searcher, exact: ExactResults) -> Effort:
+    """Set how much a search looks through: the least that finds enough for one half of the sample.
 
     Where all lists together do not find enough (coarse codes do not), the least that finds about as much as they.
     """
     lists = searcher.num_lists
     assert lists is not None, "an index with lists"
 
-    def recall(probes: int) -> float:
-        searcher.set_probes(probes)
+    def recall(effort: Effort) -> float:
+        searcher.set_effort(effort)
         return exact.recall(searcher, k=3, part=exact.first_half)
 
-    wanted = min(_WANTED_RECALL, recall(lists) - _ABOUT_AS_MUCH)
-    probes = 1
-    while probes < lists and recall(probes) < wanted:
-        probes = min(lists, max(probes + 1, round(1.25 * probes)))
-    searcher.set_probes(probes)
-    return probes
+    most = MOST_CANDIDATES if searcher.has_candidates else None
+    wanted = min(_WANTED_RECALL, recall(Effort(probes=lists, candidates=most)) - _ABOUT_AS_MUCH)
+    effort = Effort(probes=1, candidates=most)
+    while effort.probes < lists and recall(effort) < wanted:
+        probes = min(lists, max(effort.probes + 1, round(1.25 * effort.probes)))
+        effort = Effort(probes=probes, candidates=most)
+    while effort.candidates is not None and effort.candidates > _LEAST_CANDIDATES:
+        less = replace(effort, candidates=max(_LEAST_CANDIDATES, round(effort.candidates / 1.25)))
+        if recall(less) < wanted:
+            break
+        effort = less
+    searcher.set_effort(effort)
+    return effort

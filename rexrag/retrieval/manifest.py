@@ -94,6 +94,7 @@ class DenseEntry(_Table):
         metric: inner product, or L2 distance (of an index made elsewhere).
         precision: of the stored vectors; None where the file was made elsewhere.
         probes: lists that a search of an `ivf` index looks through.
+        candidates: vectors that it compares after the coarse codes of its lists.
         recall: None where the file does not give its vectors back.
         file: set where the index is one made elsewhere that was not copied.
     """
@@ -103,6 +104,7 @@ class DenseEntry(_Table):
     precision: Literal["fp32", "fp16", "int8"] | None
     lists: int | None = None
     probes: int | None = None
+    candidates: int | None = None
     recall: RecallEntry | None
     file: ForeignFile | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import faiss
@@ -24,13 +25,26 @@ _TIES: Final = 13
 """Further results that are fetched, so that equal scores at the end of the list are put into one order."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much a search of an index with lists looks at.
+
+    Attributes:
+        probes: lists that are looked through.
+        candidates: where the lists have coarse codes, vectors that are compared themselves.
+    """
+
+    probes: int
+    candidates: int | None = None
+
+
 class Searcher:
     """Vectors of passages, searched by inner product, or by distance in an index that was made so."""
 
-    def __init__(self, index: FaissIndex, *, probes: int | None = None, num_threads: int | None = None) -> None:
+    def __init__(self, index: FaissIndex, *, effort: Effort | None = None, num_threads: int | None = None) -> None:
         """
         Args:
-            probes: lists that are looked through in an index that has lists.
+            effort: of an index that has lists; None: as it comes.
             num_threads: of a search.
         """
         self.index = index
@@ -40,18 +54,25 @@ class Searcher:
         self._decode = _decoder(index) if isinstance(index, faiss.IndexScalarQuantizer) else None
         # As FAISS comes (128,000 for queries times dimensions), batches of up to hundreds of queries go the slow way.
         faiss.cvar.distance_compute_blas_threshold = 3 * index.d
-        if probes is not None:
-            self.set_probes(probes)
+        self._candidates: int | None = None
+        if effort is not None:
+            self.set_effort(effort)
 
     @property
     def num_lists(self) -> int | None:
         """None for an index without lists."""
-        lists = faiss.try_extract_index_ivf(self.index)
+        lists = _lists_of(self.index)
         return None if lists is None else int(lists.nlist)
 
-    def set_probes(self, probes: int) -> None:
-        """Look through so many lists from now on; the index must have lists."""
-        faiss.extract_index_ivf(self.index).nprobe = probes
+    @property
+    def has_candidates(self) -> bool:
+        """Whether the lists have coarse codes, and vectors beside them."""
+        return isinstance(self.index, faiss.IndexRefine)
+
+    def set_effort(self, effort: Effort) -> None:
+        """Look at so much from now on; the index must have lists."""
+        _lists_of(self.index).nprobe = effort.probes
+        self._candidates = effort.candidates
 
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         """The best rows for each query, best first, at most `top_k`; -1 where there are no more.
@@ -69,6 +90,8 @@ class Searcher:
         if self._decode is not None and len(queries) >= SCAN_FROM:
             scores, rows = self._scan(queries, fetched, self._decode)
         else:
+            if self._candidates is not None:
+                self.index.k_factor = max(1.0, self._candidates / fetched)
             scores, rows = self.index.search(np.ascontiguousarray(queries), fetched)
             self._fill_up(queries, scores, rows, min(top_k, self.count))
         if self.is_l2:
@@ -76,9 +99,13 @@ class Searcher:
         return _ordered(scores, rows, top_k)
 
     def _fill_up(self, queries: Vectors, scores: Vectors, rows: Rows, top_k: int) -> None:
-        """Search all lists for the queries whose few lists have less than `top_k` vectors."""
+        """Search everything for the queries whose few lists have less than `top_k` vectors."""
         short = np.flatnonzero(rows[:, top_k - 1] < 0)
-        if self.num_lists is not None and len(short):
+        if self.num_lists is None or not len(short):
+            return
+        if self.has_candidates:
+            scores[short], rows[short] = self.index.refine_index.search(queries[short], rows.shape[1])
+        else:
             everywhere = faiss.SearchParametersIVF(nprobe=self.num_lists)  # type: ignore[call-arg]  # SWIG's
             scores[short], rows[short] = self.index.search(queries[short], rows.shape[1], params=everywhere)
 
@@ -94,6 +121,11 @@ class Searcher:
             best.add_result(scores, rows + start)
         best.finalize()
         return best.D, best.I
+
+
+def _lists_of(index: FaissIndex) -> FaissIndex | None:
+    base = faiss.downcast_index(index.base_index) if isinstance(index, faiss.IndexRefine) else index
+    return faiss.try_extract_index_ivf(base)
 
 
 def _decoder(index: FaissIndex) -> _Decode:

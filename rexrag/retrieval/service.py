@@ -1,12 +1,12 @@
 """One index behind many callers: their queries are searched for in batches, equal ones once.
 
     search ──▶ waiting ──batch──▶ prepare (thread 1) ──▶ find (thread 2) ──▶ every caller its own answer
-                  │                                          the next batch is prepared meanwhile
+                  │                                          a full batch is prepared meanwhile
                   └ full: `Overloaded`, with the seconds after which there should be room
 
-A batch is what waits when the preparing thread is free, at most `max_batch` queries. After a batch of more than one
-the next one waits up to `max_wait_s` for company: callers that come together come back together. A single caller
-never waits.
+A batch is what waits when the one before it is over, at most `max_batch` queries. Where as many wait already, it is
+prepared while the one before it is found; a smaller one would only part from those who come back with the answers.
+The next one waits a little for them. A single caller never waits.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ Passages: TypeAlias = tuple[Passage, ...]
 _LEAST_RETRY_S: Final = 0.05
 _FIRST_SECONDS_PER_QUERY: Final = 0.01
 _SMOOTHING: Final = 0.2
+_WAIT_SHARE: Final = 0.05
+"""Of the seconds of a batch, for those who come back: more queries in one pass over the vectors cost little more."""
 _ENTRY_CHARS: Final = 256
 """What an entry of the cache weighs beside its texts."""
 
@@ -38,7 +40,7 @@ class ServiceSettings:
 
     Attributes:
         max_batch: most queries of one call of the index.
-        max_wait_s: longest that a query waits for company, seconds.
+        max_wait_s: seconds that a query waits for company at most, or a twentieth of what the last batch took.
         max_waiting: most distinct queries that wait; one more is refused.
         cache_chars: characters of passages that the answers kept for repeated queries may have together; 0: none.
     """
@@ -115,16 +117,20 @@ class SearchService(Generic[PreparedT]):
         self._cache = _Cache(self._settings.cache_chars)
         self._waiting: deque[_Entry] = deque()
         self._on_way: dict[_Key, _Entry] = {}
-        self._arrived = asyncio.Event()
-        self._prepared: asyncio.Queue[tuple[_Batch, Sequence[PreparedT]]] = asyncio.Queue()
-        # One batch is found and one prepared at a time: a third would begin before its company has come.
-        self._room = asyncio.Semaphore(2)
+        self._changed = asyncio.Event()
+        """A query came, or a batch is over."""
+        self._prepared: asyncio.Queue[tuple[_Batch, Sequence[PreparedT], float]] = asyncio.Queue()
+        self._num_batches = 0
+        """On their way: one is found and one prepared at a time. A third would begin before its company has come."""
+        self._wanted = 0
+        """Queries of the next batch once all are back that have their answers."""
         self._threads = [
             ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"search-{stage}") for stage in ("prepare", "find")
         ]
         self._tasks: list[asyncio.Task[None]] = []
         self._seconds_per_query = _FIRST_SECONDS_PER_QUERY
         self._last_found_at = 0.0
+        self._batch_s = 0.0
         self._may_be_abandoned = False
         self._is_closing = False
 
@@ -186,6 +192,7 @@ class SearchService(Generic[PreparedT]):
     async def close(self) -> None:
         """Answer what was accepted, then end the threads and close the index."""
         self._is_closing = True
+        self._changed.set()  # nobody comes any more
         if self._on_way:
             await asyncio.wait([entry.answer for entry in self._on_way.values()])
         for task in self._tasks:
@@ -215,49 +222,60 @@ class SearchService(Generic[PreparedT]):
         for entry in entries.values():
             entry.num_callers += 1
         if new:
-            self._arrived.set()
+            self._changed.set()
         return entries
 
     def _load(self) -> str:
         return f"{counted(len(self._waiting), 'query', 'queries')} wait, at most {self._settings.max_waiting} may"
 
     async def _prepare_forever(self) -> None:
-        loop, size = asyncio.get_running_loop(), 0
+        loop = asyncio.get_running_loop()
         while True:
-            await self._room.acquire()
-            await self._gather(wait_for_company=size > 1)
+            await self._until_due()
             batch = self._take()
             if not batch:
-                self._room.release()
                 continue
-            size = len(batch)
+            self._num_batches += 1
             queries = [entry.key.query for entry in batch]
             began = time.monotonic()
             try:
                 prepared = await loop.run_in_executor(self._threads[0], self._index.prepare, queries)
-                assert len(prepared) == size, f"an index prepared {len(prepared)} of {size} queries"
+                assert len(prepared) == len(batch), f"an index prepared {len(prepared)} of {len(batch)} queries"
             except Exception as error:  # noqa: BLE001  # fault boundary: it is those callers' to see
                 self._fail(batch, error)
-                self._room.release()
+                self._end_batch(batch, began=began)
             else:
                 self._counters.prepare_s += time.monotonic() - began
-                self._prepared.put_nowait((batch, prepared))
+                self._prepared.put_nowait((batch, prepared, began))
 
-    async def _gather(self, *, wait_for_company: bool) -> None:
-        """Until a batch should begin."""
-        while not self._waiting:
-            self._arrived.clear()
-            await self._arrived.wait()
-        if not wait_for_company:
+    async def _until_due(self) -> None:
+        """Until a batch should begin: alone it waits for its company."""
+        while not self._is_due():
+            self._changed.clear()
+            await self._changed.wait()
+        if self._num_batches:
             return
-        until = self._waiting[0].since + self._settings.max_wait_s
-        while len(self._waiting) < self._settings.max_batch and (left_s := until - time.monotonic()) > 0:
-            self._arrived.clear()
+        until = max(self._waiting[0].since, self._last_found_at)
+        until += max(self._settings.max_wait_s, _WAIT_SHARE * self._batch_s)
+        while len(self._waiting) < self._wanted and not self._is_closing and (left_s := until - time.monotonic()) > 0:
+            self._changed.clear()
             try:
                 async with asyncio.timeout(left_s):
-                    await self._arrived.wait()
+                    await self._changed.wait()
             except TimeoutError:
                 return
+
+    def _is_due(self) -> bool:
+        if self._num_batches == 0:
+            return bool(self._waiting)
+        return self._num_batches == 1 and len(self._waiting) >= self._settings.max_batch
+
+    def _end_batch(self, batch: _Batch, *, began: float) -> None:
+        self._num_batches -= 1
+        self._wanted = min(self._settings.max_batch, len(self._waiting) + len(batch))
+        self._last_found_at = time.monotonic()
+        self._batch_s = self._last_found_at - began
+        self._changed.set()
 
     def _take(self) -> _Batch:
         """The next batch, in order of arrival, without what nobody waits for any more."""
@@ -291,7 +309,7 @@ class SearchService(Generic[PreparedT]):
     async def _find_forever(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            batch, prepared = await self._prepared.get()
+            batch, prepared, began_at = await self._prepared.get()
             self._counters.batches += 1
             self._counters.searched += len(batch)
             self._counters.batch_sizes[len(batch)] = self._counters.batch_sizes.get(len(batch), 0) + 1
@@ -310,7 +328,7 @@ class SearchService(Generic[PreparedT]):
                 else:
                     self._answer(part, found)
             self._note_speed(len(batch), began=began)
-            self._room.release()
+            self._end_batch(batch, began=began_at)
 
     def _answer(self, entries: Sequence[_Entry], found: Sequence[Passages]) -> None:
         for entry, passages in zip(entries, found, strict=True):
@@ -333,7 +351,6 @@ class SearchService(Generic[PreparedT]):
         self._counters.find_s += now - began
         # Under load batches follow one another: from the end of one to the end of the next is what a batch takes.
         seconds = now - max(self._last_found_at, began - self._settings.max_wait_s)
-        self._last_found_at = now
         self._seconds_per_query += _SMOOTHING * (seconds / size - self._seconds_per_query)
 
 

@@ -21,6 +21,7 @@ from rexrag.retrieval.dense_build import DenseKind, DenseSettings, build_dense
 from rexrag.retrieval.encoder import Encoder, Vectors
 from rexrag.retrieval.encoder_settings import EncoderOverrides
 from rexrag.retrieval.faiss_files import Precision
+from rexrag.retrieval.ivf import MOST_CANDIDATES
 from rexrag.retrieval.manifest import check_index, read_manifest
 
 KINDS: list[tuple[DenseKind, Precision]] = [("flat", "fp32"), ("flat", "fp16"), ("flat", "int8"), ("ivf", "int8")]
@@ -108,9 +109,12 @@ def test_the_manifest_says_what_it_is(world: Path) -> None:
             assert dense.lists == 600 // 39
             assert dense.probes is not None
             assert 1 <= dense.probes <= dense.lists
+            assert dense.candidates is not None
+            assert 32 <= dense.candidates <= MOST_CANDIDATES
             assert dense.recall.queries == len(QUERIES) // 2
         else:
-            assert (dense.lists, dense.probes, dense.recall.queries) == (None, None, len(QUERIES))
+            assert (dense.lists, dense.probes, dense.candidates) == (None, None, None)
+            assert dense.recall.queries == len(QUERIES)
     assert {path.name for path in world.iterdir()} == {"encoder", "corpus.jsonl", *(f"{k}-{p}" for k, p in KINDS)}
 
 
@@ -180,18 +184,21 @@ def copy_of(world: Path, name: str, out: Path) -> Path:
     return out / name
 
 
-@pytest.mark.parametrize("name", ["flat-fp32", "flat-int8", "ivf-int8"])
-def test_damage_is_found(world: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("flat-fp32", "vectors"), ("flat-int8", "vectors"), ("ivf-int8", "vectors"), ("ivf-int8", "lists")],
+)
+def test_damage_is_found(world: Path, tmp_path: Path, name: str, file: str) -> None:
     index = copy_of(world, name, tmp_path)
-    vectors = index / "vectors.faiss"
-    whole = vectors.read_bytes()
-    vectors.write_bytes(whole[:-1])
-    with pytest.raises(RetrievalIndexError, match=r"vectors\.faiss has \d+ bytes, not"):
+    path = index / f"{file}.faiss"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(RetrievalIndexError, match=rf"{file}\.faiss has \d+ bytes, not"):
         DenseIndex(index)
-    vectors.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(RetrievalIndexError, match=r"vectors\.faiss has sha256"):
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(RetrievalIndexError, match=rf"{file}\.faiss has sha256"):
         check_index(index)
-    vectors.write_bytes(b"\xff" * len(whole))
+    path.write_bytes(b"\xff" * len(whole))
     with pytest.raises(RetrievalIndexError, match="no FAISS index that version"):
         DenseIndex(index)
 

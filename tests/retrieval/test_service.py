@@ -138,7 +138,7 @@ def test_those_who_come_together_are_answered_together_and_equal_ones_once() -> 
     run(scenario)
 
 
-def test_the_next_batch_is_prepared_while_one_is_found_and_no_third_begins() -> None:
+def test_a_full_batch_is_prepared_while_one_is_found_and_no_third_begins() -> None:
     index = EchoIndex(gated="find")
 
     async def scenario() -> None:
@@ -150,6 +150,33 @@ def test_the_next_batch_is_prepared_while_one_is_found_and_no_third_begins() -> 
         assert index.found == []
         index.gate.set()
         await asyncio.gather(*callers)
+        await service.close()
+
+    run(scenario)
+
+
+def test_a_batch_that_is_not_full_waits_for_those_who_come_back_with_the_answers() -> None:
+    index = EchoIndex(gated="find")
+
+    async def scenario() -> None:
+        service = SearchService(index, settings=ServiceSettings(max_batch=8, max_wait_s=30, cache_chars=0))
+
+        async def caller(number: int) -> None:
+            for turn in range(3):
+                assert await service.search(f"{number}-{turn}", top_k=1) == answer_to(f"{number}-{turn}", 1)
+
+        early = [asyncio.create_task(caller(number)) for number in range(3)]
+        await until(lambda: len(index.batches) == 1)
+        late = [asyncio.create_task(caller(number)) for number in range(3, 5)]
+        await until(lambda: service.counters.waiting == 2)
+        await asyncio.sleep(0.02)
+        assert [len(batch) for batch in index.batches] == [3]
+        index.gate.set()
+        await until(lambda: all(task.done() for task in early))
+        assert [len(batch) for batch in index.batches] == [3, 5, 5]
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*early, *late, return_exceptions=True)
         await service.close()
 
     run(scenario)

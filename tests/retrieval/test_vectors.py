@@ -21,9 +21,9 @@ from rexrag.errors import RetrievalIndexError
 from rexrag.retrieval.dense_build import DenseSettings, build_dense
 from rexrag.retrieval.encoder import Vectors
 from rexrag.retrieval.encoder_settings import EncoderSettings
-from rexrag.retrieval.faiss_files import FaissIndex, Precision, empty_flat, open_faiss, write_flat
-from rexrag.retrieval.ivf import num_lists, write_ivf
-from rexrag.retrieval.search import Searcher
+from rexrag.retrieval.faiss_files import FaissIndex, Precision, empty_flat, open_faiss, open_lists, write_flat
+from rexrag.retrieval.ivf import num_codes, num_lists, write_ivf
+from rexrag.retrieval.search import Effort, Searcher
 from rexrag.retrieval.vectors import FaissVectors, VectorOrigin, VectorStore
 
 BUILD_UNTIL_KILLED = """
@@ -156,21 +156,42 @@ def test_a_file_written_in_a_stream_is_the_one_that_faiss_writes(tmp_path: Path,
     assert (tmp_path / "streamed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_lists_filled_in_parts_are_those_filled_at_once(tmp_path: Path) -> None:
-    vectors = some_vectors(5000, 24)
-    source = FaissVectors(flat(vectors))
+@pytest.mark.parametrize("dimension", [24, 25, 31])
+def test_lists_filled_in_parts_are_those_filled_at_once(tmp_path: Path, dimension: int) -> None:
+    vectors = some_vectors(5000, dimension)
+    source = flat(vectors)
     for name, memory_bytes in (("parts", 1 << 17), ("whole", 1 << 30)):
         (tmp_path / name).mkdir()
-        write_ivf(tmp_path / name / "v", source, memory_bytes=memory_bytes, use_gpu=False, progress=lambda done: None)
-    parts, whole = (open_faiss(tmp_path / name / "v") for name in ("parts", "whole"))
+        lists = tmp_path / name / "v"
+        write_ivf(lists, FaissVectors(source), memory_bytes=memory_bytes, use_gpu=False, progress=lambda done: None)
+    parts, whole = (open_lists(tmp_path / name / "v", source) for name in ("parts", "whole"))
     assert parts.ntotal == whole.ntotal == 5000
-    assert parts.nlist < whole.nlist
-    for index in (parts, whole):
-        _, rows = Searcher(index, probes=index.nlist).search(vectors, 1)
-        assert rows[:, 0].tolist() == list(range(5000))
+    searchers = [Searcher(index) for index in (parts, whole)]
+    few, many = (searcher.num_lists or 0 for searcher in searchers)
+    assert 0 < few < many
+    _, best = source.search(vectors[:500], 4)
+    for searcher in searchers:
+        searcher.set_effort(Effort(probes=searcher.num_lists or 0, candidates=5000))
+        assert searcher.search(vectors[:500], 4)[1].tolist() == best.tolist()
+        searcher.set_effort(Effort(probes=searcher.num_lists or 0, candidates=500))
+        _, rows = searcher.search(vectors[:500], 4)
+        assert np.mean([len({*a} & {*b}) / 4 for a, b in zip(rows.tolist(), best.tolist(), strict=True)]) > 0.9
     plain: FaissIndex = faiss.read_index(str(tmp_path / "whole" / "v"))  # by whoever has FAISS alone, all in memory
     plain.nprobe = plain.nlist
-    assert plain.search(vectors[:50], 1)[1][:, 0].tolist() == list(range(50))
+    mapped = open_faiss(tmp_path / "whole" / "v")
+    mapped.nprobe = mapped.nlist
+    assert plain.search(vectors[:50], 9)[1].tolist() == mapped.search(vectors[:50], 9)[1].tolist()
+
+
+def test_lists_of_other_vectors_are_refused(tmp_path: Path) -> None:
+    source = flat(some_vectors(500, 24))
+    write_ivf(tmp_path / "v", FaissVectors(source), memory_bytes=1 << 20, use_gpu=False, progress=lambda done: None)
+    for other in (flat(some_vectors(501, 24)), flat(some_vectors(500, 28))):
+        with pytest.raises(RetrievalIndexError, match="v: no lists of the vectors beside it; build the index again"):
+            open_lists(tmp_path / "v", other)
+    faiss.write_index(source, str(tmp_path / "v"))
+    with pytest.raises(RetrievalIndexError, match="no lists of the vectors beside it"):
+        open_lists(tmp_path / "v", source)
 
 
 def flat(vectors: Vectors) -> faiss.IndexFlatIP:
@@ -182,6 +203,10 @@ def flat(vectors: Vectors) -> faiss.IndexFlatIP:
 def test_lists_follow_the_size_and_what_can_be_trained() -> None:
     assert [num_lists(n, trained=n) for n in (1, 600, 100_000, 21_000_000)] == [1, 15, 1265, 18330]
     assert num_lists(21_000_000, trained=390_000) == 10_000
+
+
+def test_codes_divide_the_dimensions() -> None:
+    assert [num_codes(dimension) for dimension in (1, 3, 32, 384, 768, 1024, 25, 31)] == [1, 1, 8, 96, 192, 256, 25, 31]
 
 
 class AnonymousPeak:
