@@ -14,7 +14,7 @@ import json
 import time
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import faiss
 import numpy as np
@@ -37,16 +37,18 @@ TOP_K: Final = 3
 BATCHES: Final = (1, 64)
 MEMORY_BYTES: Final = 4 << 30
 BLOCK_ROWS: Final = 10_000
-FLAT: Final[tuple[Precision, ...]] = ("fp32", "fp16", "int8")
+KINDS: Final[tuple[Literal["fp32", "fp16", "int8", "ivf"], ...]] = ("fp32", "fp16", "int8", "ivf")
 
 
 def make_vectors(count: int, dimension: int, *, rng: np.random.Generator) -> Vectors:
     spread = np.random.default_rng(0)
     centres = spread.standard_normal((CLUSTERS, LATENT))
     onto = spread.standard_normal((LATENT, dimension)) / np.sqrt(LATENT)
-    latent = centres[rng.integers(0, CLUSTERS, count)] + SPREAD * rng.standard_normal((count, LATENT))
-    vectors = latent @ onto + NOISE * rng.standard_normal((count, dimension))
-    made: Vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    made = np.empty((count, dimension), dtype=np.float32)
+    for block in np.array_split(made, -(-count // BLOCK_ROWS)):
+        latent = centres[rng.integers(0, CLUSTERS, len(block))] + SPREAD * rng.standard_normal((len(block), LATENT))
+        vectors = latent @ onto + NOISE * rng.standard_normal((len(block), dimension))
+        block[:] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return made
 
 
@@ -110,19 +112,20 @@ def main() -> None:
     plain.add(vectors)
     source = FaissVectors(plain)
     exact = ExactResults(source, queries, block_rows=BLOCK_ROWS)
-    rows = []
     limits = np.stack([vectors.min(0), vectors.max(0)])
-    for kind in (*FLAT, "ivf"):
-        folder = work / kind
-        folder.mkdir(parents=True, exist_ok=True)
+    for kind in KINDS:  # all before any is measured, which sets the number of threads
+        (work / kind).mkdir(parents=True, exist_ok=True)
         precision: Precision = "int8" if kind == "ivf" else kind
         empty = empty_flat(arguments.dimension, precision, limits=limits if precision == "int8" else None)
-        write_flat(folder / VECTORS_NAME, empty, source.blocks(BLOCK_ROWS), count=source.count)
-        if kind == "ivf":
-            write_ivf(folder / LISTS_NAME, source, memory_bytes=MEMORY_BYTES, use_gpu=False, progress=lambda done: None)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        rows.append(measure(kind, open_index(folder), exact, num_bytes=size, threads=arguments.threads))
-    peer = lists_of_int8(vectors, lists=rows[-1]["lists"])
+        write_flat(work / kind / VECTORS_NAME, empty, source.blocks(BLOCK_ROWS), count=source.count)
+    lists = write_ivf(
+        work / "ivf" / LISTS_NAME, source, memory_bytes=MEMORY_BYTES, use_gpu=False, progress=lambda done: None
+    )
+    peer = lists_of_int8(vectors, lists=lists)
+    rows = []
+    for kind in KINDS:
+        size = sum(file.stat().st_size for file in (work / kind).iterdir())
+        rows.append(measure(kind, open_index(work / kind), exact, num_bytes=size, threads=arguments.threads))
     size = arguments.passages * (arguments.dimension + 8)
     rows.append(measure("ivf-sq8", peer, exact, num_bytes=size, threads=arguments.threads))
     ratios = {f"qps_{size}": round(rows[-2][f"qps_{size}"] / rows[-1][f"qps_{size}"], 2) for size in BATCHES}

@@ -41,16 +41,16 @@ def serve_index(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads that compute; by default one for each core.")
     ] = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Encode on a GPU, and search there where the vectors fit.")
+    ] = False,
 ) -> None:
     """Answer searches over HTTP, with Search-R1's API, until SIGTERM or Ctrl-C."""
     if top_k > max_top_k:
         raise ConfigError(f"--topk {top_k}: must be at most --max-topk ({max_top_k}); lower the one or raise the other")
     _require_packages()
-    # What the libraries read when they are first imported, which happens below.
     num_threads = threads or os.cpu_count() or 1
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = str(num_threads)
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    _prepare_process(num_threads, gpu=gpu)
     from rexrag.retrieval.folders import open_index
     from rexrag.retrieval.server import ServerSettings, bind, is_loopback, serve
 
@@ -64,7 +64,7 @@ def serve_index(
     )
     told = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     with bind(host, port) as listener:
-        index = open_index(folder, encoder=encoder, num_threads=num_threads)
+        index = open_index(folder, encoder=encoder, gpu_share=float(gpu), num_threads=num_threads)
         if token is None and not is_loopback(listener):
             told.print(
                 f"warning: --host {host}: whoever reaches this machine can search the corpus; give --token-file, or "
@@ -75,6 +75,19 @@ def serve_index(
             f"{folder}: {counted(index.num_passages, 'passage')} at http://{place}:{listener.getsockname()[1]}/retrieve"
         )
         serve(index, settings=ServerSettings(limits=limits, token=token, deadline_s=deadline), listener=listener)
+
+
+def _prepare_process(num_threads: int, *, gpu: bool) -> None:
+    """Set what the libraries read when they are first imported; with `gpu` see that there is one."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(num_threads)
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if not gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("--gpu: torch sees no GPU; leave it out, or install torch for CUDA where there is one")
 
 
 def _require_packages() -> None:

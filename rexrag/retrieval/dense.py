@@ -6,6 +6,7 @@ index/  index.json · offsets.u64 (where each row starts) · vectors.faiss · li
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rexrag.errors import RetrievalIndexError, counted
+from rexrag.errors import RetrievalIndexError, counted, first_line
+from rexrag.retrieval.device_vectors import bytes_on_device, room_on_gpu
 from rexrag.retrieval.encoder import Device, Encoder, Vectors
 from rexrag.retrieval.faiss_files import FaissIndex, open_faiss, open_lists
 from rexrag.retrieval.manifest import DenseEntry, Manifest, check_sizes, locate_file, read_manifest
@@ -25,6 +27,7 @@ from rexrag.types import Passage
 
 VECTORS_NAME: Final = "vectors.faiss"
 LISTS_NAME: Final = "lists.faiss"
+LOG = logging.getLogger(__name__)
 
 
 class DenseIndex:
@@ -41,14 +44,15 @@ class DenseIndex:
         folder: str | Path,
         *,
         encoder: str | Path | None = None,
-        device: Device = "cpu",
+        gpu_share: float = 0.0,
         num_threads: int | None = None,
     ) -> None:
         """Open an index; sizes are checked, hashes are not (`check_index`), but that of the encoder is.
 
         Args:
             encoder: where its encoder is now; without it, where it was.
-            device: of the encoder.
+            gpu_share: part of this process's GPU that is its own; 0: all is on the CPU. The encoder is put there, and
+                the vectors where they find room, as fp16: then a search is exact, whatever the kind.
             num_threads: of each stage. Those of torch are set for the whole process. None leaves all as it is.
 
         Raises:
@@ -69,7 +73,10 @@ class DenseIndex:
                 f"fit the {manifest.passages} of its manifest; build it again"
             )
         self.manifest = manifest
+        device: Device = "cuda" if gpu_share else "cpu"
         self.encoder = _load_encoder(root, manifest.dense, path=encoder, device=device, num_threads=num_threads)
+        if gpu_share:
+            _move_to_gpu(self._searcher, root, room=room_on_gpu(gpu_share))
 
     @property
     def num_passages(self) -> int:
@@ -109,6 +116,23 @@ class DenseIndex:
 
     def close(self) -> None:
         self._corpus.close()
+
+
+def _move_to_gpu(searcher: Searcher, folder: Path, *, room: int) -> None:
+    wanted = bytes_on_device(searcher.count, searcher.dimension)
+    if wanted > room:
+        LOG.warning(
+            "%s: its vectors would take %.1f GB of the GPU, where %.1f GB are left for them: they are searched on the "
+            "CPU; give a larger share of a GPU, or one with more memory",
+            folder,
+            wanted / 1e9,
+            room / 1e9,
+        )
+        return
+    try:
+        searcher.move_to("cuda")
+    except RuntimeError as error:
+        LOG.warning("%s: its vectors are searched on the CPU, not the GPU: %s", folder, first_line(error))
 
 
 def open_searcher(folder: Path, manifest: Manifest, *, num_threads: int | None = None) -> Searcher:

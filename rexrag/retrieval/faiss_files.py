@@ -67,7 +67,7 @@ def open_lists(path: Path, vectors: FaissIndex) -> FaissIndex:
     if not isinstance(stored, faiss.IndexIVFPQ) or (stored.ntotal, stored.d) != (vectors.ntotal, vectors.d):
         raise RetrievalIndexError(f"{path}: no lists of the vectors beside it; build the index again")
     packed = faiss.IndexIVFPQFastScan(stored)
-    index = faiss.IndexRefine(packed, vectors)
+    index: FaissIndex = faiss.IndexRefine(packed, vectors)
     index.referenced_objects = [packed, vectors, stored]  # of which it has no copies
     return index
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rexrag.retrieval.bm25 import BM25Index
 from rexrag.retrieval.manifest import read_manifest
@@ -12,13 +12,13 @@ from rexrag.retrieval.protocol import BatchIndex
 
 
 def open_index(
-    folder: Path, *, encoder: Path | None = None, device: Literal["cpu", "cuda"] = "cpu", num_threads: int | None = None
+    folder: Path, *, encoder: Path | None = None, gpu_share: float = 0.0, num_threads: int | None = None
 ) -> BatchIndex[Any]:
     """The index in a folder, of the kind that its manifest names, for calls that block.
 
     Args:
         encoder: where the encoder of a dense index is now; None: where it was.
-        device: of the encoder.
+        gpu_share: of a GPU, for the encoder of a dense index and, where there is room, its vectors; 0: on the CPU.
         num_threads: of each stage of a dense index; None leaves them as they are.
 
     Raises:
@@ -31,4 +31,4 @@ def open_index(
     require_faiss()
     from rexrag.retrieval.dense import DenseIndex
 
-    return DenseIndex(folder, encoder=encoder, device=device, num_threads=num_threads)
+    return DenseIndex(folder, encoder=encoder, gpu_share=gpu_share, num_threads=num_threads)

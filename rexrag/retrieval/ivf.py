@@ -33,6 +33,8 @@ _CODE_BITS: Final = 4
 MOST_CANDIDATES: Final = 256
 _LEAST_CANDIDATES: Final = 32
 _ABOUT_AS_MUCH: Final = 0.005
+_NEARLY_ALL: Final = 0.002
+"""What fewer candidates may lose: the lists have been chosen as tightly as the sample allows."""
 _WANTED_RECALL: Final = 0.97
 """On the half of the sample that decides, so that the other half, which is reported, has 0.95."""
 
@@ -131,9 +133,10 @@ def choose_effort(searcher: Searcher, exact: ExactResults) -> Effort:
     while effort.probes < lists and recall(effort) < wanted:
         probes = min(lists, max(effort.probes + 1, round(1.25 * effort.probes)))
         effort = Effort(probes=probes, candidates=most)
+    enough = recall(effort) - _NEARLY_ALL
     while effort.candidates is not None and effort.candidates > _LEAST_CANDIDATES:
         less = replace(effort, candidates=max(_LEAST_CANDIDATES, round(effort.candidates / 1.25)))
-        if recall(less) < wanted:
+        if recall(less) < enough:
             break
         effort = less
     searcher.set_effort(effort)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rexrag.retrieval.encoder import Vectors
+from rexrag.retrieval.device_vectors import DeviceVectors
+from rexrag.retrieval.encoder import Device, Vectors
 from rexrag.retrieval.faiss_files import FaissIndex
 
 Rows = npt.NDArray[np.int64]
@@ -21,6 +22,7 @@ SCAN_FROM: Final = 8
 """Queries of a batch from which decoding the vectors once for all of them is faster than once for each."""
 _BLOCK_BYTES: Final = 1 << 21
 """Decoded vectors at a time: what stays in a core's cache between decoding and multiplying."""
+_MOVED_ROWS: Final = 1 << 16
 _TIES: Final = 13
 """Further results that are fetched, so that equal scores at the end of the list are put into one order."""
 
@@ -49,12 +51,14 @@ class Searcher:
         """
         self.index = index
         self.count = int(index.ntotal)
+        self.dimension = int(index.d)
         self._num_threads = num_threads
         self.is_l2 = index.metric_type == faiss.METRIC_L2
         self._decode = _decoder(index) if isinstance(index, faiss.IndexScalarQuantizer) else None
         # As FAISS comes (128,000 for queries times dimensions), batches of up to hundreds of queries go the slow way.
         faiss.cvar.distance_compute_blas_threshold = 3 * index.d
         self._candidates: int | None = None
+        self._on_device: DeviceVectors | None = None
         if effort is not None:
             self.set_effort(effort)
 
@@ -69,9 +73,33 @@ class Searcher:
         """Whether the lists have coarse codes, and vectors beside them."""
         return isinstance(self.index, faiss.IndexRefine)
 
+    def move_to(self, device: Device) -> None:
+        """Search exactly on a device from now on, whatever the kind of index.
+
+        Raises:
+            RuntimeError: the index does not give its vectors back, or the device has no room for them.
+        """
+        self._on_device = DeviceVectors(self._blocks(), count=self.count, dimension=self.dimension, device=device)
+
+    def _blocks(self) -> Iterator[Vectors]:
+        """All vectors in order, decoded."""
+        vectors = self.index.refine_index if self.has_candidates else self.index
+        if (lists := faiss.try_extract_index_ivf(vectors)) is not None:
+            lists.make_direct_map()
+        decode = _decoder(vectors) if isinstance(vectors, faiss.IndexScalarQuantizer) else None
+        for start in range(0, self.count, _MOVED_ROWS):
+            block = np.empty((min(_MOVED_ROWS, self.count - start), vectors.d), dtype=np.float32)
+            if decode is None:
+                vectors.reconstruct_batch(np.arange(start, start + len(block)), block)
+            else:
+                decode(start, block)
+            yield block
+
     def set_effort(self, effort: Effort) -> None:
         """Look at so much from now on; the index must have lists."""
-        _lists_of(self.index).nprobe = effort.probes
+        lists = _lists_of(self.index)
+        assert lists is not None, "an index with lists"
+        lists.nprobe = effort.probes
         self._candidates = effort.candidates
 
     def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
@@ -87,6 +115,8 @@ class Searcher:
         if self._num_threads is not None:
             faiss.omp_set_num_threads(self._num_threads)
         fetched = min(top_k + _TIES, self.count)
+        if self._on_device is not None:
+            return _ordered(*self._on_device.search(queries, fetched), top_k)
         if self._decode is not None and len(queries) >= SCAN_FROM:
             scores, rows = self._scan(queries, fetched, self._decode)
         else:

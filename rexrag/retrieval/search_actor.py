@@ -36,7 +36,7 @@ class SearchActor:
             index = open_index(
                 settings.path,
                 encoder=settings.encoder,
-                device=settings.device,
+                gpu_share=settings.num_gpus,
                 num_threads=settings.num_threads,
             )
             self._opened = SearchService(index)

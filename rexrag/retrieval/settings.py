@@ -39,7 +39,11 @@ class RetrieverConfig(BaseModel):
     num_actors: int = Field(1, ge=1, le=1024, description="Search actors (kind `ray`).")
     num_cpus: float = Field(1.0, gt=0, le=1024, description="Cores that Ray reserves for each search actor.")
     num_gpus: float = Field(
-        0.0, ge=0, le=1, description="Share of a GPU that Ray reserves for each search actor's encoder, 0: on the CPU."
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of a GPU that Ray reserves for each search actor: for its encoder, and for the vectors "
+        "where they fit; 0: on the CPU.",
     )
     resources: dict[str, Annotated[float, Field(gt=0.0)]] = Field(
         {}, description="Further Ray resources of each search actor, such as { retriever = 1 }."
@@ -67,10 +71,10 @@ class RetrieverSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchActorSettings:
-    """What a search actor is built from. `log_file`: the run's `log.jsonl`."""
+    """What a search actor is built from. `num_gpus`: its share of a GPU; `log_file`: the run's `log.jsonl`."""
 
     path: Path
     encoder: Path | None
-    device: Literal["cpu", "cuda"]
+    num_gpus: float
     num_threads: int
     log_file: Path | None

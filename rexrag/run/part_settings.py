@@ -98,9 +98,7 @@ def rollout_settings(
 def search_actor_settings(config: Config, *, log_file: Path | None) -> SearchActorSettings:
     retriever = config.retriever
     num_threads = max(1, int(retriever.num_cpus))
-    return copied(
-        SearchActorSettings, retriever, device=device_of(retriever.num_gpus), num_threads=num_threads, log_file=log_file
-    )
+    return copied(SearchActorSettings, retriever, num_threads=num_threads, log_file=log_file)
 
 
 def learner_settings(config: Config, *, rate_factor: float = 1.0) -> LearnerSettings:

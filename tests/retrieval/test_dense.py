@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from dense_worlds import QUERIES, best_ids, exact_scores
 from tiny_encoders import make_encoder, passage_rows, write_rows
 
 from rexrag.data.corpus import iter_corpus
 from rexrag.errors import ConfigError, DataError, ModelError, RetrievalIndexError
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
-from rexrag.retrieval.dense import DenseIndex
+from rexrag.retrieval.dense import DenseIndex, _move_to_gpu
 from rexrag.retrieval.dense_build import DenseKind, DenseSettings, build_dense
 from rexrag.retrieval.encoder import Encoder, Vectors
 from rexrag.retrieval.encoder_settings import EncoderOverrides
@@ -87,6 +88,41 @@ def test_more_than_there_are_gives_all_of_them_and_no_filler(
         assert set(found) == set(ids)
     assert index.find([], top_k=3) == []
     assert index.num_passages == len(ids)
+
+
+@pytest.mark.parametrize(("kind", "precision"), KINDS)
+@pytest.mark.parametrize("top_k", [1, 5, 1000])
+def test_on_a_device_the_search_is_exact_for_every_kind(
+    world: Path, ids: list[str], kind: DenseKind, precision: Precision, top_k: int
+) -> None:
+    flat = DenseIndex(world / f"flat-{precision}")
+    moved = DenseIndex(world / f"{kind}-{precision}")
+    moved._searcher.move_to("cpu")  # on a GPU nothing differs but the name
+    for queries in (QUERIES, QUERIES[:1]):
+        found, expected = (index.find(index.prepare(queries), top_k=top_k) for index in (moved, flat))
+        assert [len(row) for row in found] == [min(top_k, len(ids))] * len(queries)
+        for one, other in zip(found, expected, strict=True):
+            assert len({passage.id for passage in one}) == len(one)
+            scores = [passage.score for passage in one]
+            assert scores == pytest.approx([passage.score for passage in other], abs=2e-3)
+
+
+def test_vectors_that_find_no_room_stay_where_they_are(world: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index = DenseIndex(world / "flat-fp16")
+    before = find(index, QUERIES, 3)
+    _move_to_gpu(index._searcher, world / "flat-fp16", room=1000)
+    assert "flat-fp16: its vectors would take 0.0 GB of the GPU, where 0.0 GB are left" in caplog.text
+    assert find(index, QUERIES, 3) == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("kind", "precision"), KINDS)
+def test_on_a_gpu_an_index_finds_what_it_finds_on_a_cpu(world: Path, kind: DenseKind, precision: Precision) -> None:
+    on_gpu = DenseIndex(world / f"{kind}-{precision}", gpu_share=1.0)
+    on_cpu = DenseIndex(world / f"flat-{precision}")
+    found, expected = (index.find(index.prepare(QUERIES), top_k=5) for index in (on_gpu, on_cpu))
+    for one, other in zip(found, expected, strict=True):
+        assert [p.score for p in one] == pytest.approx([p.score for p in other], abs=1e-2)
 
 
 def test_odd_queries_are_answered(world: Path) -> None:

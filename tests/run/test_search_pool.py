@@ -39,7 +39,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pool(ray_session: None, index: Path) -> Iterator[SearchPool]:
-    settings = SearchActorSettings(path=index, encoder=None, device="cpu", num_threads=1, log_file=None)
+    settings = SearchActorSettings(path=index, encoder=None, num_gpus=0.0, num_threads=1, log_file=None)
     pool = SearchPool(settings, num_actors=NUM_ACTORS, share=SHARE)
     pool.await_ready(timeout_s=120.0)
     yield pool
@@ -107,7 +107,7 @@ def test_no_search_is_lost_when_actors_are_killed(
 
 
 def test_an_actor_that_cannot_open_its_index_says_why(ray_session: None, tmp_path: Path) -> None:
-    settings = SearchActorSettings(path=tmp_path, encoder=None, device="cpu", num_threads=1, log_file=None)
+    settings = SearchActorSettings(path=tmp_path, encoder=None, num_gpus=0.0, num_threads=1, log_file=None)
     pool = SearchPool(settings, num_actors=1, share=SHARE)
     with pytest.raises(RetrievalIndexError, match="no index there"):
         pool.await_ready(timeout_s=120.0)
