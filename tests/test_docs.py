@@ -235,6 +235,13 @@ def test_the_tables_on_asynchrony_are_those_of_their_figures() -> None:
     assert all(table in page for table in tables)
 
 
+def test_the_tables_on_retrieval_are_those_of_their_figures() -> None:
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "retrieval_tables.py"))["tables"]()
+    page = (DOCS / "retrieval.md").read_text(encoding="utf-8")
+    assert len(tables) == 2
+    assert all(table in page for table in tables)
+
+
 @pytest.mark.parametrize(
     ("section", "name", "heading", "least_steps"),
     [

@@ -84,7 +84,7 @@ class DenseSettings:
         if not self.memory_gb >= MIN_MEMORY_GB:
             raise ConfigError(f"--memory {self.memory_gb:g}: must be at least {MIN_MEMORY_GB} GB")
         if self.kind == "ivf" and self.precision != "int8":
-            raise ConfigError(f"--precision {self.precision}: an ivf index keeps int8; take --kind flat for it")
+            raise ConfigError(f"--precision {self.precision}: an ivf index has int8; take --kind flat for it")
         if self.use_gpu and not faiss.get_num_gpus():
             raise ConfigError("--gpu: FAISS sees no GPU; leave it out, or install 'rexrag[gpu]' where there is one")
 

@@ -79,7 +79,7 @@ def test_adopt(world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         ("--kind flat --encoder nowhere", "encoder nowhere: no such folder"),
         ("--kind flat --encoder encoder --gpu", "--gpu: FAISS sees no GPU"),
         ("--kind flat --encoder encoder --memory 0", "--memory 0: must be at least 0.25 GB"),
-        ("--kind ivf --encoder encoder --precision fp16", "--precision fp16: an ivf index keeps int8"),
+        ("--kind ivf --encoder encoder --precision fp16", "--precision fp16: an ivf index has int8"),
         ("--kind flat --encoder encoder --max-tokens 1000", "max_tokens = 1000"),
     ],
 )

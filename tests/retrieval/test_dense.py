@@ -283,7 +283,7 @@ def test_settings_out_of_bounds() -> None:
         DenseSettings(memory_gb=0.1)
     with pytest.raises(ConfigError, match="--memory nan"):
         DenseSettings(memory_gb=float("nan"))
-    with pytest.raises(ConfigError, match="an ivf index keeps int8"):
+    with pytest.raises(ConfigError, match="an ivf index has int8"):
         DenseSettings(kind="ivf", precision="fp16")
     with pytest.raises(ConfigError, match="FAISS sees no GPU"):
         DenseSettings(use_gpu=True)
