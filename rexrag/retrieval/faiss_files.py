@@ -66,10 +66,19 @@ def open_lists(path: Path, vectors: FaissIndex) -> FaissIndex:
     stored = open_faiss(path)
     if not isinstance(stored, faiss.IndexIVFPQ) or (stored.ntotal, stored.d) != (vectors.ntotal, vectors.d):
         raise RetrievalIndexError(f"{path}: no lists of the vectors beside it; build the index again")
+    if not _has_all_rows(stored):  # FAISS would read past the end of the vectors
+        raise RetrievalIndexError(f"{path}: its rows are not those of the vectors; build the index again")
     packed = faiss.IndexIVFPQFastScan(stored)
     index: FaissIndex = faiss.IndexRefine(packed, vectors)
     index.referenced_objects = [packed, vectors, stored]  # of which it has no copies
     return index
+
+
+def _has_all_rows(index: FaissIndex) -> bool:
+    """Whether an index with lists has as many vectors as it says, with their rows as ids."""
+    ids = [get_invlist(index.invlists, i)[0] for i in range(index.nlist)]  # type: ignore[no-untyped-call]
+    rows = np.concatenate(ids)
+    return len(rows) == index.ntotal and (not len(rows) or 0 <= rows.min() <= rows.max() < index.ntotal)
 
 
 def _reason(error: BaseException) -> str:

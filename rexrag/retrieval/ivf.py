@@ -1,6 +1,6 @@
 """An index with lists: coarse codes of vectors in lists of near ones, and the vectors themselves as int8.
 
-A search looks through a few lists, by codes of half a bit a dimension, and puts the best candidates in order by their
+A search looks through a few lists, by codes of one bit a dimension, and puts the best candidates in order by their
 int8 vectors. Lists are filled in parts that fit in memory, each a file, and merged into one file. So many lists are
 looked through, and so many candidates are compared, as the measured recall asks for.
 """
@@ -111,7 +111,7 @@ def _trained(
 
 
 def num_codes(dimension: int) -> int:
-    """Codes of a vector: one for four dimensions, or for the next smaller number that divides them evenly."""
+    """Codes of a vector: one for four dimensions, or for fewer where four do not divide them evenly."""
     return min(n for n in range(1, dimension + 1) if dimension % n == 0 and n * _DIMENSIONS_PER_CODE >= dimension)
 
 
