@@ -190,7 +190,7 @@ def test_lists_of_other_vectors_are_refused(tmp_path: Path) -> None:
         with pytest.raises(RetrievalIndexError, match="v: no lists of the vectors beside it; build the index again"):
             open_lists(tmp_path / "v", other)
     lists = faiss.read_index(str(tmp_path / "v"))
-    lists.remove_ids(faiss.IDSelectorBatch([3]))
+    lists.remove_ids(faiss.IDSelectorBatch(np.array([3])))
     lists.add_with_ids(some_vectors(1, 24), np.array([500]))
     faiss.write_index(lists, str(tmp_path / "v"))
     with pytest.raises(RetrievalIndexError, match="v: its rows are not those of the vectors"):
