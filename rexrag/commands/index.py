@@ -197,7 +197,8 @@ def _tell(out: Path, manifest: Manifest, *, started: float) -> None:
     tokens = counted(settings.max_tokens, "token")
     STDOUT.print(f"encoder: {settings.pooling} of at most {tokens}, {length}, {prefixes}")
     if dense.lists is not None and dense.probes is not None:
-        STDOUT.print(f"{counted(dense.lists, 'list')}, of which a search looks through {dense.probes}")
+        compared = f", and compares {counted(dense.candidates, 'candidate')}" if dense.candidates else ""
+        STDOUT.print(f"{counted(dense.lists, 'list')}, of which a search looks through {dense.probes}{compared}")
     if dense.recall is None:
         STDOUT.print("recall: not measured, since the file does not give its vectors back")
         return
