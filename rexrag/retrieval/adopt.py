@@ -18,7 +18,8 @@ from rexrag.errors import DataError, RetrievalIndexError, counted
 from rexrag.retrieval.dense_build import SILENT, DenseSettings, Progress, describe_dense, take_passages, write_index
 from rexrag.retrieval.encoder import Encoder, Vectors, contents
 from rexrag.retrieval.encoder_settings import EncoderOverrides
-from rexrag.retrieval.faiss_files import FaissIndex, open_faiss
+from rexrag.retrieval.faiss_files import FaissIndex, open_faiss, unwrapped
+from rexrag.retrieval.ivf import MOST_CANDIDATES
 from rexrag.retrieval.manifest import (
     DenseEntry,
     Manifest,
@@ -63,7 +64,7 @@ def adopt(
     path, source, target, settings = Path(file), Path(corpus), Path(out), settings or DenseSettings()
     if not source.exists():
         raise DataError(f"{source}: no such file; give a corpus, jsonl or parquet")
-    index = _unwrapped(open_faiss(path), path)
+    index = unwrapped(open_faiss(path), path)
     loaded = Encoder.load(encoder, overrides=overrides, device=settings.device)
     with new_index_folder(target) as folder:
         passages, described, num_empty = take_passages(source, folder, out=target, progress=progress)
@@ -96,21 +97,6 @@ def adopt(
             )
         write_manifest(folder, manifest)
     return manifest
-
-
-def _unwrapped(index: FaissIndex, path: Path) -> FaissIndex:
-    """The index inside one that only gives ids, if these are the rows in their order."""
-    if not isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
-        return index
-    ids = faiss.vector_to_array(index.id_map)
-    if not np.array_equal(ids, np.arange(len(ids))):
-        raise RetrievalIndexError(
-            f"{path}: its vectors have ids of their own ({ids[:3].tolist()} …), and the rows of the corpus in their "
-            "order are needed; write it anew without IndexIDMap"
-        )
-    inner: FaissIndex = faiss.downcast_index(index.index)
-    inner.referenced_objects = [index]  # which owns it, and so has to live as long
-    return inner
 
 
 def _check_shape(index: FaissIndex, path: Path, *, passages: Corpus, encoder: Encoder, num_empty: int) -> None:
@@ -184,7 +170,8 @@ def _check_order(index: FaissIndex, path: Path, *, passages: Corpus, encoder: En
 def _best_rows(index: FaissIndex, vectors: Vectors) -> Rows:
     searcher = Searcher(index)
     if searcher.num_lists is not None:
-        searcher.set_effort(Effort(probes=searcher.num_lists))
+        candidates = MOST_CANDIDATES if searcher.has_candidates else None
+        searcher.set_effort(Effort(probes=searcher.num_lists, candidates=candidates))
     _, rows = searcher.search(vectors, 1)
     return rows[:, 0]
 

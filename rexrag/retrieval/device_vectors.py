@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -31,13 +32,17 @@ class DeviceVectors:
             blocks: all vectors in order, float32[≤ any, D] each.
 
         Raises:
-            RuntimeError: the device has not enough memory.
+            RuntimeError: the device has not enough memory, or a value is beyond what fp16 holds.
         """
         self.count = count
+        first = next(blocks)  # an index that does not give its vectors back says so before memory is taken
         self._vectors = torch.empty(count, dimension, dtype=torch.float16, device=device)
         start = 0
-        for block in blocks:
-            self._vectors[start : start + len(block)] = torch.from_numpy(block).to(device)
+        for block in chain([first], blocks):
+            halves = torch.from_numpy(block).to(device).half()
+            if not bool(halves.isfinite().all()):
+                raise RuntimeError("a vector has a value beyond 65504, the largest of fp16")
+            self._vectors[start : start + len(block)] = halves
             start += len(block)
         assert start == count, f"{start} of {count} vectors came"
 
@@ -52,7 +57,9 @@ class DeviceVectors:
             scores float32[N, K] and rows int64[N, K].
         """
         precise = torch.from_numpy(np.ascontiguousarray(queries)).to(self._vectors.device)
-        rows = self._candidates(precise.half(), min(self.count, top_k + _SPARE))
+        # Of length 1 they rank the same, and no product exceeds what fp16 holds.
+        directions = torch.nn.functional.normalize(precise, dim=1).half()
+        rows = self._candidates(directions, min(self.count, top_k + _SPARE))
         scores = torch.einsum("nd,nkd->nk", precise, self._vectors[rows].float())
         best = scores.topk(min(self.count, top_k), dim=1)
         return best.values.cpu().numpy(), rows.gather(1, best.indices).cpu().numpy()

@@ -52,6 +52,25 @@ def open_faiss(path: Path) -> FaissIndex:
     return index
 
 
+def unwrapped(index: FaissIndex, path: Path) -> FaissIndex:
+    """The index inside one that only gives ids, if these are the rows in their order.
+
+    Raises:
+        RetrievalIndexError: they are others.
+    """
+    if not isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
+        return index
+    ids = faiss.vector_to_array(index.id_map)
+    if not np.array_equal(ids, np.arange(len(ids))):
+        raise RetrievalIndexError(
+            f"{path}: its vectors have ids of their own ({ids[:3].tolist()} …), and the rows of the corpus in their "
+            "order are needed; write it anew without IndexIDMap"
+        )
+    inner: FaissIndex = faiss.downcast_index(index.index)
+    inner.referenced_objects = [index]  # which owns it, and so has to live as long
+    return inner
+
+
 def open_lists(path: Path, vectors: FaissIndex) -> FaissIndex:
     """Lists of 4-bit codes, and the vectors that put their candidates in order, as one index.
 
@@ -76,9 +95,13 @@ def open_lists(path: Path, vectors: FaissIndex) -> FaissIndex:
 
 def _has_all_rows(index: FaissIndex) -> bool:
     """Whether an index with lists has as many vectors as it says, with their rows as ids."""
-    ids = [get_invlist(index.invlists, i)[0] for i in range(index.nlist)]  # type: ignore[no-untyped-call]
-    rows = np.concatenate(ids)
-    return len(rows) == index.ntotal and (not len(rows) or 0 <= rows.min() <= rows.max() < index.ntotal)
+    count = 0
+    for i in range(index.nlist):
+        rows, _ = get_invlist(index.invlists, i)  # type: ignore[no-untyped-call]
+        if len(rows) and not 0 <= rows.min() <= rows.max() < index.ntotal:
+            return False
+        count += len(rows)
+    return count == index.ntotal
 
 
 def _reason(error: BaseException) -> str:

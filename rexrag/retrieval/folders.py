@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from rexrag.retrieval.bm25 import BM25Index
 from rexrag.retrieval.manifest import read_manifest
 from rexrag.retrieval.packages import require_faiss
 from rexrag.retrieval.protocol import BatchIndex
+
+LOG = logging.getLogger(__name__)
 
 
 def open_index(
@@ -27,6 +30,8 @@ def open_index(
         ModelError: its encoder is missing or cannot be loaded.
     """
     if read_manifest(folder).kind == "bm25":
+        if gpu_share:
+            LOG.warning("%s: a bm25 index uses no GPU; leave out --gpu, or set retriever.num_gpus = 0", folder)
         return BM25Index(folder)
     require_faiss()
     from rexrag.retrieval.dense import DenseIndex

@@ -23,6 +23,8 @@ SCAN_FROM: Final = 8
 _BLOCK_BYTES: Final = 1 << 21
 """Decoded vectors at a time: what stays in a core's cache between decoding and multiplying."""
 _MOVED_ROWS: Final = 1 << 16
+_LEAST_FACTOR: Final = 4.0
+"""Candidates for each result, where so many are asked for that the measured number would be too few."""
 _TIES: Final = 13
 """Further results that are fetched, so that equal scores at the end of the list are put into one order."""
 
@@ -121,7 +123,7 @@ class Searcher:
             scores, rows = self._scan(queries, fetched, self._decode)
         else:
             if self._candidates is not None:
-                self.index.k_factor = max(1.0, self._candidates / fetched)
+                self.index.k_factor = max(_LEAST_FACTOR, self._candidates / fetched)
             scores, rows = self.index.search(np.ascontiguousarray(queries), fetched)
             self._fill_up(queries, scores, rows, min(top_k, self.count))
         if self.is_l2:

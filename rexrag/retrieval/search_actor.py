@@ -1,6 +1,6 @@
 """Ray shell of a search service: one index in a process of its own, and how actors of the run reach it.
 
-Index and passages are mapped from their files, so that the actors of a node share one copy in its memory.
+Vectors and passages are mapped from their files: the actors of a node share one copy in its memory.
 """
 
 from __future__ import annotations

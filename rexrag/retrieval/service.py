@@ -255,8 +255,8 @@ class SearchService(Generic[PreparedT]):
             await self._changed.wait()
         if self._num_batches:
             return
-        until = max(self._waiting[0].since, self._last_found_at)
-        until += max(self._settings.max_wait_s, _WAIT_SHARE * self._batch_s)
+        least_s = self._settings.max_wait_s
+        until = max(self._waiting[0].since + least_s, self._last_found_at + max(least_s, _WAIT_SHARE * self._batch_s))
         while len(self._waiting) < self._wanted and not self._is_closing and (left_s := until - time.monotonic()) > 0:
             self._changed.clear()
             try:
@@ -327,7 +327,8 @@ class SearchService(Generic[PreparedT]):
                     self._fail(part, error)
                 else:
                     self._answer(part, found)
-            self._note_speed(len(batch), began=began)
+            self._counters.find_s += time.monotonic() - began
+            self._note_speed(len(batch), began=began_at)
             self._end_batch(batch, began=began_at)
 
     def _answer(self, entries: Sequence[_Entry], found: Sequence[Passages]) -> None:
@@ -348,7 +349,6 @@ class SearchService(Generic[PreparedT]):
 
     def _note_speed(self, size: int, *, began: float) -> None:
         now = time.monotonic()
-        self._counters.find_s += now - began
         # Under load batches follow one another: from the end of one to the end of the next is what a batch takes.
         seconds = now - max(self._last_found_at, began - self._settings.max_wait_s)
         self._seconds_per_query += _SMOOTHING * (seconds / size - self._seconds_per_query)

@@ -156,6 +156,21 @@ def test_ids_that_are_the_rows_are_none(world: World, tmp_path: Path) -> None:
         world.adopt(tmp_path / "v", tmp_path / "k")
 
 
+def test_lists_with_refinement_behind_such_ids_are_searched_as_they_were_measured(world: World, tmp_path: Path) -> None:
+    coarse = faiss.index_factory(32, "IVF8,PQ8x4fs", faiss.METRIC_INNER_PRODUCT)
+    refined = faiss.IndexRefineFlat(coarse)
+    refined.train(world.vectors)
+    plain = faiss.IndexIDMap(refined)
+    plain.add_with_ids(world.vectors, np.arange(600))
+    faiss.write_index(plain, str(tmp_path / "v"))
+    dense = world.adopt(tmp_path / "v", tmp_path / "i").dense
+    assert dense is not None
+    assert dense.candidates is not None
+    assert world.recall(tmp_path / "i") >= 0.9
+    index = DenseIndex(tmp_path / "i")
+    assert {len(found) for found in index.find(index.prepare(QUERIES), top_k=600)} == {600}
+
+
 def test_passages_with_the_same_text_stand_for_one_another(world: World, tmp_path: Path) -> None:
     rows = [{"id": str(i), "contents": f'"Land{i % 3}"\nThe capital.'} for i in range(60)]
     corpus = write_rows(tmp_path / "c.jsonl", rows)

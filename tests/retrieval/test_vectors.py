@@ -211,6 +211,44 @@ def test_lists_follow_the_size_and_what_can_be_trained() -> None:
     assert num_lists(21_000_000, trained=390_000) == 10_000
 
 
+@pytest.mark.parametrize("length", [1.0, 500.0])
+def test_vectors_on_a_device_are_ranked_by_what_fp16_holds_of_them_whatever_their_length(length: float) -> None:
+    vectors, queries = length * some_vectors(3000, 24), length * some_vectors(9, 24, seed=1)
+    moved = Searcher(flat(vectors))
+    moved.move_to("cpu")
+    scores, rows = moved.search(queries, 5)
+    exact = queries @ vectors.astype(np.float16).astype(np.float32).T
+    best = np.sort(exact, axis=1)[:, ::-1][:, :5]
+    assert scores == pytest.approx(best, rel=1e-4)
+    assert np.take_along_axis(exact, rows, 1) == pytest.approx(best, rel=1e-4)
+
+
+def test_what_fp16_does_not_hold_is_not_moved() -> None:
+    searcher = Searcher(flat(np.full((3, 8), 7e4, dtype=np.float32)))
+    with pytest.raises(RuntimeError, match="beyond 65504"):
+        searcher.move_to("cpu")
+    assert searcher.search(np.ones((1, 8), dtype=np.float32), 1)[0].item() == pytest.approx(8 * 7e4)
+
+
+def test_many_results_are_put_in_order_by_more_candidates(tmp_path: Path) -> None:
+    vectors = some_vectors(5000, 24)
+    source = flat(vectors)
+    write_ivf(tmp_path / "v", FaissVectors(source), memory_bytes=1 << 30, use_gpu=False, progress=lambda done: None)
+    searcher = Searcher(open_lists(tmp_path / "v", source))
+    searcher.set_effort(Effort(probes=searcher.num_lists or 0, candidates=32))
+    queries = some_vectors(50, 24, seed=1)
+    _, best = source.search(queries, 100)
+    _, rows = searcher.search(queries, 100)
+    codes = open_faiss(tmp_path / "v")
+    codes.nprobe = codes.nlist
+    _, coarse = codes.search(queries, 100)
+    found, without = (
+        np.mean([len({*a} & {*b}) / 100 for a, b in zip(some.tolist(), best.tolist(), strict=True)])
+        for some in (rows, coarse)
+    )
+    assert found > 0.75 > without + 0.1, (found, without)
+
+
 def test_codes_divide_the_dimensions() -> None:
     assert [num_codes(dimension) for dimension in (1, 3, 32, 384, 768, 1024, 25, 31)] == [1, 1, 8, 96, 192, 256, 25, 31]
 
