@@ -101,7 +101,7 @@ def _has_all_rows(index: FaissIndex) -> bool:
         if len(rows) and not 0 <= rows.min() <= rows.max() < index.ntotal:
             return False
         count += len(rows)
-    return count == index.ntotal
+    return count == int(index.ntotal)
 
 
 def _reason(error: BaseException) -> str:
