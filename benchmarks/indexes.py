@@ -20,7 +20,7 @@ import faiss
 import numpy as np
 from machine import origin
 
-from rexrag.retrieval.dense import LISTS_NAME, VECTORS_NAME, open_index
+from rexrag.retrieval.dense import LISTS_NAME, VECTORS_NAME, open_vectors
 from rexrag.retrieval.encoder import Vectors
 from rexrag.retrieval.faiss_files import FaissIndex, Precision, empty_flat, write_flat
 from rexrag.retrieval.ivf import choose_effort, write_ivf
@@ -125,7 +125,7 @@ def main() -> None:
     rows = []
     for kind in KINDS:
         size = sum(file.stat().st_size for file in (work / kind).iterdir())
-        rows.append(measure(kind, open_index(work / kind), exact, num_bytes=size, threads=arguments.threads))
+        rows.append(measure(kind, open_vectors(work / kind), exact, num_bytes=size, threads=arguments.threads))
     size = arguments.passages * (arguments.dimension + 8)
     rows.append(measure("ivf-sq8", peer, exact, num_bytes=size, threads=arguments.threads))
     ratios = {f"qps_{size}": round(rows[-2][f"qps_{size}"] / rows[-1][f"qps_{size}"], 2) for size in BATCHES}

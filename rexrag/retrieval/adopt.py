@@ -18,7 +18,7 @@ from rexrag.errors import DataError, RetrievalIndexError, counted
 from rexrag.retrieval.dense_build import SILENT, DenseSettings, Progress, describe_dense, take_passages, write_index
 from rexrag.retrieval.encoder import Encoder, Vectors, contents
 from rexrag.retrieval.encoder_settings import EncoderOverrides
-from rexrag.retrieval.faiss_files import FaissIndex, open_faiss, unwrapped
+from rexrag.retrieval.faiss_files import FaissIndex, open_foreign
 from rexrag.retrieval.ivf import MOST_CANDIDATES
 from rexrag.retrieval.manifest import (
     DenseEntry,
@@ -29,8 +29,8 @@ from rexrag.retrieval.manifest import (
     write_manifest,
 )
 from rexrag.retrieval.recall import ExactResults, encode_sample
-from rexrag.retrieval.search import Effort, Rows, Searcher
-from rexrag.retrieval.vectors import FaissVectors
+from rexrag.retrieval.search import Effort, Searcher
+from rexrag.retrieval.vectors import FaissVectors, Rows
 
 _SAMPLE: Final = 64
 _LEAST_FOUND: Final = 0.95
@@ -64,7 +64,7 @@ def adopt(
     path, source, target, settings = Path(file), Path(corpus), Path(out), settings or DenseSettings()
     if not source.exists():
         raise DataError(f"{source}: no such file; give a corpus, jsonl or parquet")
-    index = unwrapped(open_faiss(path), path)
+    index = open_foreign(path)
     loaded = Encoder.load(encoder, overrides=overrides, device=settings.device)
     with new_index_folder(target) as folder:
         passages, described, num_empty = take_passages(source, folder, out=target, progress=progress)
@@ -116,8 +116,6 @@ def _check_shape(index: FaissIndex, path: Path, *, passages: Corpus, encoder: En
 def _vectors_of(index: FaissIndex) -> FaissVectors | None:
     """The vectors of an index, where it gives them back."""
     try:
-        if (lists := faiss.try_extract_index_ivf(index)) is not None:
-            lists.make_direct_map()
         vectors = FaissVectors(index)
         vectors.take([0])
     except RuntimeError:  # FAISS's own for what a kind of index cannot do

@@ -19,7 +19,7 @@ import torch
 from rexrag.errors import RetrievalIndexError, counted, first_line
 from rexrag.retrieval.device_vectors import bytes_on_device, room_on_gpu
 from rexrag.retrieval.encoder import Device, Encoder, Vectors
-from rexrag.retrieval.faiss_files import FaissIndex, open_faiss, open_lists, unwrapped
+from rexrag.retrieval.faiss_files import FaissIndex, open_faiss, open_foreign, open_lists
 from rexrag.retrieval.manifest import DenseEntry, Manifest, check_sizes, locate_file, read_manifest
 from rexrag.retrieval.search import Effort, Searcher
 from rexrag.retrieval.stored_passages import open_passages
@@ -143,7 +143,7 @@ def open_searcher(folder: Path, manifest: Manifest, *, num_threads: int | None =
     """
     dense = manifest.dense
     assert dense is not None, "a dense index has its entry"
-    index = open_index(folder) if dense.file is None else _open_foreign(locate_file(folder, dense.file))
+    index = open_vectors(folder) if dense.file is None else open_foreign(locate_file(folder, dense.file))
     if index.d != dense.encoder.dimension:
         raise RetrievalIndexError(
             f"{folder}: its vectors have {counted(index.d, 'dimension')}, those of its encoder "
@@ -153,11 +153,7 @@ def open_searcher(folder: Path, manifest: Manifest, *, num_threads: int | None =
     return Searcher(index, effort=effort, num_threads=num_threads)
 
 
-def _open_foreign(path: Path) -> FaissIndex:
-    return unwrapped(open_faiss(path), path)
-
-
-def open_index(folder: Path) -> FaissIndex:
+def open_vectors(folder: Path) -> FaissIndex:
     """The FAISS index of an index folder: its vectors, and where it has lists those in front of them.
 
     Raises:

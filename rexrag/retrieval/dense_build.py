@@ -15,7 +15,7 @@ import numpy as np
 from rexrag.data.corpus import Corpus
 from rexrag.data.formats import format_of
 from rexrag.errors import ConfigError, DataError
-from rexrag.retrieval.dense import LISTS_NAME, VECTORS_NAME, open_index
+from rexrag.retrieval.dense import LISTS_NAME, VECTORS_NAME, open_vectors
 from rexrag.retrieval.encoder import Device, Encoder, Vectors
 from rexrag.retrieval.encoder_settings import EncoderOverrides
 from rexrag.retrieval.faiss_files import Precision, empty_flat, write_flat
@@ -179,7 +179,7 @@ def write_index(
         )
     progress.stage("measuring recall")
     exact = ExactResults(source, encode_sample(corpus, encoder, questions=settings.questions), block_rows=rows)
-    searcher = Searcher(open_index(folder))
+    searcher = Searcher(open_vectors(folder))
     return describe_dense(searcher, exact, encoder=encoder, precision=settings.precision)
 
 

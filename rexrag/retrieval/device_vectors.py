@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import chain
 from typing import Final
 
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor
 
 from rexrag.retrieval.encoder import Device, Vectors
+from rexrag.retrieval.vectors import Rows, VectorSource
 
+_MOVED_ROWS: Final = 1 << 16
 _BLOCK_ROWS: Final = 1 << 20
 """Vectors that are multiplied at a time: their scores for a batch of queries are memory, too."""
 _SPARE: Final = 32
@@ -26,17 +27,16 @@ class DeviceVectors:
     Scores are computed in fp16 for all of them, then again in float32 for the best.
     """
 
-    def __init__(self, blocks: Iterator[Vectors], *, count: int, dimension: int, device: Device) -> None:
+    def __init__(self, source: VectorSource, *, device: Device) -> None:
         """
-        Args:
-            blocks: all vectors in order, float32[≤ any, D] each.
-
         Raises:
-            RuntimeError: the device has not enough memory, or a value is beyond what fp16 holds.
+            RuntimeError: the device has not enough memory, a value is beyond what fp16 holds, or the source does not
+                give its vectors.
         """
-        self.count = count
-        first = next(blocks)  # an index that does not give its vectors back says so before memory is taken
-        self._vectors = torch.empty(count, dimension, dtype=torch.float16, device=device)
+        self.count = source.count
+        blocks = source.blocks(_MOVED_ROWS)
+        first = next(blocks)  # a source that does not give its vectors says so before memory is taken
+        self._vectors = torch.empty(source.count, source.dimension, dtype=torch.float16, device=device)
         start = 0
         for block in chain([first], blocks):
             halves = torch.from_numpy(block).to(device).half()
@@ -44,10 +44,10 @@ class DeviceVectors:
                 raise RuntimeError("a vector has a value beyond 65504, the largest of fp16")
             self._vectors[start : start + len(block)] = halves
             start += len(block)
-        assert start == count, f"{start} of {count} vectors came"
+        assert start == self.count, f"{start} of {self.count} vectors came"
 
     @torch.inference_mode()
-    def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, np.ndarray[tuple[int, int], np.dtype[np.int64]]]:
+    def search(self, queries: Vectors, top_k: int) -> tuple[Vectors, Rows]:
         """The best rows for each query by inner product, best first, at most `top_k`.
 
         Args:

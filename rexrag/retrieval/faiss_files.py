@@ -52,12 +52,13 @@ def open_faiss(path: Path) -> FaissIndex:
     return index
 
 
-def unwrapped(index: FaissIndex, path: Path) -> FaissIndex:
-    """The index inside one that only gives ids, if these are the rows in their order.
+def open_foreign(path: Path) -> FaissIndex:
+    """Open an index file made elsewhere: of one that only gives ids the index inside, if they are the rows in order.
 
     Raises:
-        RetrievalIndexError: they are others.
+        RetrievalIndexError: as `open_faiss`, or they are others.
     """
+    index = open_faiss(path)
     if not isinstance(index, faiss.IndexIDMap | faiss.IndexIDMap2):
         return index
     ids = faiss.vector_to_array(index.id_map)

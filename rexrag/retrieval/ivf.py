@@ -133,11 +133,18 @@ def choose_effort(searcher: Searcher, exact: ExactResults) -> Effort:
     while effort.probes < lists and recall(effort) < wanted:
         probes = min(lists, max(effort.probes + 1, round(1.25 * effort.probes)))
         effort = Effort(probes=probes, candidates=most)
+    if effort.candidates is not None:
+        effort = _with_fewer_candidates(effort, recall)
+    searcher.set_effort(effort)
+    return effort
+
+
+def _with_fewer_candidates(effort: Effort, recall: Callable[[Effort], float]) -> Effort:
+    """The same lists, and the fewest candidates that find nearly as much."""
     enough = recall(effort) - _NEARLY_ALL
     while effort.candidates is not None and effort.candidates > _LEAST_CANDIDATES:
         less = replace(effort, candidates=max(_LEAST_CANDIDATES, round(effort.candidates / 1.25)))
         if recall(less) < enough:
             break
         effort = less
-    searcher.set_effort(effort)
     return effort

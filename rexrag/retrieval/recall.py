@@ -13,8 +13,8 @@ from faiss.contrib.exhaustive_search import knn_ground_truth
 from rexrag.data.corpus import Corpus
 from rexrag.retrieval.encoder import Encoder, Vectors
 from rexrag.retrieval.manifest import RecallEntry
-from rexrag.retrieval.search import Rows, Searcher
-from rexrag.retrieval.vectors import VectorSource
+from rexrag.retrieval.search import Searcher
+from rexrag.retrieval.vectors import Rows, VectorSource
 
 SAMPLE_QUERIES: Final = 512
 DEPTH: Final = 10

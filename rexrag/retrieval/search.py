@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 import faiss
 import numpy as np
-import numpy.typing as npt
-import torch
 
 from rexrag.retrieval.device_vectors import DeviceVectors
 from rexrag.retrieval.encoder import Device, Vectors
 from rexrag.retrieval.faiss_files import FaissIndex
-
-Rows = npt.NDArray[np.int64]
-_Decode: TypeAlias = Callable[[int, Vectors], object]
+from rexrag.retrieval.vectors import Decode, FaissVectors, Rows, decoder_of
 
 SCAN_FROM: Final = 8
 """Queries of a batch from which decoding the vectors once for all of them is faster than once for each."""
 _BLOCK_BYTES: Final = 1 << 21
 """Decoded vectors at a time: what stays in a core's cache between decoding and multiplying."""
-_MOVED_ROWS: Final = 1 << 16
 _LEAST_FACTOR: Final = 4.0
 """Candidates for each result, where so many are asked for that the measured number would be too few."""
 _TIES: Final = 13
@@ -56,7 +50,7 @@ class Searcher:
         self.dimension = int(index.d)
         self._num_threads = num_threads
         self.is_l2 = index.metric_type == faiss.METRIC_L2
-        self._decode = _decoder(index) if isinstance(index, faiss.IndexScalarQuantizer) else None
+        self._decode = decoder_of(index)
         # As FAISS comes (128,000 for queries times dimensions), batches of up to hundreds of queries go the slow way.
         faiss.cvar.distance_compute_blas_threshold = 3 * index.d
         self._candidates: int | None = None
@@ -67,7 +61,7 @@ class Searcher:
     @property
     def num_lists(self) -> int | None:
         """None for an index without lists."""
-        lists = _lists_of(self.index)
+        lists = faiss.try_extract_index_ivf(self.index)
         return None if lists is None else int(lists.nlist)
 
     @property
@@ -81,25 +75,11 @@ class Searcher:
         Raises:
             RuntimeError: the index does not give its vectors back, or the device has no room for them.
         """
-        self._on_device = DeviceVectors(self._blocks(), count=self.count, dimension=self.dimension, device=device)
-
-    def _blocks(self) -> Iterator[Vectors]:
-        """All vectors in order, decoded."""
-        vectors = self.index.refine_index if self.has_candidates else self.index
-        if (lists := faiss.try_extract_index_ivf(vectors)) is not None:
-            lists.make_direct_map()
-        decode = _decoder(vectors) if isinstance(vectors, faiss.IndexScalarQuantizer) else None
-        for start in range(0, self.count, _MOVED_ROWS):
-            block = np.empty((min(_MOVED_ROWS, self.count - start), vectors.d), dtype=np.float32)
-            if decode is None:
-                vectors.reconstruct_batch(np.arange(start, start + len(block)), block)
-            else:
-                decode(start, block)
-            yield block
+        self._on_device = DeviceVectors(FaissVectors(self.index), device=device)
 
     def set_effort(self, effort: Effort) -> None:
         """Look at so much from now on; the index must have lists."""
-        lists = _lists_of(self.index)
+        lists = faiss.try_extract_index_ivf(self.index)
         assert lists is not None, "an index with lists"
         lists.nprobe = effort.probes
         self._candidates = effort.candidates
@@ -141,7 +121,7 @@ class Searcher:
             everywhere = faiss.SearchParametersIVF(nprobe=self.num_lists)  # type: ignore[call-arg]  # SWIG's
             scores[short], rows[short] = self.index.search(queries[short], rows.shape[1], params=everywhere)
 
-    def _scan(self, queries: Vectors, top_k: int, decode: _Decode) -> tuple[Vectors, Rows]:
+    def _scan(self, queries: Vectors, top_k: int, decode: Decode) -> tuple[Vectors, Rows]:
         metric = self.index.metric_type
         best = faiss.ResultHeap(len(queries), top_k, keep_max=not self.is_l2)
         block = max(1, _BLOCK_BYTES // (4 * self.index.d))
@@ -153,21 +133,6 @@ class Searcher:
             best.add_result(scores, rows + start)
         best.finalize()
         return best.D, best.I
-
-
-def _lists_of(index: FaissIndex) -> FaissIndex | None:
-    base = faiss.downcast_index(index.base_index) if isinstance(index, faiss.IndexRefine) else index
-    return faiss.try_extract_index_ivf(base)
-
-
-def _decoder(index: FaissIndex) -> _Decode:
-    """What writes the vectors of an index from a row on into an array."""
-    if index.sq.qtype != faiss.ScalarQuantizer.QT_fp16:
-        return lambda start, out: index.reconstruct_n(start, len(out), out)
-    # FAISS and numpy decode halves one by one, in six times the time.
-    codes = faiss.rev_swig_ptr(index.codes.data(), index.codes.size()).view(np.float16)
-    halves = torch.from_numpy(codes.reshape(index.ntotal, index.d))
-    return lambda start, out: torch.from_numpy(out).copy_(halves[start : start + len(out)])
 
 
 def _ordered(scores: Vectors, rows: Rows, top_k: int) -> tuple[Vectors, Rows]:

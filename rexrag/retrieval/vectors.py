@@ -6,11 +6,12 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, TypeAlias
 
 import faiss
 import numpy as np
 import numpy.typing as npt
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rexrag.data.corpus import Corpus
@@ -21,6 +22,7 @@ from rexrag.retrieval.encoder_settings import EncoderSettings
 from rexrag.retrieval.faiss_files import FaissIndex
 
 Rows = npt.NDArray[np.int64]
+Decode: TypeAlias = Callable[[int, Vectors], object]
 
 _CHUNK: Final = 1024
 """Passages that are encoded, and kept, at a time: what a kill loses at most."""
@@ -43,25 +45,50 @@ class VectorSource(Protocol):
 
 
 class FaissVectors:
-    """The vectors of a FAISS index, decoded; one with lists needs its direct map."""
+    """The vectors of a FAISS index, decoded; of one that refines, those by which it does.
+
+    Raises:
+        RuntimeError: here or later: the index does not give its vectors back.
+    """
 
     def __init__(self, index: FaissIndex) -> None:
-        self._index = index
+        self._owner = index
+        self._index = faiss.downcast_index(index.refine_index) if isinstance(index, faiss.IndexRefine) else index
         self.count = int(index.ntotal)
         self.dimension = int(index.d)
-        self._has_lists = faiss.try_extract_index_ivf(index) is not None
+        self._decode = decoder_of(self._index)
+        lists = faiss.try_extract_index_ivf(self._index)
+        self._has_lists = lists is not None
+        if lists is not None:
+            lists.make_direct_map()
 
     def blocks(self, size: int) -> Iterator[Vectors]:
         for start in range(0, self.count, size):
             rows = min(size, self.count - start)
-            # An index with lists would go through all of its ids for each block.
-            yield (
-                self.take(np.arange(start, start + rows)) if self._has_lists else self._index.reconstruct_n(start, rows)
-            )
+            if self._has_lists:  # else it would go through all of its ids for each block
+                yield self.take(np.arange(start, start + rows))
+            elif self._decode is not None:
+                block = np.empty((rows, self.dimension), dtype=np.float32)
+                self._decode(start, block)
+                yield block
+            else:
+                yield self._index.reconstruct_n(start, rows)
 
     def take(self, rows: Sequence[int] | Rows) -> Vectors:
         vectors: Vectors = self._index.reconstruct_batch(np.asarray(rows, dtype=np.int64))
         return vectors
+
+
+def decoder_of(index: FaissIndex) -> Decode | None:
+    """What writes the vectors of an index from a row on into an array; None: its vectors are not coded one by one."""
+    if not isinstance(index, faiss.IndexScalarQuantizer):
+        return None
+    if index.sq.qtype != faiss.ScalarQuantizer.QT_fp16:
+        return lambda start, out: index.reconstruct_n(start, len(out), out)
+    # FAISS and numpy decode halves one by one, in six times the time.
+    codes = faiss.rev_swig_ptr(index.codes.data(), index.codes.size()).view(np.float16)
+    halves = torch.from_numpy(codes.reshape(index.ntotal, index.d))
+    return lambda start, out: torch.from_numpy(out).copy_(halves[start : start + len(out)])
 
 
 class VectorOrigin(BaseModel):
