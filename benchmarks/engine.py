@@ -271,14 +271,25 @@ def fastest_peer_dtype(
     return min(dtypes, key=lambda dtype: seconds[dtype]), seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def settings_of(dtype: Dtype, *, rows: int, max_length: int, threads: int) -> EngineSettings:
+    return EngineSettings(
+        max_sequences=rows, max_length=max_length, dtype=dtype, inflight="keep", num_threads=threads, device="cpu"
+    )
+
+
+def read_arguments(description: str | None, *, out: str) -> argparse.Namespace:
+    """What the benchmarks of engines are told; `out` names the file of figures."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-engine"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / out)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments(__doc__, out="engine.json")
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     prepared = prepare(args.work, model=args.model, num_episodes=args.episodes)
@@ -322,13 +333,11 @@ async def _run_own(prepared: Prepared, *, codec: Codec, num_threads: int) -> Run
     dtype = fastest_dtype()
     engine = TorchEngine(
         load_model(prepared.model, dtype="float32"),
-        settings=EngineSettings(
-            max_sequences=len(prepared.questions),
+        settings=settings_of(
+            dtype,
+            rows=len(prepared.questions),
             max_length=SETTINGS.max_trajectory_tokens,
-            dtype=dtype,
-            inflight="keep",
-            num_threads=num_threads,
-            device="cpu",
+            threads=num_threads,
         ),
         codec=codec,
         version=VERSION,

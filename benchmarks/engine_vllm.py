@@ -14,25 +14,20 @@ KL(engine ‖ learner).
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import os
 import random
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from engine import SETTINGS, VERSION, Prepared, prepare, run_episodes
+from engine import SETTINGS, VERSION, Dtype, Prepared, prepare, read_arguments, run_episodes, settings_of
 from machine import origin
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from rexrag.engine.protocol import Engine, EngineStats, GenerateRequest, Generation
+from rexrag.engine.protocol import Engine, GenerateRequest, Generation
 from rexrag.engine.settings import EngineSettings
 from rexrag.engine.torch_engine import TorchEngine
 from rexrag.engine.vllm_engine import VllmEngine
@@ -40,7 +35,6 @@ from rexrag.engine.vllm_environment import prepare as prepare_environment
 from rexrag.engine.vllm_settings import Place, core_settings
 from rexrag.env.codec import Codec
 from rexrag.model.loading import load_config, load_model, load_tokenizer
-from rexrag.types import WeightVersion
 
 SIZES: Final[dict[str, dict[str, Any]]] = {
     "0.4M": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 192},
@@ -53,7 +47,7 @@ NUM_ROWS: Final = 64
 PROMPT_TOKENS: Final = 192
 NEW_TOKENS: Final = 64
 GOAL_OF_BARE: Final = 0.9
-DTYPES: Final = ("float32", "bfloat16")
+DTYPES: Final[tuple[Dtype, ...]] = ("float32", "bfloat16")
 KINDS: Final = ("torch", "vllm")
 
 
@@ -66,49 +60,17 @@ class NoText:
         return "x" * len(ids)
 
 
-@dataclass(kw_only=True)
-class Recorder:
-    """An engine that remembers what each episode asked of it, turn by turn."""
+class RecordingEngine(VllmEngine):
+    """Remembers what each episode asked of it, turn by turn, and how many tokens it got."""
 
-    engine: Engine
-    turns: dict[Any, list[tuple[GenerateRequest, int]]] = field(default_factory=dict)
-
-    @property
-    def version(self) -> WeightVersion:
-        return self.engine.version
+    def __init__(self, folder: Path, *, settings: EngineSettings, codec: Codec) -> None:
+        super().__init__(folder, settings=settings, place=Place(), codec=codec, version=VERSION)
+        self.turns: dict[Any, list[tuple[GenerateRequest, int]]] = {}
 
     async def generate(self, request: GenerateRequest) -> Generation:
-        generation = await self.engine.generate(request)
+        generation = await super().generate(request)
         self.turns.setdefault(asyncio.current_task(), []).append((request, len(generation.token_ids)))
         return generation
-
-    async def update_weights(
-        self, version: WeightVersion, weights: Mapping[str, npt.NDArray[np.generic]] | None
-    ) -> float:
-        return await self.engine.update_weights(version, weights)
-
-    async def bit_sum(self) -> int | None:
-        return await self.engine.bit_sum()
-
-    def release(self, cache_salt: str) -> None:
-        self.engine.release(cache_salt)
-
-    def stats(self) -> EngineStats:
-        return self.engine.stats()
-
-    async def close(self) -> None:
-        await self.engine.close()
-
-
-def settings_of(dtype: str, *, rows: int, max_length: int, threads: int) -> EngineSettings:
-    return EngineSettings(
-        max_sequences=rows,
-        max_length=max_length,
-        dtype=dtype,  # type: ignore[arg-type]
-        inflight="keep",
-        num_threads=threads,
-        device="cpu",
-    )
 
 
 def make_engine(kind: str, folder: Path, *, settings: EngineSettings, codec: Any) -> Engine:  # noqa: ANN401
@@ -123,9 +85,9 @@ def actor_against_bare(prepared: Prepared, *, threads: int) -> dict[str, object]
         "float32", rows=len(prepared.questions), max_length=SETTINGS.max_trajectory_tokens, threads=threads
     )
     codec = Codec(load_tokenizer(prepared.model))
-    recorder = Recorder(engine=make_engine("vllm", prepared.model, settings=settings, codec=codec))
-    run = asyncio.run(run_episodes(recorder, prepared=prepared, codec=codec, dtype="float32"))
-    bare_s, tokens = bare_loop(prepared.model, list(recorder.turns.values()), settings=settings)
+    engine = RecordingEngine(prepared.model, settings=settings, codec=codec)
+    run = asyncio.run(run_episodes(engine, prepared=prepared, codec=codec, dtype="float32"))
+    bare_s, tokens = bare_loop(prepared.model, list(engine.turns.values()), settings=settings)
     assert tokens == run.stats.sampled_tokens, f"{tokens} tokens for {run.stats.sampled_tokens}"
     share = bare_s / run.seconds
     return {
@@ -289,13 +251,7 @@ def against(judge: Any, prompts: Sequence[Sequence[int]], sampled: Sequence[Gene
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--episodes", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--work", type=Path, default=Path("runs/benchmark-engine"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine_vllm.json")
-    arguments = parser.parse_args()
+    arguments = read_arguments(__doc__, out="engine_vllm.json")
     head = {**origin(), "threads": arguments.threads}
     prepare_environment("cpu")
     torch.set_num_threads(arguments.threads)
