@@ -27,6 +27,7 @@ from ray._private import internal_api
 
 from rexrag.config import Config
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, start_export, start_learner
+from rexrag.model.weight_proof import canary_of
 from rexrag.preparation.tiny_model import make_tiny_model
 from rexrag.processes import Share
 from rexrag.recipe import flatten, make_config
@@ -44,7 +45,7 @@ MODELS: Final = {
 }
 """Shapes by their size in float32."""
 TEXTS: Final = ("Who is it? It is a.",)
-CANARY: Final = (tuple(i % 6 for i in range(256)), *((1, 2, 3, 4, 5) * 3,) * 3)
+CANARY: Final = canary_of([[i % 6 for i in range(256)]] * 4)
 WAIT_S: Final = 600.0
 
 

@@ -25,10 +25,10 @@ Precision = Literal["float32", "bfloat16"]
 Weights = Mapping[str, npt.NDArray[np.generic]]
 """By the names of the transformers model: float32, or bfloat16 as the uint16 of its bits."""
 
-LONGEST: Final = 256
-NUM_SHORT: Final = 3
+LONGEST: Final = 64
+NUM_SHORT: Final = 2
 SHORT: Final = 16
-"""Of the canary: tokens of its long prompt, number and tokens of the short ones."""
+"""Of the canary: tokens of its long prompt, number and tokens of the short ones. Each update pays for them."""
 BOUND: Final[Mapping[Precision, float]] = {"float32": 1e-3, "bfloat16": 0.1}
 """Mean distance of log-probs, nats per token, up to which engine and learner compute the same. In float32 they are
 some 1e−6 apart, in bfloat16 some 1e−2; a head or a layer of another version is mostly beyond."""
@@ -85,7 +85,7 @@ class Delivery:
 
 
 def canary_of(prompts: Sequence[Sequence[int]]) -> Canary:
-    """Up to four prompts: the longest of these, cut at its front, and the ends of others. Empty without prompts."""
+    """Up to three prompts: the longest of these, cut at its front, and the ends of others. Empty without prompts."""
     if not prompts:
         return ()
     longest, *others = sorted(prompts, key=len, reverse=True)

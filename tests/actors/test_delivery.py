@@ -177,7 +177,8 @@ def test_the_sum_of_bits_knows_no_layout() -> None:
 
 
 def test_the_canary_is_one_long_prompt_and_the_ends_of_others() -> None:
-    canary = canary_of([prompt(300), prompt(40, seed=1), prompt(3, seed=2), [5], prompt(20, seed=3)])
-    assert [len(ids) for ids in canary] == [256, 16, 16, 3]
-    assert canary[0] == tuple(prompt(300)[-256:])
+    canary = canary_of([prompt(40, seed=1), prompt(300), prompt(3, seed=2), prompt(20, seed=3)])
+    assert [len(ids) for ids in canary] == [64, 16, 16]
+    assert canary[0] == tuple(prompt(300)[-64:])
+    assert [len(ids) for ids in canary_of([prompt(3, seed=2), [5], prompt(20, seed=3)])] == [20, 3]
     assert canary_of([]) == ()
