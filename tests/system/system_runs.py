@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -105,6 +107,47 @@ def wait_for(condition: Callable[[], bool], *, process: subprocess.Popen[str], t
         assert process.poll() is None, f"the run ended early:\n{process.communicate()[1]}"
         assert time.monotonic() < deadline, "the run did not get there in time"
         time.sleep(0.1)
+
+
+class Watch:
+    """A run as `rexrag status --json --watch` shows it: one process for all questions, where each would start Ray's."""
+
+    def __init__(self, run: Path, *, environment: Mapping[str, str] = os.environ) -> None:
+        self._run, self._environment = run, dict(environment)
+        self._process: subprocess.Popen[str] | None = None
+        self._last: dict[str, Any] | None = None
+
+    def until(
+        self, is_so: Callable[[dict[str, Any]], bool], *, process: subprocess.Popen[str], timeout_s: float = 240.0
+    ) -> dict[str, Any]:
+        """Wait until the run's status, told from now on, is so; `process` is the run's own."""
+        deadline = time.monotonic() + timeout_s
+        self._last = None
+        while (told := self._last) is None or not is_so(told):
+            assert process.poll() is None, f"the run ended early; last seen: {told}"
+            assert time.monotonic() < deadline, f"not so in time: {told}"
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            time.sleep(0.1)
+        return told
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> None:
+        """A run says where its Ray is when it goes on."""
+        if (self._run / "cluster.json").exists():
+            command = [sys.executable, "-m", "rexrag", "status", "--run", str(self._run), "--json", "--watch"]
+            out = subprocess.PIPE
+            self._process = subprocess.Popen(command, env=self._environment, stdout=out, text=True)
+            threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
+
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self._last = json.loads(line)
 
 
 def num_steps(run: Path) -> int:

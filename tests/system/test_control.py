@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from system_runs import assert_books_balance, read_lines, run_rexrag, start_rexrag
+from system_runs import Watch, assert_books_balance, read_lines, run_rexrag, start_rexrag
 
 pytestmark = pytest.mark.system
 
@@ -24,16 +21,6 @@ def status_of(run: Path) -> dict[str, Any]:
     return told
 
 
-def wait_for(run: Path, process: subprocess.Popen[str], is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        if (run / "cluster.json").exists() and is_so(told := status_of(run)):
-            return told
-        time.sleep(0.5)
-    raise AssertionError(f"not so in time: {status_of(run)}")
-
-
 def at_work(told: dict[str, Any]) -> list[str]:
     return [actor["actor_id"] for actor in told["actors"] if actor["state"] in ("healthy", "stale")]
 
@@ -42,28 +29,31 @@ def test_a_run_is_scaled_up_and_down_while_it_goes_on_and_stopped(recipe: Path, 
     run = tmp_path / "run"
     words = ("--set", "train.steps=100000", "--set", "eval.every=0", "--set", "eval.max_questions=2")
     process = start_rexrag("train", recipe, "--run-dir", run, *words, "--set", "rollout.num_actors=1")
+    watch = Watch(run)
     try:
-        first = wait_for(run, process, lambda told: told["step"] >= 2)
+        first = watch.until(lambda told: told["step"] >= 2, process=process)
         assert at_work(first) == ["rollout-0"]
         assert first["num_steps"] == 100000
         assert first["buffer"]["capacity"] == 16
         assert first["age_s"] < 30
 
         run_rexrag("scale", "--actors", "2", "--run", run)
-        joined = wait_for(run, process, lambda told: at_work(told) == ["rollout-0", "rollout-1"])
+        joined = watch.until(lambda told: at_work(told) == ["rollout-0", "rollout-1"], process=process)
         held = {actor["actor_id"]: actor["version"] for actor in joined["actors"]}
         assert held["rollout-1"] >= first["step"] - 1, "it joined with the weights of the time"
-        wait_for(run, process, lambda told: told["actors"][1]["num_groups"] > 0)
+        watch.until(lambda told: told["actors"][1]["num_groups"] > 0, process=process)
 
         run_rexrag("scale", "--actors", "1", "--run", run)
-        left = wait_for(run, process, lambda told: len(told["actors"]) == 1)
+        left = watch.until(lambda told: len(told["actors"]) == 1, process=process)
         assert left["num_wanted"] == 1
-        wait_for(run, process, lambda told: told["step"] > left["step"])
+        watch.until(lambda told: told["step"] > left["step"], process=process)
+        assert status_of(run)["step"] > left["step"]
 
         run_rexrag("stop", "--run", run)
         _, errors = process.communicate(timeout=200)
     finally:
         process.kill()
+        watch.end()
     assert process.returncode == 130, errors
     assert "stopped by rexrag stop" in errors
     assert not (run / "cluster.json").exists()

@@ -19,7 +19,7 @@ import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.cluster_utils import Cluster
 from ray_heads import end_with_children, free_ports
-from system_runs import assert_books_balance, read_lines
+from system_runs import Watch, assert_books_balance, read_lines
 
 from rexrag.run.nodes import _missing
 
@@ -115,6 +115,7 @@ class Job:
     def __init__(self, recipe: Path, run: Path, *settings: str, address: str) -> None:
         self.run = run
         self._environment = {**os.environ, "RAY_ADDRESS": address}
+        self._watch = Watch(run, environment=self._environment)
         words = [word for setting in (*SETTINGS, *settings) for word in ("--set", setting)]
         self.process = self._start("train", str(recipe), "--run-dir", str(run), *words)
         self.told = ""
@@ -139,16 +140,11 @@ class Job:
 
     def until(self, is_so: Callable[[dict[str, Any]], bool], *, timeout_s: float = 240.0) -> dict[str, Any]:
         """Wait until the run's status is so."""
-        deadline = time.monotonic() + timeout_s
-        status: dict[str, Any] = {}
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.told
-            if (self.run / "cluster.json").exists():
-                status = json.loads(self.ask("status", "--json"))
-                if is_so(status):
-                    return status
-            time.sleep(0.5)
-        raise AssertionError(f"not so in time: {status}\n{self.told}")
+        try:
+            return self._watch.until(is_so, process=self.process, timeout_s=timeout_s)
+        except AssertionError as error:
+            error.add_note(self.told)
+            raise
 
     def until_told(self, words: str) -> None:
         deadline = time.monotonic() + 120
@@ -160,6 +156,11 @@ class Job:
     def ended(self, *, status: int) -> None:
         assert self.process.wait(timeout=120) == status, self.told
         self._reader.join(timeout=10)
+
+    def kill(self) -> None:
+        """Whatever it does; nothing where it has ended."""
+        self.process.kill()
+        self._watch.end()
 
 
 def drain(node: Any, cluster: Cluster) -> None:  # noqa: ANN401
@@ -222,9 +223,9 @@ def test_a_run_takes_in_nodes_outlives_their_loss_and_is_resumed(
         again.ended(status=130)
         assert "stopped by its learner's node, which will go" in again.told
     finally:
-        job.process.kill()
+        job.kill()
         if again is not None:
-            again.process.kill()
+            again.kill()
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1)), "each step once"
     dropped = assert_books_balance(run)["dropped"]
@@ -255,6 +256,7 @@ def test_an_autoscaler_brings_nodes_and_a_run_outlives_the_whole_cluster(
         two = job.until(lambda status: states(status) == {"rollout-0": "at work", "rollout-1": "at work"})
         done = job.until(lambda status: status["step"] >= two["step"] + 3)["step"]
     assert job.process.wait(timeout=120) != 0, job.told
+    job.kill()
     with autoscaled(tmp_path) as address:
         again = Job(recipe, run, *settings, address=address)
         try:
@@ -268,7 +270,7 @@ def test_an_autoscaler_brings_nodes_and_a_run_outlives_the_whole_cluster(
             again.ask("stop")
             again.ended(status=130)
         finally:
-            again.process.kill()
+            again.kill()
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1)), "each step once"
     assert_books_balance(run)
