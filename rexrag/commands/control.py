@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show it again every two seconds.")] = False,
 ) -> None:
     """How a run that goes on is doing, and who waits for whom."""
-    console = Console(highlight=False)
+    console = Console(file=sys.stdout, highlight=False)
     with _found(run, address, "status", *(["--json"] if as_json else []), *(["--watch"] if watch else [])) as found:
         if as_json:
             while True:
@@ -86,14 +87,14 @@ def scale(
     """Have more or fewer rollout actors while a run goes on."""
     with _found(run, address, "scale", "--actors", str(actors), *(["--now"] if now else [])) as found:
         found.scale(actors, now=now)
-        typer.echo(f"{found.name}: {counted(actors, 'rollout actor')} asked for; rexrag status shows them come and go")
+    typer.echo(f"{found.name}: {counted(actors, 'rollout actor')} asked for; rexrag status shows them come and go")
 
 
 def stop(run: RunOption = None, address: AddressOption = None) -> None:
     """End a run after the step that it is in, with a checkpoint."""
     with _found(run, address, "stop") as found:
         found.stop()
-        typer.echo(f"{found.name}: asked to stop; it ends after a checkpoint of its last step")
+    typer.echo(f"{found.name}: asked to stop; it ends after a checkpoint of its last step")
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Final, NoReturn
 
 import ray
@@ -19,18 +20,21 @@ JOIN_TIMEOUT_S: Final = 60.0
 
 @contextmanager
 def joined(address: str) -> Iterator[None]:
-    """A Ray that is joined while the block runs.
+    """A Ray that is joined while the block runs; what is printed meanwhile goes to stderr.
+
+    Ray tells of nodes that died on stdout, where a command's answer belongs.
 
     Raises:
         ConfigError: the address is none, or no cluster could be joined there.
     """
     check_form(address)
     check_listens(address)
-    _join(address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):
+        _join(address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _join(address: str) -> None:

@@ -147,7 +147,8 @@ class Watch:
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            self._last = json.loads(line)
+            if line.endswith("\n"):  # the last one may be cut
+                self._last = json.loads(line)
 
 
 def num_steps(run: Path) -> int:

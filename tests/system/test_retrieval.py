@@ -15,7 +15,7 @@ from tiny_encoders import make_encoder
 from rexrag.retrieval.dense_build import DenseSettings, build_dense
 
 pytestmark = pytest.mark.system
-STEPS = 6
+STEPS = 4
 
 
 def start(recipe: Path, run: Path, *settings: str) -> subprocess.Popen[str]:
