@@ -25,6 +25,7 @@ from rexrag.commands.index import index_app
 from rexrag.commands.serve import serve_index
 from rexrag.config import Config
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError, counted
+from rexrag.processes import give_way
 from rexrag.sections import PrepareConfig
 
 if TYPE_CHECKING:
@@ -290,6 +291,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate a model, greedily."""
+    give_way()
     from rexrag.commands.standalone import evaluate as run_episodes
     from rexrag.commands.standalone import named_step, settings_for
     from rexrag.data.questions import load_questions
@@ -350,6 +352,7 @@ def ask(
     index: IndexOption,
 ) -> None:
     """Ask one question, and see how the model gets to its answer."""
+    give_way()
     from rexrag.commands.standalone import ask as ask_model
     from rexrag.reporting.trace import coloured_trace
 

@@ -82,6 +82,14 @@ def process_environment(num_threads: int) -> dict[str, str]:
     }
 
 
+def give_way() -> None:
+    """Have this process's own threads give their core to others while they wait; before torch is imported.
+
+    By themselves they turn round and round, and where others work a model takes ten times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def run_in_child(
     work: Work[StateT, ResultT], *, name: str, environment: Mapping[str, str], progress: Callable[[StateT], None]
 ) -> ResultT:

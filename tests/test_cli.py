@@ -268,6 +268,18 @@ def test_json_is_one_object_and_nothing_else_on_stdout(
     assert capfd.readouterr().out.strip()
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize("words", [["ask", "none", "q?"], ["eval", "none", "--questions", "t.jsonl"]])
+def test_threads_of_a_model_give_way_to_other_work_unless_told_otherwise(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], before: str | None, after: str
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if before is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    assert call(monkeypatch, *words, "--index", "i") == 2
+    assert os.environ["OMP_WAIT_POLICY"] == after
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "shown"),
     [
