@@ -115,21 +115,22 @@ class Watch:
     def __init__(self, run: Path, *, environment: Mapping[str, str] = os.environ) -> None:
         self._run, self._environment = run, dict(environment)
         self._process: subprocess.Popen[str] | None = None
-        self._last: dict[str, Any] | None = None
+        self._said: list[dict[str, Any]] = []
 
     def until(
         self, is_so: Callable[[dict[str, Any]], bool], *, process: subprocess.Popen[str], timeout_s: float = 240.0
     ) -> dict[str, Any]:
         """Wait until the run's status, told from now on, is so; `process` is the run's own."""
         deadline = time.monotonic() + timeout_s
-        self._last = None
-        while (told := self._last) is None or not is_so(told):
-            assert process.poll() is None, f"the run ended early; last seen: {told}"
-            assert time.monotonic() < deadline, f"not so in time: {told}"
+        before = len(self._said)
+        while True:
+            if len(self._said) > before and is_so(told := self._said[-1]):
+                return told
+            assert process.poll() is None, f"the run ended early; last seen: {self._said[-1:]}"
+            assert time.monotonic() < deadline, f"not so in time: {self._said[-1:]}"
             if self._process is None or self._process.poll() is not None:
                 self._start()
             time.sleep(0.1)
-        return told
 
     def end(self) -> None:
         if self._process is not None:
@@ -148,7 +149,7 @@ class Watch:
         assert process.stdout is not None
         for line in process.stdout:
             if line.endswith("\n"):  # the last one may be cut
-                self._last = json.loads(line)
+                self._said.append(json.loads(line))
 
 
 def num_steps(run: Path) -> int:
