@@ -254,7 +254,7 @@ def test_json_is_one_object_and_nothing_else_on_stdout(
 
     corpus: list[dict[str, object]] = [{"id": "1", "contents": '"Q"\nq is a.'}, {"id": "2", "contents": '"B"\nb is c.'}]
     write_lines(tmp_path / "c.jsonl", *corpus)
-    make_tiny_model(["q? a b is c Q B"], tmp_path / "m", seed=0, context=8192)
+    make_tiny_model(["q? a b is c Q B"], tmp_path / "m", seed=0, context=1024)
     assert call(monkeypatch, "index", "build", "--corpus", "c.jsonl", "--out", "i") == 0
     capfd.readouterr()
     words = ["eval", "./m", "--questions", "t.jsonl", "--index", "i", "--out", "e.json", "--json"]

@@ -125,6 +125,7 @@ def test_what_a_log_misses_is_told_everywhere_and_the_run_goes_on(recipe: Path, 
     assert "starting Ray" not in refused
 
 
+@pytest.mark.slow
 def test_death_of_the_buffer_ends_the_run_and_a_resume_begins_anew(recipe: Path, tmp_path: Path) -> None:
     """Before the first checkpoint; the deaths of all parts, with checkpoints, are those of test_chaos.py."""
     run = tmp_path / "run"
