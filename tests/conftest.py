@@ -7,8 +7,9 @@ import pytest
 import ray
 from hypothesis import settings
 
-# Threads of torch that wait turn round and round by themselves, which takes ten times as long where others work.
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is imported
+from rexrag.processes import give_way
+
+give_way()
 
 # The same examples each time where a failure must be one of the change; elsewhere new ones are tried.
 settings.register_profile("ci", derandomize=True, deadline=None)

@@ -132,7 +132,7 @@ def test_death_of_the_buffer_ends_the_run_and_a_resume_begins_anew(recipe: Path,
     words = ["train.steps=200", "eval.every=0", "train.checkpoint_every=200"]
     process = start_rexrag("train", recipe, "--run-dir", run, *(f"--set={word}" for word in words))
     try:
-        wait_for(lambda: num_steps(run) >= 1, process=process)
+        wait_for(lambda: num_steps(run) >= 3, process=process)
         (part,) = child_of(process, title="ray::ReplayActor")
         part.kill()
         _, errors = process.communicate(timeout=60)
@@ -168,10 +168,9 @@ def test_a_stop_signal_checkpoints_and_leaves_nothing_running(recipe: Path, tmp_
     assert_books_balance(run)
 
 
-def test_exact_weights_of_hint_free_probes_in_refilled_steps(recipe: Path, tmp_path: Path) -> None:
+def test_exact_weights_of_hint_free_probes(recipe: Path, tmp_path: Path) -> None:
     """What actors score, groups carry and the learner weighs, through all processes, with weights that change."""
     words = ["method=exact", "probe.transfer=hint_free", "probe.rate=1", "weights.inflight=recompute", "train.steps=2"]
-    words += ["replay.refill=true", "train.groups_per_step=3"]
     run = tmp_path / "run"
     run_rexrag("train", recipe, "--run-dir", run, *(part for word in words for part in ("--set", word)))
     lines = read_lines(run / "metrics.jsonl")
@@ -179,5 +178,13 @@ def test_exact_weights_of_hint_free_probes_in_refilled_steps(recipe: Path, tmp_p
     for line in lines:
         assert (line[keys.PROBE_COUNT] or 0) > 0
         assert 0 < (line[keys.WEIGHT_MAX] or 0) <= 2.0 * 2.0 + 1e-6  # 1/(1 − α) times the cap on staleness
-    assert [line[keys.GROUP_INFORMATIVE] for line in lines] == [1.0, 1.0]
-    assert assert_books_balance(run)["consumed"] == 6
+    assert_books_balance(run)
+
+
+def test_refilling_gives_the_learner_informative_groups_alone(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["method=grpo", "replay.refill=true", "train.groups_per_step=3", "train.steps=2", "reward.kind=em + format"]
+    run_rexrag("train", recipe, "--run-dir", run, *(part for word in words for part in ("--set", word)))
+    assert [line[keys.GROUP_INFORMATIVE] for line in read_lines(run / "metrics.jsonl")] == [1.0, 1.0]
+    accounting = assert_books_balance(run)
+    assert accounting["consumed"] == 6
