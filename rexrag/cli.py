@@ -147,8 +147,10 @@ def train(
     from rexrag.reporting.final_report import print_report
     from rexrag.reporting.log_file import log_to
     from rexrag.reporting.terminal import Progress
+    from rexrag.run.train import check_startable
     from rexrag.run.train import train as run_training
 
+    check_startable(plan.recipe.config)
     with open_run(plan) as request, log_to(request.run.log), Progress() as progress:
         progress.note(f"run folder: {request.run.root}")
         progress.note(f"TensorBoard: tensorboard --logdir {request.run.tensorboard}")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
+from rexrag.cli import main
 from rexrag.errors import UserError
 from rexrag.preparation.tiny_model import make_tiny_model
-from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.bm25 import build_bm25
 from rexrag.run.inputs import read_inputs
 from rexrag.run.plan import open_run, plan_run
-from rexrag.run.train import train
 
 RECIPE = """
 [model]
@@ -226,10 +226,17 @@ def test_corpus_that_cannot_be_indexed_leaves_no_index(folder: Path, rows: list[
     assert not (folder / "new").exists()
 
 
-def test_more_gpus_than_there_are_are_refused_before_anything_is_prepared(tmp_path: Path) -> None:
+def test_more_gpus_than_there_are_are_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = Path(__file__).parent.parent / "recipes" / "synthetic.toml"
     words = ["rollout.num_actors=99", "rollout.num_gpus=1"]
-    plan = plan_run(recipe, overrides=words, run_dir=tmp_path / "run", resume="auto")
-    with pytest.raises(UserError, match=r"99 rollout actors with rollout\.num_gpus = 1"), open_run(plan) as request:
-        train(request, progress=Progress())
-    assert not (tmp_path / "run").exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rexrag", "train", str(recipe), *(f"--set={word}" for word in words)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    told = capsys.readouterr()
+    assert caught.value.code == 2
+    assert "99 rollout actors with rollout.num_gpus = 1" in told.err
+    assert "run folder" not in told.out + told.err
+    assert not (tmp_path / "runs").exists()

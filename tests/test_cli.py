@@ -3,19 +3,23 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 import rexrag.run.engine_choice
+import rexrag.run.remote_control
 import rexrag.run.train
 from rexrag.cli import main
-from rexrag.errors import Interrupted, RunFailure, UserError
+from rexrag.errors import ConfigError, Interrupted, RunFailure, UserError
 from rexrag.reporting.terminal import Progress
 from rexrag.run.plan import TrainRequest
+from rexrag.run.signals import StopSignal
 from rexrag.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -305,6 +309,34 @@ def test_errors_of_the_operating_system_are_one_line_with_path_and_remedy(
     errors = capsys.readouterr().err
     assert shown in errors
     assert "Traceback" not in errors
+
+
+def test_a_signal_while_a_run_is_prepared_ends_it_with_a_word(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(rexrag.run.train, "prepare", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    assert call(monkeypatch, "train", str(recipe), "--run-dir", "run") == 130
+    assert "interrupted: stopped before training began" in capsys.readouterr().err
+    assert json.loads(Path("run/run.json").read_text())["status"] == "interrupted"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_signal_ends_a_training_run_at_once() -> None:
+    with pytest.raises(Interrupted, match="left at once, by a second signal"), StopSignal().installed() as stop:
+        stop.be_graceful()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == "SIGINT"
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_is_nowhere_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def nowhere(address: str) -> NoReturn:
+        raise ConfigError(f"no Ray at {address}")
+
+    monkeypatch.setattr(rexrag.run.remote_control, "joined", nowhere)
+    assert call(monkeypatch, "status", "--run", "runs/absent") == 2
+    assert "error: --run runs/absent: is no run folder here, and no Ray at" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["world", "index"])

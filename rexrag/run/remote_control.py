@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,10 +27,16 @@ _LATEST: Final = Path("runs/latest")
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where to look for a run. `name`: None: the one that is there."""
+    """Where to look for a run.
+
+    Attributes:
+        name: None: the one that is there.
+        is_named: whether the name is the user's own, of which no run folder is here.
+    """
 
     address: str
     name: str | None
+    is_named: bool = False
 
 
 def find_place(run: str | None, *, address: str | None) -> Place:
@@ -57,7 +63,7 @@ def find_place(run: str | None, *, address: str | None) -> Place:
         raise ConfigError(f"--run {run}: is a folder without a run (no run.json); name a run folder.")
     if run is None and asked is None and RunFolder.is_run(_LATEST) and (noted := _noted(RunFolder(_LATEST))):
         return Place(address=noted, name=run_name(RunFolder(_LATEST).root))
-    return Place(address=asked or "auto", name=run)
+    return Place(address=asked or "auto", name=run, is_named=run is not None)
 
 
 def _noted(folder: RunFolder) -> str | None:
@@ -111,7 +117,13 @@ def remote_run(place: Place) -> Iterator[RemoteRun]:
     Raises:
         ConfigError: no such cluster, or no such run in it.
     """
-    with joined(place.address):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(joined(place.address))
+        except ConfigError as error:
+            if place.is_named:
+                raise ConfigError(f"--run {place.name}: is no run folder here, and {error}") from error
+            raise
         namespace = _chosen(_running(), place)
         yield RemoteRun(namespace, ray.get_actor(CONTROL_NAME, namespace=namespace))
 

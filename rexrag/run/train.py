@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from rexrag.buffer.recovery import books_from_log
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
 from rexrag.buffer.status import BufferPosition
+from rexrag.config import Config
 from rexrag.errors import CollapsedError, Interrupted, RexragError, RunFailure, counted, first_line
 from rexrag.files import write_atomic
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, start_learner
@@ -60,6 +61,19 @@ from rexrag.types import WeightVersion
 LOG = logging.getLogger(__name__)
 
 
+def check_startable(config: Config) -> None:
+    """Refuse what could not start here, before a run folder is made and `[prepare]` takes minutes.
+
+    Raises:
+        ConfigError: the cluster cannot be reached, the engine is not installed, or this machine is too small; what a
+            cluster has Ray will say.
+    """
+    check_reachable(cluster_address())
+    choose_engine(config)
+    if cluster_address() is None:
+        plan_machine(config, num_cores=os.cpu_count() or 1, num_gpus=torch.cuda.device_count())
+
+
 def train(request: TrainRequest, *, progress: Progress) -> None:
     """Train until the last step of the recipe.
 
@@ -70,13 +84,7 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
     """
     config, run = request.config, request.run
     with StopSignal().installed() as stop:
-        num_cores = os.cpu_count() or 1
-        check_reachable(cluster_address())
-        choose_engine(config)
-        if cluster_address() is None:
-            # What a cluster has Ray will say; GPUs that this machine lacks are told before `[prepare]` takes minutes.
-            plan_machine(config, num_cores=num_cores, num_gpus=torch.cuda.device_count())
-        num_threads = config.learner.threads or num_cores
+        num_threads = config.learner.threads or os.cpu_count() or 1
         prepare(config, folder=run.prepared, num_threads=num_threads, progress=progress)
         inputs = read_inputs(request)
         for note in inputs.notes:
