@@ -90,7 +90,10 @@ WORLDS: Final = {
         depths={"2e-4": 0.0, "2e-3": 0.01},
         size={"demonstrations": 480, "test": 200, "dev": 40, "train_one_hop": 0.2},
         settings=("train.checkpoint_every=16", "learner.threads=1", "rollout.threads_per_actor=1"),
-        by_method=dict.fromkeys((OURS, "rex", *BASELINES), ("optimizer.warmup_steps=5", "optimizer.decay_steps=14")),
+        by_method={
+            **dict.fromkeys((OURS, *BASELINES), ("optimizer.warmup_steps=5", "optimizer.decay_steps=14")),
+            "rex": ("optimizer.warmup_steps=5", "optimizer.decay_steps=22", "train.steps=24"),
+        },
         threads=2,
         jobs=2,
     ),
