@@ -106,9 +106,10 @@ SMALL: Final = Layout(
 
 
 def settings(layout: Layout) -> dict[str, str]:
-    """Recipe keys that must fit the cluster, as words of `--set`: which nodes hold which part, and how many of them."""
+    """Recipe keys that must fit the cluster, as words of `--set`: which nodes hold which part, how many, which GPUs."""
     parts = (LEARNER, ROLLOUT, RETRIEVER)
     words = {f"{part}.resources": f"{{{part}=1}}" for part in parts}
+    words |= {f"{group.name}.num_gpus": str(group.gpus) for group in layout.groups if group.gpus}
     if layout.autoscaled:
         words["rollout.autoscale"] = f"{{min={layout.rollout.replicas},max={layout.rollout.max_replicas}}}"
     return words

@@ -26,7 +26,6 @@ from rexrag.commands.serve import serve_index
 from rexrag.config import Config
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError, counted
 from rexrag.processes import give_way
-from rexrag.sections import PrepareConfig
 
 if TYPE_CHECKING:
     from rexrag.data.check import CheckReport
@@ -186,11 +185,18 @@ def warmstart(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, GGUF file, or hub id.")],
     demonstrations: Annotated[Path, typer.Option(metavar="F", help="Weighted demonstrations (jsonl).")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the model; must not exist.")],
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="RECIPE.toml", help="Take its prompt, and the settings of its [prepare].")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Start a model with supervision on weighted demonstrations."""
-    from rexrag.preparation.warmstart import WarmstartProgress, warm_start
+    from rexrag.preparation.prepare import warm_start_as
+    from rexrag.preparation.warmstart import WarmstartProgress
+    from rexrag.recipe import load_recipe
     from rexrag.reporting.terminal import Progress
+
+    config = Config() if recipe is None else load_recipe(recipe).config
 
     with Progress() as progress:
         progress.stage("warm start", total=1.0)
@@ -198,17 +204,7 @@ def warmstart(
         def show(state: WarmstartProgress) -> None:
             progress.advance_to(state.update / state.num_updates)
 
-        settings = PrepareConfig()
-        result = warm_start(
-            model,
-            demonstrations=demonstrations,
-            out=out,
-            seed=seed,
-            learning_rate=settings.warmstart_learning_rate,
-            batch_size=settings.warmstart_batch_size,
-            epochs=settings.warmstart_epochs,
-            progress=show,
-        )
+        result = warm_start_as(config, model, demonstrations=demonstrations, out=out, seed=seed, progress=show)
     STDOUT.print(
         f"{result.folder}: {counted(result.num_demonstrations, 'demonstration')}, last loss {result.losses[-1]:.3f}"
     )

@@ -91,7 +91,10 @@ RESCUED_MALFORMED: Final = _metric("rescued/malformed", "Share of `dead/malforme
 RESCUED_LIMIT: Final = _metric("rescued/limit", "Share of `dead/limit` groups that a probe rescued.")
 
 # Mixture, filter, weights.
-MIXTURE_ALPHA: Final = _metric("mixture/alpha", "α of §5: share of probes among the step's rows after the filter.")
+MIXTURE_ALPHA: Final = _metric(
+    "mixture/alpha",
+    "α of §5: probes' share of the step's rows after the filter, with trajectory weights p/(1 + p) of `probe.rate` p.",
+)
 FILTER_RHO: Final = _metric("filter/rho", "ρ of §8: probes kept per target in this step; 1 without a filter.")
 FILTER_SUCCESS: Final = _metric("filter/success", "m of §8 after the step: running success rate of probes.")
 FILTER_KEPT: Final = _metric("filter/kept", "Probes that the filter kept.")
@@ -177,7 +180,8 @@ TRAINED_TOKENS: Final = _metric("trained/tokens", "Mean tokens of trained rows, 
 TRAINED_PROBE_SHARE: Final = _metric("trained/probe_share", "Share of probes among trained rows.")
 TRAINED_AGE: Final = _metric("trained/age", "Mean age of the oldest token of trained rows.")
 TRAINED_LOSS_TOKENS: Final = _metric(
-    "trained/loss_tokens", "Tokens with loss in the step, rows without forward pass included (N of §7)."
+    "trained/loss_tokens",
+    "Tokens with loss in the step, rows without forward pass included; N of §7 with weights per token.",
 )
 
 # Speed.
@@ -230,7 +234,10 @@ SEARCH_OUTAGE_S: Final = _metric(
 )
 
 # Warnings: 1 while a bound is passed, else 0.
-WARNING_ESS: Final = _metric("warning/low_ess", "The effective sample size of targets or probes is below .1.")
+WARNING_ESS: Final = _metric(
+    "warning/low_ess",
+    "The effective sample size of targets is below .1, or that of probes where weights are no shares.",
+)
 WARNING_TRUNCATION: Final = _metric("warning/truncation", "More than a tenth of the staleness weights was cut.")
 WARNING_REFLECTING: Final = _metric("warning/reflecting", "More than a fifth of the targets write a hint's words.")
 WARNING_FORGETTING: Final = _metric(

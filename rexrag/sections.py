@@ -73,10 +73,12 @@ class RewardConfig(Section):
 class RolloutConfig(Section):
     engine: Literal["auto", "torch", "vllm"] = Field("auto", description="`auto`: vLLM on GPUs where it is installed.")
     num_actors: int | None = Field(
-        None, ge=1, description="Rollout actors; None: one per two cores, or as many as fit on the GPUs they share."
+        None,
+        ge=1,
+        description="Rollout actors; None: one per two cores, or as many as fit on the GPUs or the cluster.",
     )
     threads_per_actor: int | None = Field(
-        None, ge=1, description="Torch threads of each actor; None: cores divided by actors."
+        None, ge=1, description="Torch threads of each actor; None: cores divided by actors, on a cluster up to 4."
     )
     group_size: int = Field(5, ge=1, le=256, description="Target rollouts per question.")
     episodes_per_actor: int = Field(64, ge=1, le=4096, description="Episodes that one engine runs at once.")
@@ -191,7 +193,11 @@ class ReplayConfig(Section):
 
 class LearnerConfig(Section):
     micro_batch_tokens: int = Field(4096, ge=16, description="Most tokens of one forward and backward pass.")
-    threads: int | None = Field(None, ge=1, description="Torch threads of the learner; None: all cores of a node.")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="Torch threads of the learner; None: all cores, on a cluster half of the largest node's.",
+    )
     autocast: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of the linear layers; master weights are float32."
     )

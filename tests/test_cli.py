@@ -8,19 +8,22 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
+import rexrag.preparation.prepare
 import rexrag.run.engine_choice
 import rexrag.run.remote_control
 import rexrag.run.train
 from rexrag.cli import main
 from rexrag.errors import ConfigError, Interrupted, RunFailure, UserError
+from rexrag.preparation.warmstart import PromptSettings, WarmstartResult
 from rexrag.reporting.terminal import Progress
 from rexrag.run.plan import TrainRequest
 from rexrag.run.signals import StopSignal
 from rexrag.run_folder import RunFolder
+from rexrag.sections import PrepareConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = (
@@ -309,6 +312,30 @@ def test_errors_of_the_operating_system_are_one_line_with_path_and_remedy(
     errors = capsys.readouterr().err
     assert shown in errors
     assert "Traceback" not in errors
+
+
+def test_a_warm_start_takes_prompt_and_settings_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompt.txt").write_text("Answer: {question}")
+    (tmp_path / "mine.toml").write_text(
+        OWN + '[env]\nprompt_file = "prompt.txt"\nsystem_prompt = "Search."\n[prepare]\nwarmstart_epochs = 3\n'
+    )
+    asked: dict[str, Any] = {}
+
+    def warm_start(model: str, **words: Any) -> WarmstartResult:  # noqa: ANN401
+        asked.update(words, model=model)
+        return WarmstartResult(
+            folder=words["out"], num_demonstrations=1, num_tokens=9, seconds=1.0, losses=(0.5,), depth=None
+        )
+
+    monkeypatch.setattr(rexrag.preparation.prepare, "warm_start", warm_start)
+    words = ("warmstart", "model", "--demonstrations", "d.jsonl", "--out", "warm")
+    assert call(monkeypatch, *words, "--recipe", "mine.toml") == 0
+    assert asked["prompt"] == PromptSettings(template="Answer: {question}", system_prompt="Search.")
+    assert asked["epochs"] == 3
+    assert call(monkeypatch, *words) == 0
+    assert asked["prompt"] == PromptSettings()
+    assert asked["epochs"] == PrepareConfig().warmstart_epochs
+    assert call(monkeypatch, *words, "--recipe", "absent.toml") == 2
 
 
 def test_a_signal_while_a_run_is_prepared_ends_it_with_a_word(

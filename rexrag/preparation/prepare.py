@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rexrag.env.prompt import read_template
 from rexrag.model.checks import check_model
 from rexrag.model.fetching import fetch_smollm2, smollm2_folder
 from rexrag.preparation.tiny_model import make_tiny_model
-from rexrag.preparation.warmstart import PromptSettings, WarmstartProgress, warm_start
+from rexrag.preparation.warmstart import PromptSettings, WarmstartProgress, WarmstartResult, warm_start
 from rexrag.processes import process_environment, run_in_child
 from rexrag.reporting.terminal import Progress
 from rexrag.retrieval.bm25 import build_bm25
@@ -83,6 +84,43 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def warm_start_as(
+    config: Config,
+    model: str | Path,
+    *,
+    demonstrations: Path,
+    out: Path,
+    seed: int,
+    threads: int | None = None,
+    progress: Callable[[WarmstartProgress], None],
+) -> WarmstartResult:
+    """`warm_start` with the prompt and the settings of a recipe.
+
+    Raises:
+        ConfigError: the recipe's prompt file cannot be used.
+        ModelError, DataError, RunFailure: as `warm_start`.
+    """
+    env, wanted = config.env, config.prepare
+    # This process is outside Ray's shares: it takes a GPU that it sees, where the learner is meant to be on one.
+    on_gpu = torch.cuda.is_available() and config.learner.num_gpus != 0
+    return warm_start(
+        model,
+        demonstrations=demonstrations,
+        out=out,
+        seed=seed,
+        learning_rate=wanted.warmstart_learning_rate,
+        batch_size=wanted.warmstart_batch_size,
+        epochs=wanted.warmstart_epochs,
+        prompt=PromptSettings(
+            template=None if env.prompt_file is None else read_template(env.prompt_file),
+            system_prompt=env.system_prompt,
+        ),
+        threads=threads,
+        device="cuda" if on_gpu else "cpu",
+        progress=progress,
+    )
+
+
 def _warm_start(
     config: Config, model: Path, *, world: Path, out: Path, seed: int, num_threads: int, progress: Progress
 ) -> None:
@@ -91,25 +129,15 @@ def _warm_start(
     def show(state: WarmstartProgress) -> None:
         progress.advance_to(state.update / state.num_updates)
 
-    env, wanted = config.env, config.prepare
-    # This process is outside Ray's shares: it takes a GPU that it sees, where the learner is meant to be on one.
-    on_gpu = torch.cuda.is_available() and config.learner.num_gpus != 0
     result = run_in_child(
         partial(
-            warm_start,
+            warm_start_as,
+            config,
             model,
             demonstrations=world / "demonstrations.jsonl",
             out=out,
             seed=seed,
-            learning_rate=wanted.warmstart_learning_rate,
-            batch_size=wanted.warmstart_batch_size,
-            epochs=wanted.warmstart_epochs,
-            prompt=PromptSettings(
-                template=None if env.prompt_file is None else read_template(env.prompt_file),
-                system_prompt=env.system_prompt,
-            ),
             threads=num_threads,
-            device="cuda" if on_gpu else "cpu",
         ),
         name="the warm start",
         environment=process_environment(num_threads),

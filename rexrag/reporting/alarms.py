@@ -97,15 +97,20 @@ class Alarms:
 
     alarms = Alarms()
     flags, begun = alarms.look({"weight/ess_probe": 0.04})    # flags: warning/... -> 0 or 1
+
+    Args:
+        by_shares: weights are shares of their question's (`correction.mixture = "normalized"`): that few probes carry
+            most is then as it should be, since in a lost question the likeliest way out gets nearly all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_shares: bool = False) -> None:
+        self._rules = [rule for rule in RULES if not (by_shares and rule.metric == keys.WEIGHT_ESS_PROBE)]
         self._correct: deque[float] = deque(maxlen=_WINDOW)
         self._lasting: set[str] = set()
 
     def look(self, metrics: Metrics) -> tuple[dict[str, float], list[Warned]]:
         """Flags of all warnings for this step, and the warnings that it begins."""
-        told = [(rule.key, rule.broken_by(metrics.get(rule.metric))) for rule in RULES]
+        told = [(rule.key, rule.broken_by(metrics.get(rule.metric))) for rule in self._rules]
         told.append((keys.WARNING_FORGETTING, self._forgets(metrics)))
         found: dict[str, str] = {}
         for key, text in told:

@@ -36,6 +36,7 @@ class Reporter:
 
     Args:
         record: told the metrics of each step too.
+        alarms: look at the metrics of each step.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class Reporter:
         board: Board,
         progress: Progress,
         record: Callable[[Mapping[str, float | None]], None] | None = None,
+        alarms: Alarms | None = None,
     ) -> None:
         self.told = Told()
         self._record = record
         self._board = board
         self._progress = progress
-        self._alarms = Alarms()
+        self._alarms = alarms or Alarms()
         self._showed_rescue = False
 
     def stage(self, name: str) -> None:

@@ -26,6 +26,7 @@ from rexrag.files import write_atomic
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, start_learner
 from rexrag.preparation.prepare import prepare
 from rexrag.recipe import flatten
+from rexrag.reporting.alarms import Alarms
 from rexrag.reporting.board import Board
 from rexrag.reporting.log_file import log_instead
 from rexrag.reporting.reporter import Reporter
@@ -130,7 +131,8 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     first = WeightVersion(incarnation=position.incarnation, step=request.start_step)
     fleet = _start_fleet(request, layout=layout, inputs=inputs, first=first, buffer=buffer)
     record = None if node is None else RayMetrics(run_name(run.root)).record
-    reporter = Reporter(board=board, progress=progress, record=record)
+    alarms = Alarms(by_shares=config.correction.mixture == "normalized")
+    reporter = Reporter(board=board, progress=progress, record=record, alarms=alarms)
     desk = Desk(
         start_control(run.root),
         run_folder=run.root,

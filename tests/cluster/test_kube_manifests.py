@@ -250,6 +250,8 @@ def test_settings_ask_for_nodes_that_the_cluster_has(layout: Layout) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
         if key.endswith(".resources"):
             assert set(value) <= held
+        elif key.endswith(".num_gpus"):
+            assert value == next(group.gpus for group in layout.groups if f"{group.name}.num_gpus" == key)
         else:
             assert value == {"min": layout.rollout.replicas, "max": layout.rollout.max_replicas}
 

@@ -28,6 +28,13 @@ def test_a_warning_begins_once_and_lasts(key: str, fine: float, bad: float, warn
     assert begun == [[], [], [warning], [], [], [warning]]
 
 
+def test_few_probes_may_carry_all_where_weights_are_shares_of_their_question() -> None:
+    metrics = {keys.WEIGHT_ESS_PROBE: 0.05, keys.WEIGHT_ESS_TARGET: 0.5}
+    assert Alarms().look(metrics)[0][keys.WARNING_ESS] == 1
+    assert Alarms(by_shares=True).look(metrics)[0][keys.WARNING_ESS] == 0
+    assert Alarms(by_shares=True).look({**metrics, keys.WEIGHT_ESS_TARGET: 0.05})[0][keys.WARNING_ESS] == 1
+
+
 def test_correct_rows_that_become_unlikely() -> None:
     watch = Alarms()
     flags = [
