@@ -53,23 +53,24 @@ def plan_machine(config: Config, *, num_cores: int, num_gpus: float) -> Layout:
     share = config.rollout.num_gpus
     num_searchers, searcher = _searchers(config)
     pool_gpus = num_searchers * searcher.gpus
-    learner_gpus = _learner_gpus(config, num_gpus - pool_gpus)
+    learner_gpus = _learner_gpus(config, num_gpus - pool_gpus, num_actors=config.rollout.num_actors or 1)
     if config.rollout.num_actors is not None:
         num_actors = config.rollout.num_actors
     elif share:
         num_actors = max(1, _gpu_places(num_gpus - pool_gpus - learner_gpus, share))
     else:
         num_actors = max(1, int(num_cores - num_searchers * searcher.cpus) // 2)
+    num_actors = _within_bounds(config, num_actors)
     needed_gpus = num_actors * share + learner_gpus + pool_gpus
     if needed_gpus > num_gpus:
         pool = f", and a pool of search actors with {pool_gpus:g}," if pool_gpus else ""
         raise ConfigError(
             f"{counted(num_actors, 'rollout actor')} with rollout.num_gpus = {share:g} and a learner with "
             f"{learner_gpus:g}{pool} need {counted(needed_gpus, 'GPU')}, the cluster has {num_gpus:g} that torch can "
-            "use: lower these shares or rollout.num_actors, or set the shares to 0 to compute on CPUs"
+            "use: lower these shares, rollout.num_actors or the least of rollout.autoscale, or set the shares to 0 to "
+            "compute on CPUs"
         )
     threads = config.rollout.threads_per_actor or max(1, num_cores // num_actors)
-    num_actors = _within_bounds(config, num_actors)
     return Layout(
         num_actors=num_actors,
         num_fitting=num_actors,
@@ -123,12 +124,19 @@ def plan_cluster(config: Config, *, nodes: Sequence[Resources]) -> Layout:
 
 
 def cluster_shares(config: Config, *, nodes: Sequence[Resources]) -> tuple[Share, Share]:
-    """What learner and actor reserve on a cluster; threads that no setting names follow from its largest nodes."""
+    """What learner and actor reserve on a cluster; threads that no setting names follow from its largest nodes.
+
+    Raises:
+        ConfigError: one actor would leave no GPU for the learner; further ones join when there is more.
+    """
     num_searchers, searcher = _searchers(config)
     num_gpus = sum(node.get("GPU", 0.0) for node in nodes) - num_searchers * searcher.gpus
+    return _shares(config, nodes=nodes, learner_gpus=_learner_gpus(config, num_gpus, num_actors=1))
+
+
+def _shares(config: Config, *, nodes: Sequence[Resources], learner_gpus: float) -> tuple[Share, Share]:
     learner_cores = _most_cores(nodes, config.learner.resources)
     learner_threads = config.learner.threads or max(1, learner_cores // 2)
-    learner_gpus = _learner_gpus(config, num_gpus)
     actor_cores = _most_cores(nodes, config.rollout.resources)
     if config.rollout.num_gpus:  # so many that all shares of GPUs can be used, beside the learner
         most_gpus = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
@@ -152,8 +160,14 @@ def cluster_shares(config: Config, *, nodes: Sequence[Resources]) -> tuple[Share
 
 
 def wanted_bundles(config: Config, *, nodes: Sequence[Resources]) -> list[dict[str, float]]:
-    """What an autoscaler is asked for: room for the learner, the search actors, and as many actors as are named."""
-    learner, actor = cluster_shares(config, nodes=nodes)
+    """What an autoscaler is asked for: room for the learner, the search actors, and as many actors as are named.
+
+    Where actors are on GPUs the learner is to have one, though the nodes of now may have none left for it.
+    """
+    try:
+        learner, actor = cluster_shares(config, nodes=nodes)
+    except ConfigError:
+        learner, actor = _shares(config, nodes=nodes, learner_gpus=1.0)
     num_searchers, searcher = _searchers(config)
     num_actors = _within_bounds(config, config.rollout.num_actors or 1)
     return [learner.bundle, *[searcher.bundle] * num_searchers, *[actor.bundle] * num_actors]
@@ -202,15 +216,20 @@ def _within_bounds(config: Config, num_actors: int) -> int:
     return min(max(num_actors, bounds["min"]), bounds["max"]) if bounds else num_actors
 
 
-def _learner_gpus(config: Config, num_gpus: float) -> float:
+def _learner_gpus(config: Config, num_gpus: float, *, num_actors: int) -> float:
+    """The learner's share beside so many actors.
+
+    Raises:
+        ConfigError: they leave it none.
+    """
     if config.learner.num_gpus is not None:
         return config.learner.num_gpus
-    taken = (config.rollout.num_actors or 1) * config.rollout.num_gpus
+    taken = num_actors * config.rollout.num_gpus
     left = min(1.0, max(0.0, num_gpus - taken))
     if taken and num_gpus and not left:
         raise ConfigError(
-            f"rollout.num_gpus = {config.rollout.num_gpus:g}: with {counted(config.rollout.num_actors or 1, 'actor')} "
-            f"the {counted(num_gpus, 'GPU')} of the cluster would be used up, and the learner would be on the CPU; "
+            f"rollout.num_gpus = {config.rollout.num_gpus:g}: with {counted(num_actors, 'actor')} the "
+            f"{counted(num_gpus, 'GPU')} of the cluster would be used up, and the learner would be on the CPU; "
             "lower it, such as to 0.5, or say learner.num_gpus = 0 if that is meant"
         )
     return left

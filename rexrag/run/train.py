@@ -21,9 +21,10 @@ from rexrag.buffer.recovery import books_from_log
 from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
 from rexrag.buffer.status import BufferPosition
 from rexrag.config import Config
-from rexrag.errors import CollapsedError, Interrupted, RexragError, RunFailure, counted, first_line
+from rexrag.errors import CollapsedError, ConfigError, Interrupted, RexragError, RunFailure, counted, first_line
 from rexrag.files import write_atomic
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, start_learner
+from rexrag.model.fetching import is_hub_id
 from rexrag.preparation.prepare import prepare
 from rexrag.recipe import flatten
 from rexrag.reporting.alarms import Alarms
@@ -198,10 +199,18 @@ def _stop(fleet: Fleet, pool: SearchPool) -> None:
 def _layout(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, progress: Progress) -> Layout:
     config = with_wanted(request.run, request.config)
     if cluster_address() is None:
-        num_gpus = float(torch.cuda.device_count())
-        return plan_machine(config, num_cores=os.cpu_count() or 1, num_gpus=num_gpus)
+        room = {"num_cores": os.cpu_count() or 1, "num_gpus": torch.cuda.device_count()}
+        try:
+            return plan_machine(config, **room)
+        except ConfigError as error:
+            if config is request.config:
+                raise
+            progress.note(f"what rexrag scale asked for last does not fit, the recipe's number is taken: {error}")
+            return plan_machine(request.config, **room)
     layout = wait_for_layout(config, progress=progress, stop=stop)
-    paths = {"model.path": Path(inputs.model_path), "retriever.path": config.retriever.path}
+    paths = {"retriever.path": config.retriever.path}
+    if not is_hub_id(inputs.model_path):  # each node takes that from its own cache, or fetches it
+        paths["model.path"] = Path(inputs.model_path)
     paths |= {"probe.hints": config.probe.hints, "env.prompt_file": config.env.prompt_file}
     probe_paths({setting: path for setting, path in paths.items() if path is not None}, writable=request.run.root)
     return layout

@@ -7,7 +7,7 @@ import pytest
 from rexrag.config import Config
 from rexrag.errors import ConfigError
 from rexrag.recipe import flatten, make_config
-from rexrag.run.layout import describe_layout, plan_cluster, plan_machine
+from rexrag.run.layout import describe_layout, plan_cluster, plan_machine, wanted_bundles
 from rexrag.run.part_settings import device_of
 
 
@@ -55,12 +55,26 @@ def test_the_shares_are_told_in_words() -> None:
         ({"rollout__num_gpus": 0.5}, 0, "rollout.num_gpus = 0.5 and a learner with 0 need 0.5 GPUs, the cluster has 0"),
         ({"rollout__num_gpus": 1.0}, 1, "rollout.num_gpus = 1: with 1 actor the 1 GPU of the cluster would be used up"),
         ({"learner__num_gpus": 1.0}, 0, "a learner with 1 need 1 GPU, the cluster has 0"),
+        ({"rollout__num_gpus": 1.0, "rollout__autoscale": {"min": 2, "max": 4}}, 2, "2 rollout actors .* need 3 GPUs"),
         ({"rollout__num_gpus": 0.5, "learner__num_gpus": 0.6}, 1, "need 1.1 GPUs, the cluster has 1"),
     ],
 )
 def test_more_gpus_than_there_are_are_refused(settings: dict[str, object], num_gpus: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_machine(config_with(**settings), num_cores=8, num_gpus=num_gpus)
+
+
+def test_autoscale_bounds_say_how_many_threads_an_actor_has() -> None:
+    layout = plan_machine(config_with(rollout__autoscale={"min": 1, "max": 2}), num_cores=16, num_gpus=0)
+    assert (layout.num_actors, layout.actor.threads) == (2, 8)
+
+
+def test_where_an_actor_would_take_the_only_gpu_an_autoscaler_is_asked_for_the_learners() -> None:
+    config, nodes = config_with(rollout__num_gpus=1.0), [{"CPU": 4.0, "GPU": 1.0}]
+    with pytest.raises(ConfigError, match="would be used up"):
+        plan_cluster(config, nodes=nodes)
+    learner, actor = wanted_bundles(config, nodes=nodes)
+    assert (learner["GPU"], actor["GPU"]) == (1.0, 1.0)
 
 
 SMALL = {"CPU": 4.0}
@@ -91,6 +105,13 @@ def test_on_the_own_machine_nothing_is_reserved() -> None:
         ({}, [SMALL], 1, {"CPU": 2.0}, {"CPU": 2.0}),
         ({"rollout__num_actors": 9}, [SMALL, SMALL], 9, {"CPU": 4.0}, {"CPU": 2.0}),
         ({"rollout__num_gpus": 0.5}, [LARGE, SMALL], 6, {"CPU": 1.0, "GPU": 0.5}, {"CPU": 8.0, "GPU": 1.0}),
+        (
+            {"rollout__num_gpus": 1.0, "rollout__num_actors": 4},
+            [{"CPU": 4.0, "GPU": 1.0}] * 2,
+            4,
+            {"CPU": 2.0, "GPU": 1.0},
+            {"CPU": 2.0, "GPU": 1.0},
+        ),
         ({"rollout__num_gpus": 1.0}, [LARGE, LARGE], 7, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}),
         (
             {"rollout__num_gpus": 0.5, "rollout__threads_per_actor": 1, "learner__num_gpus": 0.5},
