@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from rexrag.engine.protocol import Engine, GenerateRequest
-from rexrag.errors import EngineBrokenError
+from rexrag.errors import EngineBrokenError, EnginePassError, first_line
 from rexrag.model.weight_proof import Canary, Delivery, WeightUpdate, delivery_of, problem_of
 from rexrag.types import FloatArray, WeightVersion
 
@@ -28,7 +28,7 @@ async def deliver(
         None where there is nothing to prove: the weights stay, or there is no canary.
 
     Raises:
-        EngineBrokenError: the engine holds other weights after the second transfer too.
+        EngineBrokenError: the engine holds other weights after the second transfer too, or fails to show which.
     """
     if update is None or not update.proof.canary:
         await engine.update_weights(version, None if update is None else update.weights)
@@ -37,16 +37,19 @@ async def deliver(
     for _ in range(ATTEMPTS):
         switch_s = await engine.update_weights(version, update.weights)
         began = time.monotonic()
-        scores = await _scores(engine, update.proof.canary, version)
-        bits = await engine.bit_sum()
-        found = problem_of(update.proof, scores=scores, bits=bits)
+        try:
+            scores = await _scores(engine, update.proof.canary, version)
+            bits = await engine.bit_sum()
+            found = problem_of(update.proof, scores=scores, bits=bits)
+        except EnginePassError as error:
+            found = f"its pass over the canary failed ({first_line(error)})"
         if found is None:
             proof_s = time.monotonic() - began
             return delivery_of(update.proof, scores=scores, bits=bits, switch_s=switch_s, proof_s=proof_s)
         problem = found
-        LOG.warning("the engine of %s does not hold the weights of step %d: %s", actor_id, version.step, problem)
+        LOG.warning("the engine of %s does not show the weights of step %d: %s", actor_id, version.step, problem)
     raise EngineBrokenError(
-        f"the engine of {actor_id} does not hold the weights of step {version.step}, given twice: {problem}"
+        f"the engine of {actor_id} does not show the weights of step {version.step}, given twice: {problem}"
     )
 
 
@@ -56,6 +59,8 @@ async def _scores(engine: Engine, canary: Canary, version: WeightVersion) -> lis
     scores = []
     for ids in canary:
         request = GenerateRequest(prompt_ids=ids, max_tokens=1, greedy=True, cache_salt=salt, score_from=1)
-        scores.append(np.array((await engine.generate(request)).scores, np.float32))
-        engine.release(salt)
+        try:
+            scores.append(np.array((await engine.generate(request)).scores, np.float32))
+        finally:
+            engine.release(salt)
     return scores

@@ -98,7 +98,7 @@ class RolloutActor:
     ) -> Delivery | None:
         """New weights, in the buckets in which they came; without a proof they stay, and only the version changes."""
         weights = {name: array for bucket in buckets for name, array in bucket.items()}
-        update = None if proof is None else WeightUpdate(weights=weights, proof=proof)
+        update = None if proof is None else WeightUpdate(weights=weights, proof=proof.seen_in(self._dtype))
         return await self._loop.update_weights(version, update)
 
     async def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[EpisodeScore]:

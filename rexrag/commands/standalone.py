@@ -38,11 +38,14 @@ def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
     run = run_of(path)
     config = Config() if run is None else load_recipe(run.config).config
     kind = target_kind(index)
+    # A model that was spread over GPUs may need as many here.
+    spread = config.rollout.tensor_parallel if torch.cuda.device_count() >= config.rollout.tensor_parallel else 1
     values = {
         **flatten(config),
         "model.path": str(path),
         "rollout.engine": "auto",  # the run's own may not be installed here
-        "rollout.num_gpus": float(torch.cuda.is_available()),
+        "rollout.num_gpus": float(spread * torch.cuda.is_available()),
+        "rollout.tensor_parallel": spread,
         "retriever.kind": kind,
         "retriever.url": index if kind == "http" else None,
         "retriever.path": None if kind == "http" else Path(index),

@@ -157,6 +157,7 @@ class LearnerActor:
             logprobs=scores,
             moved=math.inf if before is None else distance(before, scores),
             bits=bits,
+            dtype=dtype,
             precision="float32" if is_exact else "bfloat16",
         )
 

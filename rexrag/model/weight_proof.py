@@ -9,7 +9,7 @@ it changed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import numpy as np
@@ -48,15 +48,21 @@ class WeightProof:
         canary: N prompts.
         logprobs: N arrays, of each prompt's tokens from the second on, by the learner.
         moved: mean distance of these from the version before, nats; inf of the first.
-        bits: `bit_sum` of the arrays as they travel.
+        bits: `bit_sum` of the arrays as they travel; None: of no use to this engine.
+        dtype: in which the arrays travel.
         precision: the coarser of what learner and engine compute with: which bound holds.
     """
 
     canary: Canary
     logprobs: tuple[FloatArray, ...]
     moved: float
-    bits: int
+    bits: int | None
+    dtype: Precision
     precision: Precision
+
+    def seen_in(self, dtype: Precision) -> WeightProof:
+        """The proof for an engine that keeps weights in `dtype`: in another one than they travel in bits differ."""
+        return self if dtype == self.dtype else replace(self, bits=None, precision="bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,7 +150,7 @@ def problem_of(proof: WeightProof, *, scores: Sequence[FloatArray], bits: int | 
             f"its log-probs of the canary are {off:.2g} nats a token from the learner's, more than "
             f"{BOUND[proof.precision]:g} in {proof.precision}"
         )
-    if bits is not None and bits != proof.bits:
+    if bits is not None and proof.bits is not None and bits != proof.bits:
         return f"the bits of its weights add up to {bits:016x}, those of the version to {proof.bits:016x}"
     return None
 
@@ -157,5 +163,5 @@ def delivery_of(
         switch_s=switch_s,
         proof_s=proof_s,
         canary_kl=canary_kl(scores, proof.logprobs),
-        is_told_apart=bits is not None or proof.moved > 2.0 * BOUND[proof.precision],
+        is_told_apart=None not in (bits, proof.bits) or proof.moved > 2.0 * BOUND[proof.precision],
     )

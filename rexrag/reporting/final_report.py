@@ -53,7 +53,7 @@ def em_table(before: Line, after: Line, *, split: str) -> Table:
     """EM of two evaluations on the same questions, with 95% intervals, in all and by hops."""
     table = Table(title=f"EM on {counted(after['n'], f'{split} question')}")
     table.add_column("")
-    table.add_column("before")
+    table.add_column("before" if before["step"] == 0 else f"at step {before['step']}")
     table.add_column(f"after step {after['step']}")
     table.add_row("all", _with_interval(before), _with_interval(after))
     for hops, row in before["by_hops"].items():

@@ -17,20 +17,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from rexrag.buffer.replay_actor import ReplayActor
 from rexrag.buffer.status import BufferStatus
-from rexrag.errors import CollapsedError, EnginePassError, PartDiedError, counted
+from rexrag.errors import CollapsedError, EnginePassError, PartDiedError, RetrieverError, counted
 from rexrag.learner.checkpoint import prune
 from rexrag.learner.learner_actor import LearnerActor, ask_progress, start_export
 from rexrag.reporting.reporter import Reporter
 from rexrag.run.autoscale import Autoscaler, StepLoad
 from rexrag.run.fleet import Fleet
-from rexrag.run.guard import Guard
+from rexrag.run.guard import WINDOW, Guard
 from rexrag.run.identity import note_precision
 from rexrag.run.remote import Handle, Ref, T, call, peek, value_of
 from rexrag.run.rewind import note_collapse
@@ -242,7 +242,8 @@ class Controller:
     def _evaluate(self, split: str) -> None:
         """Greedy episodes of a split under the current version, unless `eval.jsonl` has them.
 
-        Where an actor dies meanwhile, the evaluation begins again on the actors that there are then.
+        Where an actor dies meanwhile, or a search fails in the end, the evaluation begins again on the actors that
+        there are then. One that a search keeps from ending is left out: the run does not depend on it.
         """
         questions = self._questions[split]
         started, step = time.monotonic(), self._version.step
@@ -253,11 +254,22 @@ class Controller:
             try:
                 scores = self._scores(split, questions)
                 break
-            except (PartDiedError, EnginePassError) as error:
+            except (PartDiedError, EnginePassError, RetrieverError) as error:
                 if attempt + 1 == MAX_EVAL_ATTEMPTS:
-                    raise
+                    if not isinstance(error, RetrieverError):
+                        raise
+                    self._leave_out(split, error)
+                    return
                 LOG.warning("the evaluation at step %d begins again: %s", step, error)
         self._reporter.evaluation(scores, split=split, step=step, seconds=time.monotonic() - started)
+
+    def _leave_out(self, split: str, error: RetrieverError) -> None:
+        told = (
+            f"the evaluation on {split} at step {self._version.step} is left out, a search failed in each of "
+            f"{MAX_EVAL_ATTEMPTS} attempts: {error}"
+        )
+        self._reporter.note(f"warning: {told}")
+        LOG.warning("%s", told)
 
     def _scores(self, split: str, questions: Sequence[Question]) -> list[EpisodeScore]:
         self._supervisor.look()
@@ -275,15 +287,24 @@ class Controller:
         self._wait(saved, what=f"the run waits for the checkpoint of step {step}", progress=self._learner_progress)
         self._saved_step = step
         self._run_folder.set_steps(step)
+        committed = self._run_folder.committed_checkpoints()
+        good = self._good_ones(committed)
         prune(
             self._run_folder.checkpoints,
             keep_last=self._settings.keep_checkpoints,
-            needed=[self._run_folder.best_checkpoint(), *self._origin],
+            needed=[self._run_folder.best_checkpoint(), *self._origin, *(committed[step] for step in good)],
         )
         # A resume goes on from one of the newest; the best one is kept for its weights.
-        oldest = list(self._run_folder.committed_checkpoints())[-self._settings.keep_checkpoints :][0]
+        oldest = min([*committed][-self._settings.keep_checkpoints :] + good)
         settled = call(self._buffer, ReplayActor.settle, oldest)
         self._wait(settled, what=f"the run waits for the buffer to let go of what step {oldest} contains")
+
+    def _good_ones(self, committed: Mapping[int, Path]) -> list[int]:
+        """Steps that the run could go back to when the policy breaks in the steps to come."""
+        if self._settings.guard != "rewind":
+            return []
+        before = [step for step in committed if step <= self._version.step + 1 - WINDOW]
+        return [step for step in committed if step >= max(before, default=0)]
 
     def _wait_for_current_actors(self, *, interruptible: bool) -> None:
         self._supervisor.until(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from rexrag.actors.delivery import deliver
 from rexrag.engine.llama_weights import LlamaWeights
+from rexrag.engine.protocol import GenerateRequest
 from rexrag.engine.torch_engine import TorchEngine
-from rexrag.errors import EngineBrokenError
+from rexrag.errors import EngineBrokenError, EnginePassError
 from rexrag.model.weight_proof import Delivery, WeightProof, WeightUpdate, bit_sum, canary_of, distance
 from rexrag.types import WeightVersion
 
@@ -32,6 +33,7 @@ def update_of(new: PreTrainedModel, old: PreTrainedModel, **changes: Any) -> Wei
         logprobs=scores,
         moved=distance(before, scores),
         bits=bit_sum(weights.values()),
+        dtype="float32",
         precision="float32",
     )
     return WeightUpdate(**{"weights": weights, "proof": proof, **changes})
@@ -146,6 +148,46 @@ def test_the_bits_tell_what_the_canary_cannot(models: tuple[PreTrainedModel, Pre
     lie = WeightUpdate(weights={**changed, name: moved}, proof=proof)
     with pytest.raises(EngineBrokenError, match="bits of its weights add up to"):
         run(make_engine(old), lie)
+
+
+def in_half(model: PreTrainedModel) -> PreTrainedModel:
+    return cast("PreTrainedModel", torch.nn.Module.to(model, torch.bfloat16))
+
+
+def test_an_engine_of_another_precision_than_weights_travel_in_proves_them_by_the_canary(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+) -> None:
+    """Of a fleet on unlike processors one engine may sample in bfloat16 where float32 travels for the others."""
+    old, new = models
+    update, before = update_of(new, old), weights_of(old)
+    with pytest.raises(EngineBrokenError, match=r"canary|bits"):
+        run(make_engine(in_half(old), dtype="bfloat16"), update)
+    seen = WeightUpdate(weights=update.weights, proof=update.proof.seen_in("bfloat16"))
+    assert run(make_engine(in_half(old), dtype="bfloat16"), seen) is not None
+    assert update.proof.seen_in("float32") is update.proof
+    stays = WeightUpdate(weights=before, proof=seen.proof)
+    with pytest.raises(EngineBrokenError, match="canary"):
+        run(make_engine(in_half(old), dtype="bfloat16"), stays)
+
+
+def test_a_pass_over_the_canary_that_fails_costs_an_attempt(
+    models: tuple[PreTrainedModel, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = models
+    generate, num_failures = TorchEngine.generate, 1
+
+    async def failing(self: TorchEngine, request: GenerateRequest) -> Any:  # noqa: ANN401
+        nonlocal num_failures
+        if num_failures:
+            num_failures -= 1
+            raise EnginePassError("out of memory")
+        return await generate(self, request)
+
+    monkeypatch.setattr(TorchEngine, "generate", failing)
+    assert run(make_engine(old), update_of(new, old)) is not None
+    num_failures = 2
+    with pytest.raises(EngineBrokenError, match=r"its pass over the canary failed \(out of memory\)"):
+        run(make_engine(old), update_of(new, old))
 
 
 def test_without_bits_an_update_that_hardly_moves_the_canary_is_not_told_apart(

@@ -57,6 +57,19 @@ def test_a_run_is_evaluated_without_its_file_of_hints(tmp_path: Path, index: Pat
     assert score.em == 0.0
 
 
+def test_a_run_whose_model_was_spread_over_gpus_is_evaluated_where_there_are_none(tmp_path: Path, index: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("")
+    (tmp_path / "hints.txt").write_text("<think> | Next I need\n")
+    (tmp_path / "recipe.toml").write_text(RECIPE + "[rollout]\nnum_gpus = 4\ntensor_parallel = 4\n")
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    run = RunFolder.create(tmp_path / "run", recipe="r", seed=0, config=resolved_toml(recipe))
+    checkpoint = run.checkpoints / "step-000002"
+    make_tiny_model(["Where is Homs ? Syria"], checkpoint, seed=0, width=16, num_layers=1, num_heads=2)
+    (checkpoint / "COMMIT").touch()
+    _, settings = settings_for(str(run.root), index=str(index))
+    assert settings.tensor_parallel == 1
+
+
 def test_a_model_without_a_run_gets_limits_that_fit_its_context(tmp_path: Path, index: Path) -> None:
     for context, limit in ((1024, 1024), (8192, 4096)):
         folder = make_tiny_model(["a"], tmp_path / str(context), seed=0, width=16, num_layers=1, context=context)

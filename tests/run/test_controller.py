@@ -7,15 +7,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
-from local_parts import LocalActor, LocalFleet, LocalLearner, LocalReporter, LocalSupervisor, Script
+from local_parts import LocalActor, LocalFleet, LocalLearner, LocalRef, LocalReporter, LocalSupervisor, Script
 from replay_helpers import make_questions, make_settings
 
 from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import ReplayActor
-from rexrag.errors import Interrupted, PartDiedError
+from rexrag.errors import Interrupted, PartDiedError, RetrieverError
 from rexrag.run import controller as controller_module
 from rexrag.run.controller import Controller, LoopSettings
 from rexrag.run.identity import note_precision
@@ -54,6 +54,7 @@ def make_rig(
     checkpoint_every: int = 2,
     keep_checkpoints: int = 9,
     checkpoint: Path | None = None,
+    guard: Literal["off", "warn", "rewind"] = "off",
 ) -> Rig:
     run = RunFolder.create(folder / "run", recipe="mine", seed=0, config="")
     run.__enter__()
@@ -76,7 +77,7 @@ def make_rig(
             keep_checkpoints=keep_checkpoints,
             groups_per_step=GROUPS,
             autoscale=None,
-            guard="off",
+            guard=guard,
         ),
         run_folder=run,
         first=first,
@@ -212,6 +213,36 @@ def test_an_evaluation_that_dies_again_and_again_ends_the_run(tmp_path: Path) ->
         rig.controller.run()
     assert rig.script.calls.count("fleet.evaluate") == 3
     assert rig.reporter.evaluations == []
+
+
+def test_an_evaluation_whose_searches_fail_again_and_again_is_left_out(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, num_steps=1)
+    evaluate = rig.fleet.evaluate
+
+    def failing(questions: Any, *, version: WeightVersion) -> Any:  # noqa: ANN401
+        refs = evaluate(questions, version=version)
+        return refs if version.step else [LocalRef(error=RetrieverError("no answer"))]
+
+    rig.fleet.evaluate = failing  # type: ignore[method-assign]
+    rig.controller.run()
+    assert rig.reporter.evaluations == [("dev", 1, 3), ("test", 1, 4)]
+    assert [note for note in rig.reporter.notes if "left out" in note] == [
+        f"warning: the evaluation on {split} at step 0 is left out, a search failed in each of 3 attempts: no answer"
+        for split in ("test", "dev")
+    ]
+
+
+def test_a_run_that_may_go_back_keeps_a_checkpoint_from_before_the_window(tmp_path: Path) -> None:
+    kept = {}
+    cases: list[tuple[Literal["warn", "rewind"], int]] = [("warn", 4), ("rewind", 4), ("rewind", 1)]
+    for guard, every in cases:
+        folder = tmp_path / f"{guard}-{every}"
+        rig = make_rig(folder, num_steps=13, checkpoint_every=every, keep_checkpoints=1, guard=guard)
+        rig.controller.run()
+        kept[guard, every] = sorted(rig.run.committed_checkpoints())
+    assert kept["warn", 4] == [13]
+    assert kept["rewind", 4] == [8, 12, 13], "a collapse seen at step 14 began at step 10"
+    assert kept["rewind", 1] == [9, 10, 11, 12, 13]
 
 
 def test_a_step_whose_groups_never_end_says_what_the_buffer_holds(
