@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,7 +151,7 @@ def test_the_bits_tell_what_the_canary_cannot(models: tuple[PreTrainedModel, Pre
 
 
 def in_half(model: PreTrainedModel) -> PreTrainedModel:
-    return cast("PreTrainedModel", torch.nn.Module.to(model, torch.bfloat16))
+    return torch.nn.Module.to(model, torch.bfloat16)
 
 
 def test_an_engine_of_another_precision_than_weights_travel_in_proves_them_by_the_canary(
