@@ -69,7 +69,8 @@ class ReplayState:
         self._unpublished: dict[int, int] = {}
         self._held: dict[str, WeightVersion | None] = {}
         self._num_issued = 0
-        self._num_ended = 0
+        self._num_finished = 0
+        self._num_flat = 0
         self._segments = {group_id: 0 for group_id, group in ledger.groups.items() if group.was_finished}
         self._line = QuestionLine(ledger, questions=self._questions, seed=settings.seed)
 
@@ -162,7 +163,7 @@ class ReplayState:
             return "invalid"
         if self._settings.refill and parsed.is_flat:
             self._drop([group], DropReason.FLAT)
-            self._num_ended += 1
+            self._num_flat += 1
             return "flat"
         finish = Finish(
             group_id=group_id,
@@ -177,7 +178,7 @@ class ReplayState:
         self._commit([finish])
         self._segments[group_id] = self._journal.number
         self._leases.end(group_id)
-        self._num_ended += 1
+        self._num_finished += 1
         return "accepted"
 
     def fail(self, actor_id: str, *, lease: LeaseKey, reason: str) -> None:
@@ -292,7 +293,8 @@ class ReplayState:
             assigned=len(self._ledger.in_state(GroupState.ASSIGNED)),
             capacity=self.capacity,
             questions_to_ask_again=len(self._ledger.again),
-            num_ended=self._num_ended,
+            num_finished=self._num_finished,
+            num_flat=self._num_flat,
             actors=actor_statuses(self._leases, held=self._held, published=self._published, now=self._clock()),
         )
 

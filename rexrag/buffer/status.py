@@ -26,7 +26,7 @@ class ActorStatus:
 class BufferStatus:
     """Group counts now. `capacity` bounds waiting + leased + finished + assigned to unpublished steps.
 
-    `num_ended` counts the groups that came to an end since the buffer began: finished, or flat and replaced.
+    Since the buffer began `num_finished` groups were stored, and `num_flat` were dropped since `refill` is set.
     """
 
     published: WeightVersion | None
@@ -37,7 +37,8 @@ class BufferStatus:
     assigned: int
     capacity: int
     questions_to_ask_again: int
-    num_ended: int
+    num_finished: int
+    num_flat: int
     actors: Mapping[str, ActorStatus]
 
 

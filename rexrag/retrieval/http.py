@@ -186,8 +186,11 @@ class HttpRetriever:
 
     def _redirected(self, url: str, location: str) -> str:
         """Where a redirect leads; a later query goes there at once. Queries are not sent to other servers."""
-        target = httpx.URL(url).join(location)
-        if target.host != httpx.URL(self._url).host:
+        asked = httpx.URL(url)
+        target = asked.join(location)
+        # On its way a query, and the token with it, may get a cipher, but not lose it or change to another service.
+        is_same = (target.scheme, target.host, target.port) == (asked.scheme, asked.host, asked.port)
+        if not is_same and (target.host, target.scheme, asked.scheme) != (asked.host, "https", "http"):
             raise RetrieverSetupError(f"{url}: redirects to {target}, another server; set retriever.url if it is meant")
         if url == self._endpoint:
             self._endpoint = str(target)

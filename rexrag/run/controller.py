@@ -205,8 +205,8 @@ class Controller:
 
         self._supervisor.until(
             is_assigned,
-            what=lambda: f"the learner waits for step {step}, and no group ends (the buffer holds: {status})",
-            progress=lambda: None if status is None else status.num_ended,
+            what=lambda: _no_group(step, status),
+            progress=lambda: None if status is None else status.num_finished,
             pause_s=0.0,
         )
         self._fleet.progressed()
@@ -321,3 +321,10 @@ class Controller:
         self, ref: Ref[T], *, what: str, progress: Callable[[], object] | None = None, interruptible: bool = False
     ) -> T:
         return self._supervisor.wait(ref, what=what, progress=progress, interruptible=interruptible)
+
+
+def _no_group(step: int, status: BufferStatus | None) -> str:
+    ends = "no group ends"
+    if status is not None and status.num_flat:
+        ends += f" with unequal rewards ({counted(status.num_flat, 'group')} with equal ones dropped: replay.refill)"
+    return f"the learner waits for step {step}, and {ends} (the buffer holds: {status})"

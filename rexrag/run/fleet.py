@@ -77,7 +77,8 @@ class Fleet:
         self._num_started = 0
         self._num_replaced = 0
         self._deaths = 0
-        self._sampled = (time.monotonic(), 0)
+        self._reported_at = time.monotonic()
+        self._sampled: dict[str, int] = {}
         self._deliveries: list[Delivery] = []
         self._searches: dict[str, RetrieverState] = {}
         self._told_searches = RetrieverState()
@@ -171,15 +172,14 @@ class Fleet:
 
     def report(self) -> FleetReport:
         """How the actors have done since the last report."""
-        now, sampled = time.monotonic(), sum(stats.sampled_tokens for stats in self._stats())
-        before, self._sampled = self._sampled, (now, sampled)
-        rate = (sampled - before[1]) / (now - before[0]) if sampled >= before[1] else None
+        now, before = time.monotonic(), self._reported_at
+        self._reported_at = now
         deliveries, self._deliveries = self._deliveries, []
         return FleetReport(
             num_ready=len(self._ready()),
             num_wanted=self.num_wanted,
             num_replaced=self._num_replaced,
-            tokens_per_s=rate,
+            tokens_per_s=self._newly_sampled() / (now - before),
             canary_kl=max((delivery.canary_kl for delivery in deliveries), default=None),
             switch_s=max((delivery.switch_s for delivery in deliveries), default=None),
             proof_s=max((delivery.proof_s for delivery in deliveries), default=None),
@@ -241,6 +241,16 @@ class Fleet:
     def _stats(self) -> list[EngineStats]:
         """Counters of the actors that answer in time."""
         return [stats for stats in self._ask(self._ready(), RolloutActor.stats) if stats is not None]
+
+    def _newly_sampled(self) -> int:
+        """Tokens since it was asked last; those of an actor that does not answer count when it does again."""
+        members = self._ready()
+        num_new = 0
+        for member, stats in zip(members, self._ask(members, RolloutActor.stats), strict=True):
+            if stats is not None:
+                num_new += stats.sampled_tokens - self._sampled.get(member.actor_id, 0)
+                self._sampled[member.actor_id] = stats.sampled_tokens
+        return num_new
 
     def _ask(
         self, members: Sequence[Member], method: Callable[[RolloutActor], Awaitable[T]], *, timeout_s: float = 5.0

@@ -5,8 +5,9 @@ result = call(learner, LearnerActor.step, value_of(batch))      # learner.step.r
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast, overload
+from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 import ray
 from ray import ObjectRef
@@ -14,6 +15,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rexrag.errors import PartDiedError, RexragError, RunFailure
+from rexrag.run.signals import StopSignal
+
+_POLL_S: Final = 0.5
 
 T = TypeVar("T")
 ActorT = TypeVar("ActorT")
@@ -84,6 +88,23 @@ def peek(ref: Ref[T], *, timeout_s: float = 5.0) -> T | None:
 def is_done(ref: Ref[T], *, timeout_s: float = 0.0) -> bool:
     """Whether there is a value behind a reference, or an error, within a time."""
     return bool(ray.wait([ref], timeout=timeout_s)[0])
+
+
+def is_done_in(ref: Ref[T], *, timeout_s: float, what: str, stop: StopSignal) -> bool:
+    """Whether there is a value behind a reference, or an error, within a time.
+
+    Args:
+        what: who waits for what, for the message.
+
+    Raises:
+        Interrupted: a stop signal came meanwhile.
+    """
+    until = time.monotonic() + timeout_s
+    while not is_done(ref, timeout_s=min(_POLL_S, max(0.0, until - time.monotonic()))):
+        stop.heed(what)
+        if time.monotonic() >= until:
+            return False
+    return True
 
 
 def kill(actor: Handle[ActorT]) -> None:

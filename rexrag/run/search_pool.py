@@ -13,7 +13,8 @@ from rexrag.errors import PartDiedError, RunFailure
 from rexrag.processes import Share, in_words
 from rexrag.retrieval.search_actor import SearchActor, is_restarting, search_actor_name, start_search_actor
 from rexrag.retrieval.settings import SearchActorSettings
-from rexrag.run.remote import Handle, Ref, call, is_done, kill, result_of
+from rexrag.run.remote import Handle, Ref, call, is_done, is_done_in, kill, result_of
+from rexrag.run.signals import StopSignal
 
 LOG = logging.getLogger(__name__)
 
@@ -38,22 +39,24 @@ class SearchPool:
     def actors(self) -> list[Handle[SearchActor]]:
         return self._actors
 
-    def await_ready(self, *, timeout_s: float) -> None:
+    def await_ready(self, *, timeout_s: float, stop: StopSignal) -> None:
         """Wait until every actor has opened its index.
 
         Raises:
             UserError: what keeps one from it.
             RunFailure: one has not in `timeout_s` seconds, or died.
+            Interrupted: a stop signal came.
         """
         until = time.monotonic() + timeout_s
         for number, ping in self._pings.items():
-            if not is_done(ping, timeout_s=max(0.0, until - time.monotonic())):
+            what = f"the run waits for {search_actor_name(number)} to open its index"
+            if not is_done_in(ping, timeout_s=until - time.monotonic(), what=what, stop=stop):
                 raise RunFailure(
                     f"search actor {search_actor_name(number)} has not opened its index in {timeout_s:.0f} s "
                     f"(train.stall_timeout_s): it waits for a node with {in_words(self._share.bundle)} free, or "
                     "loads its encoder"
                 )
-            self._pids[number] = result_of(ping, what=f"the run waits for {search_actor_name(number)}")
+            self._pids[number] = result_of(ping, what=what)
         self._pings = {}
 
     def look(self) -> None:

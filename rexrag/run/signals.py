@@ -46,6 +46,15 @@ class StopSignal:
         self._graceful = True
         self._install()
 
+    def heed(self, what: str) -> None:
+        """Where a wait that has nothing to save may end.
+
+        Raises:
+            Interrupted: a stop came.
+        """
+        if self.received is not None:
+            raise Interrupted(f"stopped by {self.received}: {what}")
+
     def ask(self, by: str) -> None:
         """A stop that came on another way than a signal; it waits for its moment like one."""
         if self.received is None:

@@ -51,7 +51,7 @@ from rexrag.run.part_settings import (
 )
 from rexrag.run.plan import TrainRequest
 from rexrag.run.ray_metrics import RayMetrics
-from rexrag.run.remote import Handle, call, result_of
+from rexrag.run.remote import Handle, call, is_done_in, result_of
 from rexrag.run.rewind import go_back, rate_factor
 from rexrag.run.search_pool import SearchPool
 from rexrag.run.signals import StopSignal
@@ -121,12 +121,16 @@ def _train_once(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, prog
 def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Board, progress: Progress) -> None:
     config, run = request.config, request.run
     layout = _layout(request, inputs=inputs, stop=stop, progress=progress)
-    pool = _started_pool(request, layout=layout, progress=progress)
+    pool = _started_pool(request, layout=layout, stop=stop, progress=progress)
     progress.stage("starting the learner and the rollout actors")
     learner = start_learner(_learner_spec(request, layout=layout, inputs=inputs), share=layout.learner)
-    node = None if cluster_address() is None else _node_of(learner, stall_timeout_s=config.train.stall_timeout_s)
+    node = (
+        None
+        if cluster_address() is None
+        else _node_of(learner, stall_timeout_s=config.train.stall_timeout_s, stop=stop)
+    )
     buffer = start_replay_actor(inputs.replay, resume_step=request.start_step, is_new=not request.resumed, node_id=node)
-    position = _opened(buffer, stall_timeout_s=config.train.stall_timeout_s)
+    position = _opened(buffer, stall_timeout_s=config.train.stall_timeout_s, stop=stop)
     for damage in position.damages:
         progress.note(f"warning: {damage}")
     first = WeightVersion(incarnation=position.incarnation, step=request.start_step)
@@ -180,14 +184,14 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     _stop(fleet, pool)
 
 
-def _started_pool(request: TrainRequest, *, layout: Layout, progress: Progress) -> SearchPool:
+def _started_pool(request: TrainRequest, *, layout: Layout, stop: StopSignal, progress: Progress) -> SearchPool:
     """The search actors, before anybody searches; none but with `retriever.kind = "ray"`."""
     config = request.config
     settings = search_actor_settings(config, log_file=request.run.log)
     pool = SearchPool(settings, num_actors=layout.num_searchers, share=layout.searcher)
     if layout.num_searchers:
         progress.stage(f"starting {counted(layout.num_searchers, 'search actor')}")
-        pool.await_ready(timeout_s=config.train.stall_timeout_s)
+        pool.await_ready(timeout_s=config.train.stall_timeout_s, stop=stop)
     return pool
 
 
@@ -253,19 +257,19 @@ def _run(controller: Controller) -> None:
         raise
 
 
-def _node_of(learner: Handle[LearnerActor], *, stall_timeout_s: float) -> str:
+def _node_of(learner: Handle[LearnerActor], *, stall_timeout_s: float, stop: StopSignal) -> str:
     """Where the learner has found a place: the buffer goes there too, since each batch goes from one to the other."""
     what = "the run waits for a node with room for its learner"
     node = call(learner, LearnerActor.node_id)
-    if not ray.wait([node], timeout=stall_timeout_s)[0]:
+    if not is_done_in(node, timeout_s=stall_timeout_s, what=what, stop=stop):
         raise RunFailure(f"{what}: none in {stall_timeout_s:.0f} s (train.stall_timeout_s)")
     return result_of(node, what=what)
 
 
-def _opened(buffer: Handle[ReplayActor], *, stall_timeout_s: float) -> BufferPosition:
+def _opened(buffer: Handle[ReplayActor], *, stall_timeout_s: float, stop: StopSignal) -> BufferPosition:
     what = "the run waits for the replay buffer to read its log"
     opened = call(buffer, ReplayActor.open)
-    if not ray.wait([opened], timeout=stall_timeout_s)[0]:
+    if not is_done_in(opened, timeout_s=stall_timeout_s, what=what, stop=stop):
         raise RunFailure(f"{what}: not done in {stall_timeout_s:.0f} s (train.stall_timeout_s)")
     return result_of(opened, what=what)
 

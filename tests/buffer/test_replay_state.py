@@ -159,6 +159,7 @@ def test_refilling_drops_groups_without_a_signal_and_asks_other_questions() -> N
     rig = Rig(groups_per_step=1, refill=True)
     (flat,) = rig.lease(1)
     assert rig.append(flat) == "flat"
+    assert (rig.state.status().num_finished, rig.state.status().num_flat) == (0, 1), "no progress of a step"
     assert not rig.state.assign(1, rho=None)
     assert rig.state.accounting() == {"issued": 1, "consumed": 0, "dropped": {"flat": 1}, "pending": 0, "given_up": 0}
     with pytest.raises(UnknownLeaseError, match="was dropped"):

@@ -12,6 +12,7 @@ import tracemalloc
 import zlib
 from collections.abc import Sequence
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -211,6 +212,26 @@ def test_other_redirects_are_told(location: str, told: str) -> None:
         pytest.raises(RetrieverSetupError, match=rf"{server.url}/retrieve: .*{told}"),
     ):
         search(server.url)
+
+
+@pytest.mark.parametrize(
+    ("url", "location", "is_followed"),
+    [
+        ("https://s/retrieve", "/retrieve/", True),
+        ("http://s:8000/retrieve", "https://s/retrieve", True),
+        ("https://s/retrieve", "http://s/retrieve", False),
+        ("https://s/retrieve", "https://s:8443/retrieve", False),
+        ("http://s:8000/retrieve", "http://s:8080/retrieve", False),
+        ("http://s/retrieve", "https://t/retrieve", False),
+    ],
+)
+def test_a_redirect_leads_a_query_and_its_token_to_no_other_service(url: str, location: str, is_followed: bool) -> None:
+    retriever = HttpRetriever(url, timeout_s=5, max_retries=0)
+    if is_followed:
+        assert retriever._redirected(url, location) == str(httpx.URL(url).join(location))
+        return
+    with pytest.raises(RetrieverSetupError, match="another server"):
+        retriever._redirected(url, location)
 
 
 def test_compressed_answers_are_read() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rexrag.errors import RetrievalIndexError
+from rexrag.errors import Interrupted, RetrievalIndexError
 from rexrag.processes import Share
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
 from rexrag.retrieval.open import open_retriever
@@ -21,6 +21,7 @@ from rexrag.retrieval.search_actor import SearchActor
 from rexrag.retrieval.settings import RetrieverSettings, SearchActorSettings
 from rexrag.run.remote import call, result_of
 from rexrag.run.search_pool import SearchPool
+from rexrag.run.signals import StopSignal
 from rexrag.types import Passage
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
@@ -41,7 +42,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pool(ray_session: None, index: Path) -> Iterator[SearchPool]:
     settings = SearchActorSettings(path=index, encoder=None, num_gpus=0.0, num_threads=1, log_file=None)
     pool = SearchPool(settings, num_actors=NUM_ACTORS, share=SHARE)
-    pool.await_ready(timeout_s=120.0)
+    pool.await_ready(timeout_s=120.0, stop=StopSignal())
     yield pool
     pool.stop()
 
@@ -110,5 +111,17 @@ def test_an_actor_that_cannot_open_its_index_says_why(ray_session: None, tmp_pat
     settings = SearchActorSettings(path=tmp_path, encoder=None, num_gpus=0.0, num_threads=1, log_file=None)
     pool = SearchPool(settings, num_actors=1, share=SHARE)
     with pytest.raises(RetrievalIndexError, match="no index there"):
-        pool.await_ready(timeout_s=120.0)
+        pool.await_ready(timeout_s=120.0, stop=StopSignal())
     pool.stop()
+
+
+def test_a_stop_is_heard_while_the_pool_waits_for_a_place(ray_session: None, index: Path) -> None:
+    settings = SearchActorSettings(path=index, encoder=None, num_gpus=0.0, num_threads=1, log_file=None)
+    pool = SearchPool(settings, num_actors=1, share=Share(threads=1, cpus=1000.0))
+    stop = StopSignal()
+    stop.ask("SIGTERM")
+    try:
+        with pytest.raises(Interrupted, match="stopped by SIGTERM: the run waits for search-0 to open its index"):
+            pool.await_ready(timeout_s=120.0, stop=stop)
+    finally:
+        pool.stop()
