@@ -124,20 +124,15 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     pool = _started_pool(request, layout=layout, stop=stop, progress=progress)
     progress.stage("starting the learner and the rollout actors")
     learner = start_learner(_learner_spec(request, layout=layout, inputs=inputs), share=layout.learner)
-    node = (
-        None
-        if cluster_address() is None
-        else _node_of(learner, stall_timeout_s=config.train.stall_timeout_s, stop=stop)
-    )
+    bound_s = config.train.stall_timeout_s
+    node = _node_of(learner, stall_timeout_s=bound_s, stop=stop)
     buffer = start_replay_actor(inputs.replay, resume_step=request.start_step, is_new=not request.resumed, node_id=node)
-    position = _opened(buffer, stall_timeout_s=config.train.stall_timeout_s, stop=stop)
+    position = _opened(buffer, stall_timeout_s=bound_s, stop=stop)
     for damage in position.damages:
         progress.note(f"warning: {damage}")
     first = WeightVersion(incarnation=position.incarnation, step=request.start_step)
     fleet = _start_fleet(request, layout=layout, inputs=inputs, first=first, buffer=buffer)
-    record = None if node is None else RayMetrics(run_name(run.root)).record
-    alarms = Alarms(by_shares=config.correction.mixture == "normalized")
-    reporter = Reporter(board=board, progress=progress, record=record, alarms=alarms)
+    reporter = _reporter(request, board=board, progress=progress)
     desk = Desk(
         start_control(run.root),
         run_folder=run.root,
@@ -152,7 +147,7 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         fleet=fleet,
         parts={"replay buffer": buffer, "learner": learner},
         stop=stop,
-        stall_timeout_s=config.train.stall_timeout_s,
+        stall_timeout_s=bound_s,
         desk=desk,
         learner_node=node,
         pool=pool,
@@ -182,6 +177,13 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         raise
     _write_accounting(run)
     _stop(fleet, pool)
+
+
+def _reporter(request: TrainRequest, *, board: Board, progress: Progress) -> Reporter:
+    """On a cluster the metrics go to Ray's, too."""
+    record = None if cluster_address() is None else RayMetrics(run_name(request.run.root)).record
+    alarms = Alarms(by_shares=request.config.correction.mixture == "normalized")
+    return Reporter(board=board, progress=progress, record=record, alarms=alarms)
 
 
 def _started_pool(request: TrainRequest, *, layout: Layout, stop: StopSignal, progress: Progress) -> SearchPool:
@@ -257,8 +259,13 @@ def _run(controller: Controller) -> None:
         raise
 
 
-def _node_of(learner: Handle[LearnerActor], *, stall_timeout_s: float, stop: StopSignal) -> str:
-    """Where the learner has found a place: the buffer goes there too, since each batch goes from one to the other."""
+def _node_of(learner: Handle[LearnerActor], *, stall_timeout_s: float, stop: StopSignal) -> str | None:
+    """Where the learner has found a place: the buffer goes there too, since each batch goes from one to the other.
+
+    None: the run has this machine alone.
+    """
+    if cluster_address() is None:
+        return None
     what = "the run waits for a node with room for its learner"
     node = call(learner, LearnerActor.node_id)
     if not is_done_in(node, timeout_s=stall_timeout_s, what=what, stop=stop):
