@@ -74,45 +74,31 @@ def submit(*words: str | Path, environment: dict[str, str]) -> subprocess.Comple
     return subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=150)
 
 
-def test_a_job_trains_into_its_run_folder_and_is_found_again(
+def test_a_job_is_watched_stopped_and_found_again_over_the_cluster(
     recipe: Path, tmp_path: Path, cluster: dict[str, str]
 ) -> None:
     run = tmp_path / "runs" / "first"
-    words = ("--run-dir", run, "--set", "train.steps=2", "--set", "eval.every=0", "--set", "eval.max_questions=2")
-    done = submit(recipe, *words, environment=cluster)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "submitted" in done.stdout
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2]
-    assert json.loads((run / "run.json").read_text())["status"] == "finished"
-    assert_books_balance(run)
-    again = submit(recipe, *words, "--set", "train.seed=7", environment=cluster)
-    assert again.returncode == 2, "the status of the job's own command: " + again.stdout + again.stderr
-    assert "train.seed = 7" in again.stdout
-
-
-def test_a_job_is_watched_and_stopped_over_the_cluster(recipe: Path, tmp_path: Path, cluster: dict[str, str]) -> None:
-    run = tmp_path / "watched"
     settings = (
-        "train.steps=500",
         "train.checkpoint_every=500",
         "eval.every=0",
         "eval.max_questions=2",
         "rollout.threads_per_actor=1",
     )
     words = ["--run-dir", str(run), *(word for setting in settings for word in ("--set", setting))]
+    long = [*words, "--set", "train.steps=500"]
 
     def control(*asked: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "rexrag", *asked, "--run", str(run)]
         return subprocess.run(command, env=cluster, cwd="/", capture_output=True, text=True, timeout=90)
 
     with ThreadPoolExecutor(1) as background:
-        job = background.submit(submit, recipe, *words, environment=cluster)
+        job = background.submit(submit, recipe, *long, environment=cluster)
         deadline = time.monotonic() + 120
         while not (run / "metrics.jsonl").exists():
             assert not job.done(), job.result()
             assert time.monotonic() < deadline, "no step in 120 s"
             time.sleep(0.2)
-        second = submit(recipe, *words, environment=cluster)
+        second = submit(recipe, *long, environment=cluster)
         assert second.returncode == 2
         assert "goes on already" in second.stderr
         told = control("status")
@@ -123,11 +109,21 @@ def test_a_job_is_watched_and_stopped_over_the_cluster(recipe: Path, tmp_path: P
         subprocess.run(["ray", "job", "stop", name], env=cluster, check=True, capture_output=True, timeout=90)
         done = job.result(timeout=90)
     assert done.returncode == 130, done.stdout + done.stderr
+    assert "submitted" in done.stdout
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "interrupted"
     assert record["steps"] == len(read_lines(run / "metrics.jsonl"))
     assert (run / "checkpoints" / f"step-{record['steps']:06d}" / "COMMIT").exists()
     assert_books_balance(run)
+
+    again = submit(recipe, *words, "--set", f"train.steps={record['steps'] + 1}", environment=cluster)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, record["steps"] + 2))
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert_books_balance(run)
+    other = submit(recipe, *words, "--set", "train.seed=7", environment=cluster)
+    assert other.returncode == 2, "the status of the job's own command: " + other.stdout + other.stderr
+    assert "train.seed = 7" in other.stdout
 
 
 @pytest.mark.parametrize("words", [["--run-dir", "runs/first"], ["--run-dir=first"]])
