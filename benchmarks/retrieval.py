@@ -143,7 +143,7 @@ def make_index(work: Path, *, num_passages: int, dimension: int, num_layers: int
     encoder = Encoder.load(folder)
     corpus = make_corpus(work / f"corpus-{num_passages}.jsonl", num_passages=num_passages)
     limits = np.stack([np.full(dimension, -0.3), np.full(dimension, 0.3)]).astype(np.float32)
-    with new_index_folder(out) as building:
+    with new_index_folder(out, made_from=[]) as building:
         passages, described, _ = take_passages(corpus, building, out=out, progress=SILENT)
         passages.close()
         empty = empty_flat(dimension, precision, limits=limits if precision == "int8" else None)  # type: ignore[arg-type]

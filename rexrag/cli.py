@@ -50,6 +50,12 @@ ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL_OR_RUN", help="Model folder, GGUF file, hub id, or run folder.")
 ]
 IndexOption = Annotated[str, typer.Option("--index", metavar="DIR|URL", help="Index folder, or URL of a server.")]
+TokenOption = Annotated[
+    Path | None, typer.Option("--token-file", metavar="F", help="Bearer token of the server at --index.")
+]
+EncoderOption = Annotated[
+    Path | None, typer.Option("--encoder", metavar="DIR", help="Where the encoder of the dense index is now.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -188,7 +194,7 @@ def warmstart(
     recipe: Annotated[
         Path | None, typer.Option(metavar="RECIPE.toml", help="Take its prompt, and the settings of its [prepare].")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=1_000_000_000)] = 0,
 ) -> None:
     """Start a model with supervision on weighted demonstrations."""
     from rexrag.preparation.prepare import warm_start_as
@@ -216,7 +222,7 @@ def warmstart(
 def world(
     kind: Annotated[WorldName, typer.Argument(help="Real geography, or invented facts.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files; must be empty or absent.")],
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=1_000_000_000)] = 0,
     size: Annotated[
         list[str] | None, typer.Option("--size", metavar="DIAL=N", help="Set a dial of the world; may be repeated.")
     ] = None,
@@ -282,6 +288,8 @@ def evaluate(
     model: ModelArg,
     questions: Annotated[list[Path], typer.Option(metavar="F", help="Questions; may be repeated.")],
     index: IndexOption,
+    token_file: TokenOption = None,
+    encoder: EncoderOption = None,
     out: Annotated[Path | None, typer.Option(metavar="F.json", help="Write the figures to a file too.")] = None,
     as_json: JsonOption = False,
     skip_bad_rows: Annotated[
@@ -304,7 +312,7 @@ def evaluate(
     asked = loaded.questions
     for note in loaded.notes:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {note}", markup=False)
-    path, settings = settings_for(model, index=index)
+    path, settings = settings_for(model, index=index, token_file=token_file, encoder=encoder)
     step = named_step(path)
     started = time.monotonic()
     scores: list[EpisodeScore] = []
@@ -348,13 +356,16 @@ def ask(
     model: ModelArg,
     question: Annotated[str, typer.Argument(metavar='"question"', help="The question.")],
     index: IndexOption,
+    token_file: TokenOption = None,
+    encoder: EncoderOption = None,
 ) -> None:
     """Ask one question, and see how the model gets to its answer."""
     give_way()
     from rexrag.commands.standalone import ask as ask_model
     from rexrag.reporting.trace import coloured_trace
 
-    Console(highlight=False, soft_wrap=True).print(coloured_trace(ask_model(model, question=question, index=index)))
+    trace = ask_model(model, question=question, index=index, token_file=token_file, encoder=encoder)
+    Console(highlight=False, soft_wrap=True).print(coloured_trace(trace))
 
 
 cluster.register(app)

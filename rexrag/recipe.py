@@ -47,6 +47,10 @@ class Recipe:
     sources: Mapping[str, str]
 
 
+class _Entries(dict[str, object]):
+    """Some entries of a setting that is a table: the others stay as they are."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
     source: str
@@ -71,10 +75,11 @@ def load_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
     set_words = _Layer(source=_SET, values=_parse_overrides(overrides), base=Path.cwd())
     layers = _stack(recipe, set_words)
     values: dict[str, object] = {}
-    sources = dict.fromkeys(KEYS, _DEFAULT)
+    sources, defaults = dict.fromkeys(KEYS, _DEFAULT), Config()
     for layer in layers:
         for key, value in layer.values.items():
-            values[key] = _resolve_paths(key, value, base=layer.base)
+            merged = _merged(values[key] if key in values else _lookup(defaults, key), value)
+            values[key] = _resolve_paths(key, merged, base=layer.base)
             sources[key] = layer.source
     return Recipe(name=path.stem, config=make_config(values, sources=sources), sources=sources)
 
@@ -140,8 +145,18 @@ def _parse_overrides(words: Sequence[str]) -> dict[str, object]:
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
         assert isinstance(nested, dict)
-        values.update(_known(nested, source=f"--set {word}"))
+        for known, value in _known(nested, source=f"--set {word}"):
+            if isinstance(value, dict) and len(key.strip()) > len(known):
+                value = _Entries(value)
+            values[known] = _merged(values.get(known), value)
     return values
+
+
+def _merged(under: object, value: object) -> object:
+    """A value over the one of the layer below."""
+    if not isinstance(value, _Entries) or not isinstance(under, dict):
+        return value
+    return _Entries({**under, **value}) if isinstance(under, _Entries) else {**under, **value}
 
 
 def _parse_value(text: str) -> object:

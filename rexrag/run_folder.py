@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -59,8 +59,13 @@ class RunFolder:
         self._lock_fd: int | None = None
 
     @classmethod
-    def create(cls, root: Path, *, recipe: str, seed: int, config: str) -> Self:
+    def create(
+        cls, root: Path, *, recipe: str, seed: int, config: str, begin: Callable[[Self], None] = lambda _: None
+    ) -> Self:
         """Make a new run folder with its `config.toml`; `root` is absent, empty, or left by a start that died.
+
+        Args:
+            begin: writes what else a run begins with, before it is one.
 
         Raises:
             RunFolderError: the folder holds something already, another process makes it, or it cannot be made.
@@ -68,45 +73,39 @@ class RunFolder:
         run = cls(root)
         try:
             root.mkdir(parents=True, exist_ok=True)
+            run._refuse_other_content()
             run._lock()
         except OSError as error:
             raise RunFolderError(f"run folder {root}: cannot be made ({error}); name another --run-dir.") from None
         try:
-            run._make(recipe=recipe, seed=seed, config=config)
+            run._make(recipe=recipe, seed=seed, config=config, begin=begin)
         finally:
             run._unlock()
         return run
 
-    def _make(self, *, recipe: str, seed: int, config: str) -> None:
+    def _make(self, *, recipe: str, seed: int, config: str, begin: Callable[[Self], None]) -> None:
         """All that a run folder begins with; `run.json`, which makes it one, comes last."""
         if self.is_run(self.root):
             raise RunFolderError(f"run {self.root}: was begun meanwhile; give the command again to go on with it.")
-        if not self._is_unbegun():
-            (self.root / "lock").unlink()
-            raise RunFolderError(f"run folder {self.root}: is not empty and holds no run; name another --run-dir.")
+        self._refuse_other_content()
         for folder in (self.tensorboard, self.checkpoints, self.buffer):
             folder.mkdir(exist_ok=True)
         write_atomic(self.config, config)
-        record = RunRecord(
-            recipe=recipe,
-            seed=seed,
-            status="interrupted",
-            started=_now(),
-            ended=None,
-            steps=0,
-            starts=0,
-            versions=_versions(),
-        )
-        self._write_record(record)
+        begin(self)
+        words: dict[str, Any] = {"recipe": recipe, "seed": seed, "started": _now(), "versions": _versions()}
+        self._write_record(RunRecord(**words, status="interrupted", ended=None, steps=0, starts=0))
 
-    def _is_unbegun(self) -> bool:
-        """Whether nothing is there but what a start makes before `run.json`."""
+    def _refuse_other_content(self) -> None:
+        """Beside what a start makes before `run.json`, in a folder that is no run."""
         skeleton = {self.tensorboard, self.checkpoints, self.buffer}
-        files = {self.root / "lock", self.config, self.identity}
-        return all(
-            path in files or path.suffix == ".tmp" or (path in skeleton and not any(path.iterdir()))
+        own = {self.root / "lock", self.config, self.identity}
+        others = [
+            path
             for path in self.root.iterdir()
-        )
+            if not (path in own or path.suffix == ".tmp" or (path in skeleton and not any(path.iterdir())))
+        ]
+        if others and not self.is_run(self.root):
+            raise RunFolderError(f"run folder {self.root}: is not empty and holds no run; name another --run-dir.")
 
     @staticmethod
     def is_run(root: Path) -> bool:

@@ -234,7 +234,7 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(100, ge=0, description="Learner steps of the whole run.")
     groups_per_step: int = Field(32, ge=1, description="Groups that one learner step consumes.")
-    seed: int = Field(0, ge=0, description="Seed of data order and of every draw.")
+    seed: int = Field(0, ge=0, le=1_000_000_000, description="Seed of data order and of every draw.")
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints; the last step always has one.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that are kept, besides the best on dev.")
     stall_timeout_s: float = Field(
@@ -262,4 +262,6 @@ class PrepareConfig(Section):
     warmstart_learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of the supervised start.")
     warmstart_batch_size: int = Field(16, ge=1, description="Demonstrations per update of the supervised start.")
     warmstart_epochs: int = Field(1, ge=1, description="Passes over the demonstrations.")
-    seed: int | None = Field(None, ge=0, description="Seed of world and warm start; None: `train.seed`.")
+    seed: int | None = Field(
+        None, ge=0, le=1_000_000_000, description="Seed of world and warm start; None: `train.seed`."
+    )

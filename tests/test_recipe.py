@@ -221,6 +221,16 @@ def test_words_of_set_are_toml_values_or_bare_strings(tmp_path: Path, word: str,
     assert flatten(load(tmp_path, "", word).config)[key] == value
 
 
+def test_set_of_one_entry_of_a_table_leaves_the_others(tmp_path: Path) -> None:
+    recipe = '[prepare]\nworld = "geo"\nworld_size = { demonstrations = 480, dev = 40 }\n'
+    both = load(tmp_path, recipe, "prepare.world_size.test=100", "prepare.world_size.dev=16").config.prepare
+    assert both.world_size == {"demonstrations": 480, "dev": 16, "test": 100}
+    whole = load(tmp_path, recipe, "prepare.world_size={train = 9}", "prepare.world_size.dev=16").config.prepare
+    assert whole.world_size == {"train": 9, "dev": 16}
+    bounds = load(tmp_path, "", "rollout.autoscale.min=1", "rollout.autoscale.max=8").config.rollout
+    assert bounds.autoscale == {"min": 1, "max": 8}
+
+
 @pytest.mark.parametrize("word", ["train.steps", "=3", ""])
 def test_set_without_key_or_value(tmp_path: Path, word: str) -> None:
     with pytest.raises(ConfigError, match="KEY=VALUE"):

@@ -108,6 +108,26 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
         make_run(tmp_path / "file")
 
 
+def test_a_lock_of_somebody_else_in_another_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("mine")
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="not empty"):
+        make_run(tmp_path)
+    assert (tmp_path / "lock").read_text() == "mine"
+
+
+def test_what_a_run_begins_with_is_there_before_it_is_one(tmp_path: Path) -> None:
+    def begin(run: RunFolder) -> None:
+        assert not (run.root / "run.json").exists()
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        RunFolder.create(tmp_path / "run", recipe="mine", seed=0, config="", begin=begin)
+    assert not RunFolder.is_run(tmp_path / "run")
+    with make_run(tmp_path / "run") as run:
+        assert run.record().starts == 1
+
+
 def test_a_start_that_died_before_run_json_leaves_a_folder_that_can_be_begun(tmp_path: Path) -> None:
     whole = make_run(tmp_path / "whole").root
     for missing in (["run.json"], ["run.json", "config.toml", "buffer"], ["run.json", "tensorboard", "lock"]):

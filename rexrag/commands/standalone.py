@@ -18,17 +18,20 @@ from rexrag.errors import RetrieverError, RunFailure
 from rexrag.model.checks import check_model
 from rexrag.model.supported import check_context
 from rexrag.recipe import flatten, load_recipe, make_config
-from rexrag.retrieval.open import check_retriever, target_kind
+from rexrag.retrieval.open import check_retriever, is_server, target_kind
 from rexrag.run.part_settings import rollout_settings
 from rexrag.run_folder import resolve_model_or_run, run_of
 from rexrag.types import EpisodeScore, Question, WeightVersion
 
 
-def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
+def settings_for(
+    model: str, *, index: str, token_file: Path | None = None, encoder: Path | None = None
+) -> tuple[Path, RolloutSettings]:
     """The model that is meant, and its episodes: with the settings of its run where it has one, else the defaults.
 
     Args:
         index: index folder, or URL of a retriever server.
+        token_file, encoder: of that server, or that dense index; None: the run's, where it is the run's own.
 
     Raises:
         UserError: no such model, or no usable index.
@@ -40,6 +43,8 @@ def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
     kind = target_kind(index)
     # A model that was spread over GPUs may need as many here.
     spread = config.rollout.tensor_parallel if torch.cuda.device_count() >= config.rollout.tensor_parallel else 1
+    own = _is_own(config, index)
+    defaults = Config()
     values = {
         **flatten(config),
         "model.path": str(path),
@@ -47,14 +52,20 @@ def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
         "rollout.num_gpus": float(spread * torch.cuda.is_available()),
         "rollout.tensor_parallel": spread,
         "retriever.kind": kind,
+        # A run's token is for its own server, its encoder for its own index.
+        "retriever.token_file": token_file or (config.retriever.token_file if own else None),
+        "retriever.encoder": encoder or (config.retriever.encoder if own else None),
         "retriever.url": index if kind == "http" else None,
         "retriever.path": None if kind == "http" else Path(index),
+        # No group is leased here.
+        "replay.lease_timeout_s": defaults.replay.lease_timeout_s,
+        "replay.lease_deadline_s": defaults.replay.lease_deadline_s,
     }
     if run is None:
         values["env.max_trajectory_tokens"] = _fitting_limit(config, checked.config)
     settings = rollout_settings(make_config(values, sources={}), model_path=str(path), num_threads=os.cpu_count() or 1)
     if kind == "http":
-        check_retriever(settings.retriever)
+        check_retriever(settings.retriever, top_k=settings.episodes.top_k)
     # Nothing is probed: a run's file of hints may be gone, and no hint is scored.
     settings = replace(settings, hints_file=None, episodes=replace(settings.episodes, scored="none"))
     check_context(checked.config, settings.episodes.max_trajectory_tokens)
@@ -65,6 +76,14 @@ def settings_for(model: str, *, index: str) -> tuple[Path, RolloutSettings]:
         system_prompt=settings.episodes.system_prompt,
     )
     return path, settings
+
+
+def _is_own(config: Config, index: str) -> bool:
+    """Whether it is what the run searched."""
+    retriever = config.retriever
+    if is_server(index):
+        return retriever.url is not None and retriever.url.rstrip("/") == index.rstrip("/")
+    return retriever.path is not None and retriever.path.resolve() == Path(index).resolve()
 
 
 def _fitting_limit(config: Config, model: PretrainedConfig) -> int:
@@ -115,14 +134,14 @@ async def _evaluate(
         await engine.close()
 
 
-def ask(model: str, *, question: str, index: str) -> str:
+def ask(model: str, *, question: str, index: str, token_file: Path | None = None, encoder: Path | None = None) -> str:
     """The trace of one greedy episode.
 
     Raises:
         UserError: no such model, or no usable index.
         RunFailure: the retriever gave no result in the end.
     """
-    path, settings = settings_for(model, index=index)
+    path, settings = settings_for(model, index=index, token_file=token_file, encoder=encoder)
     asked = Question(id="asked", data_source="ask", question=question, golden_answers=("",))
     [score] = evaluate(settings, questions=[asked], step=named_step(path))
     assert score.text is not None, "a greedy episode has its text"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -46,16 +46,30 @@ def in_shared_memory(weights: Weights) -> Iterator[SharedWeights]:
     for name, array in weights.items():
         places[name] = (array.dtype.str, array.shape, size)
         size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    with tempfile.TemporaryDirectory(prefix="rexrag-weights-", dir=_roomy(size)) as folder:
-        path = Path(folder) / "weights"
-        raw = np.memmap(path, np.uint8, mode="w+", shape=(size,))
+    with _file_of(size) as path:
+        raw = np.memmap(path, np.uint8, mode="r+", shape=(size,))
         for name, (dtype, shape, offset) in places.items():
             np.copyto(np.ndarray(shape, dtype, buffer=raw, offset=offset), weights[name])
         del raw
         yield SharedWeights(path=path, places=places)
 
 
-def _roomy(size: int) -> Path | None:
-    """None: the folder for temporary files. A full shared memory would end whoever writes there by a signal."""
-    has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > size
-    return _SHARED_MEMORY if has_room else None
+@contextmanager
+def _file_of(size: int) -> Iterator[Path]:
+    """A file whose room is taken at once: who writes into a mapped one without room is ended by a signal."""
+    with ExitStack() as stack:
+        for place in (_SHARED_MEMORY, None):  # None: the folder for temporary files
+            if place is not None and not place.is_dir():
+                continue
+            folder = tempfile.TemporaryDirectory(prefix="rexrag-weights-", dir=place)
+            path = Path(stack.enter_context(folder)) / "weights"
+            try:
+                with path.open("wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            except OSError:
+                if place is None:
+                    raise
+                path.unlink(missing_ok=True)
+                continue
+            yield path
+            return

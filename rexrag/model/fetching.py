@@ -36,6 +36,8 @@ DOWNLOAD_TIMEOUT_S: Final = 900.0
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES: Final = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt")
+_POOLING_FILES: Final = ("*_Pooling/config.json",)
+"""Of an encoder of sentence-transformers; nothing else is fetched from below a model's folder, which may be large."""
 _HUB_TIMEOUT_S: Final = 10.0
 
 
@@ -78,11 +80,16 @@ def _from_hub(name: str) -> Path:
     One request says whether the hub can be reached, where transformers would try each file for half a minute.
     """
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 name, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"], etag_timeout=_HUB_TIMEOUT_S
             )
         )
+        if (folder / "modules.json").exists():
+            snapshot_download(
+                name, revision=folder.name, allow_patterns=list(_POOLING_FILES), etag_timeout=_HUB_TIMEOUT_S
+            )
+        return folder
     except Exception as error:  # fault boundary: the hub's client and its transport raise what they like
         raise ModelError(
             f"model.path = {name} is no path here, and as a hub id it cannot be fetched ({first_line(error)}); correct "

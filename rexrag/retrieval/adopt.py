@@ -66,7 +66,7 @@ def adopt(
         raise DataError(f"{source}: no such file; give a corpus, jsonl or parquet")
     index = open_foreign(path)
     loaded = Encoder.load(encoder, overrides=overrides, device=settings.device)
-    with new_index_folder(target) as folder:
+    with new_index_folder(target, made_from=[source, path]) as folder:
         passages, described, num_empty = take_passages(source, folder, out=target, progress=progress)
         with passages:
             progress.stage("comparing a sample")

@@ -32,12 +32,16 @@ _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS
 
 @dataclass(frozen=True, kw_only=True)
 class Body:
-    """A status and the bytes that came with it, decoded, at most `MAX_BODY_BYTES` of them."""
+    """A status and the bytes that came with it, decoded, at most `MAX_BODY_BYTES` of them.
+
+    `is_delimited`: the server said where they end; else the end of the connection is, also of one that broke.
+    """
 
     url: str
     status: int
     content: bytes
     is_whole: bool
+    is_delimited: bool = True
     retry_after: str = ""
 
     @property
@@ -66,6 +70,7 @@ async def read_bounded(chunks: AsyncIterator[bytes], *, encoding: str) -> tuple[
 
     Raises:
         ValueError: an encoding that was not asked for, or damaged bytes.
+        RetryableError: bytes that end too early.
     """
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         raise ValueError(f"Content-Encoding {encoding} was not asked for; gzip or none is read")
@@ -84,6 +89,8 @@ async def read_bounded(chunks: AsyncIterator[bytes], *, encoding: str) -> tuple[
             rest = inflate.unconsumed_tail
         if len(content) > MAX_BODY_BYTES:
             return bytes(content[:MAX_BODY_BYTES]), False
+    if inflate is not None and content and not inflate.eof:
+        raise RetryableError(f"its {encoding} bytes end too early")
     return bytes(content), True
 
 
@@ -91,7 +98,7 @@ def passages_of(body: Body, *, top_k: int) -> tuple[tuple[Passage, ...], int]:
     """The passages of an answer to one query, at most `top_k`, and the number of those left out for want of a text.
 
     Raises:
-        RetryableError: 5xx, 408 or 429.
+        RetryableError: 5xx, 408 or 429, or an answer that may have been cut off.
         QueryRefusedError: the server does not take this query: 400, 413, 414, 422, 431.
         RetrieverSetupError: another status, or another form than those of the API.
     """
@@ -107,7 +114,13 @@ def passages_of(body: Body, *, top_k: int) -> tuple[tuple[Passage, ...], int]:
             "or lower env.top_k"
         )
     try:
-        return parse(json.loads(body.content), top_k=top_k)
+        value = json.loads(body.content)
+    except (ValueError, RecursionError) as error:
+        if not body.is_delimited:
+            raise RetryableError(f"no JSON, perhaps cut off ({error}): {body.described}") from error
+        raise RetrieverSetupError(f"{body.url}: malformed answer: {error}; {body.described}") from error
+    try:
+        return parse(value, top_k=top_k)
     except (ValueError, RecursionError) as error:
         raise RetrieverSetupError(f"{body.url}: malformed answer: {error}; {body.described}") from error
 

@@ -23,7 +23,7 @@ import tantivy
 
 from rexrag.data.corpus import iter_corpus_rows
 from rexrag.data.formats import format_of
-from rexrag.errors import DataError, RetrievalIndexError, counted
+from rexrag.errors import DataError, RetrievalIndexError, RexragError, counted
 from rexrag.retrieval.analysers import ANALYSERS, choose_analyser
 from rexrag.retrieval.manifest import (
     Manifest,
@@ -67,7 +67,7 @@ def build_bm25(corpus: str | Path, out: str | Path, *, analyser: str | None = No
     if not source.exists():
         raise DataError(f"{source}: no such file; give a corpus, jsonl or parquet")
     stored = format_of(source) != "jsonl"
-    with new_index_folder(target) as folder:
+    with new_index_folder(target, made_from=[source]) as folder:
         described = describe_corpus(source, out=target, stored=stored)
         jsonl, num_empty = store_passages(source, folder / PASSAGES_NAME) if stored else (source, 0)
         analyser = analyser or choose_analyser(jsonl)
@@ -240,15 +240,20 @@ def _write_postings(jsonl: Path, folder: Path, *, analyser: str) -> tuple[npt.ND
     # Unsigned by name: a type inferred from the first value stops the writer at the first that does not fit.
     builder.add_unsigned_field(_ROW, stored=False, indexed=False, fast=True)
     builder.add_unsigned_field(_TIE, stored=False, indexed=False, fast=True)
-    index = tantivy.Index(builder.build(), path=str(folder))
-    index.register_tokenizer(analyser, ANALYSERS[analyser]())
-    writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
     try:
-        starts, num_empty = _add_passages(writer, jsonl)
-        writer.commit()
-    finally:
-        # Its threads write into the folder until they are joined.
-        writer.wait_merging_threads()
+        index = tantivy.Index(builder.build(), path=str(folder))
+        index.register_tokenizer(analyser, ANALYSERS[analyser]())
+        writer = index.writer(heap_size=_HEAP_BYTES, num_threads=1)
+        try:
+            starts, num_empty = _add_passages(writer, jsonl)
+            writer.commit()
+        finally:
+            # Its threads write into the folder until they are joined.
+            writer.wait_merging_threads()
+    except ValueError as error:  # all that tantivy says, of a full disk too
+        if isinstance(error, RexragError):
+            raise
+        raise RetrievalIndexError(f"{folder}: the index cannot be written ({error}); free space there") from error
     return np.array(starts, dtype="<u8"), num_empty
 
 

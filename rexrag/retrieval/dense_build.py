@@ -122,7 +122,7 @@ def build_dense(
     source, target, settings = Path(corpus), Path(out), settings or DenseSettings()
     if not source.exists():
         raise DataError(f"{source}: no such file; give a corpus, jsonl or parquet")
-    with new_index_folder(target) as folder:
+    with new_index_folder(target, made_from=[source]) as folder:
         loaded = Encoder.load(encoder, overrides=overrides, device=settings.device)
         passages, described, num_empty = take_passages(source, folder, out=target, progress=progress)
         with passages:

@@ -77,7 +77,7 @@ def find_settings(folder: Path, overrides: EncoderOverrides | None = None) -> En
     """
     said = {name: value for name, value in vars(overrides or EncoderOverrides()).items() if value is not None}
     family = _family(_names(folder))
-    found = {**_from_sentence_transformers(folder, said=said), **family}
+    found = {**_from_sentence_transformers(folder, said={**family, **said}), **family}
     longest = _longest(folder)
     values: dict[str, Any] = {"max_tokens": min(_LONGEST, longest), **found, **said}
     if not 3 <= values["max_tokens"] <= longest:

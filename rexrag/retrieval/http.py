@@ -14,7 +14,7 @@ from typing import Final
 
 import httpx
 
-from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError
+from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError, counted
 from rexrag.retrieval.answers import Body, passages_of, read_bounded
 from rexrag.retrieval.attempts import PROBE_QUERY, Attempts, RetryableError
 from rexrag.retrieval.protocol import RetrieverState
@@ -24,6 +24,7 @@ LOG = logging.getLogger(__name__)
 
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS: Final = 3
+_DELIMITERS: Final = ("content-length", "transfer-encoding")
 _INLINE_BYTES: Final = 1 << 16
 """Answers up to this length are parsed where they arrive; longer ones would hold up the event loop."""
 
@@ -32,7 +33,7 @@ class HttpRetriever:
     """Asks a server for passages, again with back-off where a failure may pass.
 
         retriever = HttpRetriever("http://127.0.0.1:8000", timeout_s=10, max_retries=5)
-        retriever.check()
+        retriever.check(top_k=3)
         passages = await retriever.search("currency of Gabon", top_k=3)
         await retriever.close()
 
@@ -97,10 +98,10 @@ class HttpRetriever:
     def state(self) -> RetrieverState:
         return self._attempts.state()
 
-    def check(self) -> None:
+    def check(self, *, top_k: int) -> None:
         """Make sure that a usable server is there; blocks, for use before anything runs.
 
-        Its /health must not fail where it has one, and it must answer a query.
+        Its /health must not fail where it has one, and it must answer a query for `top_k` passages.
 
         Raises:
             ConfigError: unreachable, unwell, or no server of this API.
@@ -108,14 +109,19 @@ class HttpRetriever:
         try:
             # In a thread of its own, so that it can be called with or without a running event loop.
             with ThreadPoolExecutor(max_workers=1) as thread:
-                thread.submit(asyncio.run, self._check()).result()
-        except (RetryableError, RetrieverError, RetrieverSetupError, QueryRefusedError) as error:
+                thread.submit(asyncio.run, self._check(top_k)).result()
+        except QueryRefusedError as error:
+            raise ConfigError(
+                f"retriever.url = {self._url}: refuses a query for {counted(top_k, 'passage')} (env.top_k): {error}; "
+                "lower env.top_k, or raise what the server allows"
+            ) from error
+        except (RetryableError, RetrieverError, RetrieverSetupError) as error:
             raise ConfigError(
                 f"retriever.url = {self._url}: no usable search server there ({error}); "
                 "start it, or correct the address"
             ) from error
 
-    async def _check(self) -> None:
+    async def _check(self, top_k: int) -> None:
         # Another instance, since a client belongs to one event loop.
         asked = HttpRetriever(
             self._url,
@@ -128,7 +134,7 @@ class HttpRetriever:
             health = await asked._send("GET", f"{self._url}/health")
             if health.status >= 500:
                 raise RetryableError(f"/health: {health.described}")
-            await asked.search(PROBE_QUERY, top_k=1)
+            await asked.search(PROBE_QUERY, top_k=top_k)
         finally:
             await asked.close()
 
@@ -180,6 +186,7 @@ class HttpRetriever:
             status=response.status_code,
             content=content,
             is_whole=is_whole,
+            is_delimited=not response.headers.keys().isdisjoint(_DELIMITERS),
             retry_after=response.headers.get("Retry-After", ""),
         )
         return body, response.headers.get("Location") if response.status_code in _REDIRECTS else None

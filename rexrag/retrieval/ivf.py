@@ -17,6 +17,7 @@ from typing import Final
 import faiss
 import numpy as np
 
+from rexrag.errors import RetrievalIndexError, first_line
 from rexrag.retrieval.faiss_files import FaissIndex, open_faiss, write_lists
 from rexrag.retrieval.recall import ExactResults
 from rexrag.retrieval.search import Effort, Searcher
@@ -82,11 +83,18 @@ def write_ivf(
         progress(added)
         if index.ntotal + block_rows > part_rows or added == source.count:
             files.append(parts / f"{len(files)}.faiss")
-            faiss.write_index(index, str(files[-1]))
+            _write(index, files[-1])
             index.reset()
     write_lists(path, index, [open_faiss(file) for file in files])
     shutil.rmtree(parts)
     return lists
+
+
+def _write(index: FaissIndex, path: Path) -> None:
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise RetrievalIndexError(f"{path}: cannot be written ({first_line(error)}); free space there") from error
 
 
 def _trained(

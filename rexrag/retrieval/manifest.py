@@ -9,7 +9,7 @@ import contextlib
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -265,13 +265,20 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 @contextlib.contextmanager
-def new_index_folder(out: Path) -> Iterator[Path]:
+def new_index_folder(out: Path, *, made_from: Sequence[Path]) -> Iterator[Path]:
     """A folder to build in; it takes the place of `out` when the block ends well, and is removed when it does not.
 
     Raises:
-        RetrievalIndexError: `out` exists and is neither an index nor an empty folder, or cannot be written.
+        RetrievalIndexError: `out` exists and is neither an index nor an empty folder, what the index is made from lies
+            in it, or it cannot be written.
     """
     target = out.resolve()
+    for source in made_from:
+        if target.is_dir() and source.resolve().is_relative_to(target):
+            raise RetrievalIndexError(
+                f"--out {out}: {source}, of which the index is made, lies in it and would be removed with the old "
+                "index; move it, or choose another --out"
+            )
     building = target.parent / f"{_building(target)}{os.getpid()}"
     try:
         _refuse_other_content(out)

@@ -37,7 +37,7 @@ def open_retriever(settings: RetrieverSettings) -> Retriever:
     return SearchService(open_index(settings.path, encoder=settings.encoder))
 
 
-def check_retriever(settings: RetrieverSettings) -> None:
+def check_retriever(settings: RetrieverSettings, *, top_k: int) -> None:
     """Make sure that searches can be made: a server is asked, an index is read and compared, and opened.
 
     Raises:
@@ -46,7 +46,7 @@ def check_retriever(settings: RetrieverSettings) -> None:
         ModelError: its encoder is missing or cannot be loaded.
     """
     if settings.kind == "http":
-        _open_http(settings).check()
+        _open_http(settings).check(top_k=top_k)
         return
     if settings.path is None:
         raise ConfigError(f'retriever.path is not set, but retriever.kind = "{settings.kind}" needs an index folder')

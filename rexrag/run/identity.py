@@ -17,7 +17,7 @@ from rexrag.files import sha256_file, write_atomic
 from rexrag.run_folder import RunFolder
 
 
-def write_identity(run: RunFolder, config: Config, *, checkpoint: Path | None, step: int) -> None:
+def write_identity(run: RunFolder, *, config: Config, checkpoint: Path | None, step: int) -> None:
     """Note the files that the settings name, and the checkpoint of another run that this one goes on from."""
     origin = None if checkpoint is None else {"checkpoint": str(checkpoint), "step": step}
     hashes = {key: _hash(path) for key, path in named_files(config).items()}

@@ -71,7 +71,7 @@ def read_inputs(request: TrainRequest) -> Inputs:
             f'probe.hints = {config.probe.hints}: has a "|" alone, a fork without a hint, which correction.mixture = '
             f'"{config.correction.mixture}" has no density for; take it out, or set correction.mixture = "none".'
         )
-    check_retriever(copied(RetrieverSettings, config.retriever))
+    check_retriever(copied(RetrieverSettings, config.retriever), top_k=config.env.top_k)
     train, dev, test = load(config.data.train), load(config.data.dev), load(config.data.eval)
     _check_reward(config, train)
     check_limits(config, model=model, hints=hints, questions=train)

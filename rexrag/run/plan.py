@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -158,8 +159,9 @@ def open_run(plan: Plan) -> Iterator[TrainRequest]:
     recipe = plan.recipe
     if plan.is_new:
         text = resolved_toml(recipe, base=plan.root)
-        run = RunFolder.create(plan.root, recipe=recipe.name, seed=recipe.config.train.seed, config=text)
-        write_identity(run, recipe.config, checkpoint=plan.checkpoint, step=plan.start_step)
+        begin = partial(write_identity, config=recipe.config, checkpoint=plan.checkpoint, step=plan.start_step)
+        seed = recipe.config.train.seed
+        run = RunFolder.create(plan.root, recipe=recipe.name, seed=seed, config=text, begin=begin)
         if run.root.parent == Path("runs").resolve():
             link_latest(run.root)
     else:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from search_servers import passages, serve
 
 from rexrag.commands.standalone import evaluate, settings_for
 from rexrag.errors import ModelError
@@ -68,6 +69,25 @@ def test_a_run_whose_model_was_spread_over_gpus_is_evaluated_where_there_are_non
     (checkpoint / "COMMIT").touch()
     _, settings = settings_for(str(run.root), index=str(index))
     assert settings.tensor_parallel == 1
+
+
+def test_a_runs_token_and_encoder_are_for_its_own_server_and_index(tmp_path: Path, index: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("")
+    (tmp_path / "secret").write_text("s" * 40)
+    with serve(lambda request: (200, passages("a"))) as own, serve(lambda request: (200, passages("a"))) as other:
+        text = RECIPE.replace('path = "index"', f'kind = "http"\nurl = "{own.url}/"\ntoken_file = "secret"')
+        (tmp_path / "recipe.toml").write_text(text.replace('[probe]\nhints = "hints.txt"\n', ""))
+        (tmp_path / "hints.txt").write_text("<think> | Next I need\n")
+        recipe = load_recipe(tmp_path / "recipe.toml")
+        run = RunFolder.create(tmp_path / "run", recipe="r", seed=0, config=resolved_toml(recipe))
+        checkpoint = run.checkpoints / "step-000002"
+        make_tiny_model(["Where is Homs ? Syria"], checkpoint, seed=0, width=16, num_layers=1, num_heads=2)
+        (checkpoint / "COMMIT").touch()
+        for url, token_file in ((own.url, None), (other.url, None), (other.url, tmp_path / "secret")):
+            settings_for(str(run.root), index=url, token_file=token_file)
+        sent = [[request.headers.get("Authorization") for request in server.requests] for server in (own, other)]
+    assert set(sent[0]) == {f"Bearer {'s' * 40}"}
+    assert sent[1] == [None, None, *[f"Bearer {'s' * 40}"] * 2]
 
 
 def test_a_model_without_a_run_gets_limits_that_fit_its_context(tmp_path: Path, index: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 from pathlib import Path
 
@@ -17,6 +19,26 @@ WEIGHTS: dict[str, npt.NDArray[np.generic]] = {
     "b": np.arange(5, dtype=np.uint16),
     "c": np.array(3.5, np.float32),
 }
+
+
+def test_where_shared_memory_has_no_room_a_file_of_the_temporary_folder_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, is_full = os.posix_fallocate, [True, False, True, True]
+
+    def allocate(fd: int, offset: int, size: int) -> None:
+        if is_full.pop(0):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    monkeypatch.setattr(shared_weights, "_SHARED_MEMORY", tmp_path)
+    with in_shared_memory(WEIGHTS) as shared:
+        assert tmp_path not in shared.path.parents
+        assert all((shared.arrays()[name] == WEIGHTS[name]).all() for name in WEIGHTS)
+    with pytest.raises(OSError, match="No space left"), in_shared_memory(WEIGHTS):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("has_room", [True, False])

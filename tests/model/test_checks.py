@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -286,6 +287,25 @@ def test_a_hub_id_is_asked_for_once(folder: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ModelError, match=r"owner/other is no path here, .*\(no network\)"):
         resolve_model("owner/other")
     assert asked == ["owner/good", "owner/other"]
+
+
+def test_of_an_encoder_on_the_hub_the_pooling_is_fetched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = ["config.json", "modules.json", "1_Pooling/config.json", "onnx/model.json", "old/model.safetensors"]
+    cache = tmp_path / "snapshots" / "abc"
+
+    def snapshot(
+        name: str, *, allow_patterns: list[str], ignore_patterns: Sequence[str] = (), revision: str = "abc", **_: object
+    ) -> str:
+        for file in filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=list(ignore_patterns)):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            (cache / file).write_text("{}")
+        assert revision == "abc"
+        return str(cache)
+
+    monkeypatch.setattr(fetching, "snapshot_download", snapshot)
+    assert resolve_model("owner/encoder") == cache
+    fetched = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
+    assert fetched == {"config.json", "modules.json", "1_Pooling/config.json"}
 
 
 def test_a_codec_by_itself_has_the_tokenizers_end_alone() -> None:

@@ -52,7 +52,7 @@ def test_in_the_process_and_behind_a_server_each_caller_gets_what_the_index_find
     index = DenseIndex(folder, num_threads=1)
     wanted = [index.find(index.prepare([query]), top_k=3)[0] for query in ASKED]
     settings = replace(FAISS, path=folder)
-    check_retriever(settings)
+    check_retriever(settings, top_k=1)
     retriever = open_retriever(settings)
     assert isinstance(retriever, SearchService)
     found = asyncio.run(ask_all(retriever))
@@ -65,11 +65,11 @@ def test_in_the_process_and_behind_a_server_each_caller_gets_what_the_index_find
 
 def test_the_kind_of_an_index_goes_by_its_manifest(folder: Path, tmp_path: Path) -> None:
     assert target_kind(str(folder)) == "faiss"
-    check_retriever(replace(BM25, kind="ray", path=folder))
+    check_retriever(replace(BM25, kind="ray", path=folder), top_k=1)
     with pytest.raises(ConfigError, match=r'kind = "bm25": .* is an index of kind flat; set retriever.kind = "faiss"'):
-        check_retriever(replace(BM25, path=folder))
+        check_retriever(replace(BM25, path=folder), top_k=1)
     with pytest.raises(UserError):
-        check_retriever(replace(FAISS, path=folder, encoder=tmp_path / "none"))
+        check_retriever(replace(FAISS, path=folder, encoder=tmp_path / "none"), top_k=1)
     other = make_encoder(tmp_path / "other", seed=1)
     with pytest.raises((ModelError, RetrievalIndexError), match="is not the one of this index"):
-        check_retriever(replace(FAISS, path=folder, encoder=other))
+        check_retriever(replace(FAISS, path=folder, encoder=other), top_k=1)

@@ -136,6 +136,12 @@ def test_relatives_with_instructions_of_their_own_are_told_of(tmp_path: Path, ca
     assert "--query-prefix" in caplog.text
 
 
+def test_a_family_whose_pooling_file_is_not_there_is_known_all_the_same(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "e5-base-v2", modules=WHOLE)
+    assert not (folder / "1_Pooling" / "config.json").exists()
+    assert find_settings(folder).pooling == "mean"
+
+
 def test_what_the_user_says_comes_first(tmp_path: Path) -> None:
     said = EncoderOverrides(pooling="last", normalize=False, query_prefix="", passage_prefix="p: ", max_tokens=100)
     assert find_settings(folder_of(tmp_path, "e5-base"), said) == EncoderSettings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import socket
@@ -10,7 +11,7 @@ import threading
 import time
 import tracemalloc
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import httpx
 import pytest
@@ -234,6 +235,51 @@ def test_a_redirect_leads_a_query_and_its_token_to_no_other_service(url: str, lo
         retriever._redirected(url, location)
 
 
+@contextlib.contextmanager
+def closing_server(*answers: bytes) -> Iterator[str]:
+    """A server of one answer a connection, which ends where the connection does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def run() -> None:
+            for answer in answers:
+                connection, _ = listener.accept()
+                with connection:
+                    while b'"topk"' not in connection.recv(1 << 16):
+                        pass
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            thread.join(timeout=30)
+
+
+def test_an_answer_that_was_cut_off_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backoff, "FIRST_S", 0.01)
+    head, zipped = b"HTTP/1.0 200 OK\r\n", gzip.compress(passages("a"))
+    whole = head + b"\r\n" + passages("a")
+    with closing_server(whole[:-9], whole) as url:
+        assert search(url, retries=1)[0].id == "a"
+    cut = head + b"Content-Encoding: gzip\r\n\r\n" + zipped[:-9]
+    with closing_server(cut, whole) as url:
+        assert search(url, retries=1)[0].id == "a"
+    with serve(lambda _: (200, passages("a")[:-9])) as server, pytest.raises(RetrieverSetupError, match="malformed"):
+        search(server.url)
+
+
+def test_a_server_that_refuses_so_many_passages_is_told_before_a_run() -> None:
+    def answer(request: Request) -> Answer:
+        return (422, b"topk is 30, at most 20") if request.body.get("topk", 0) == 30 else (200, passages("a"))
+
+    with serve(answer) as server:
+        retriever = HttpRetriever(server.url, timeout_s=5, max_retries=0)
+        retriever.check(top_k=20)
+        with pytest.raises(ConfigError, match=r"refuses a query for 30 passages \(env.top_k\).*at most 20"):
+            retriever.check(top_k=30)
+
+
 def test_compressed_answers_are_read() -> None:
     with serve(lambda _: (200, gzip.compress(passages("a")), {"Content-Encoding": "gzip"})) as server:
         assert search(server.url)[0].id == "a"
@@ -316,7 +362,7 @@ def test_a_hanging_server_is_left_after_the_time_out() -> None:
             search(server.url, timeout_s=0.2, retries=1)
         assert 0.4 <= time.monotonic() - start < 5
         with pytest.raises(ConfigError, match="no usable search server"):
-            HttpRetriever(server.url, timeout_s=0.2, max_retries=0).check()
+            HttpRetriever(server.url, timeout_s=0.2, max_retries=0).check(top_k=1)
 
 
 def test_a_trickling_server_is_left_after_the_time_out() -> None:
@@ -372,7 +418,7 @@ def test_searches_run_at_once() -> None:
 @pytest.mark.parametrize("health", [200, 404])
 def test_check_asks_health_and_a_query(health: int) -> None:
     with serve(lambda r: (health, b"") if r.path == "/health" else (200, passages("a"))) as server:
-        HttpRetriever(server.url, timeout_s=5, max_retries=0).check()
+        HttpRetriever(server.url, timeout_s=5, max_retries=0).check(top_k=1)
         assert [r.path for r in server.requests] == ["/health", "/retrieve"]
 
 
@@ -382,7 +428,7 @@ def test_check_finds_a_server_of_another_api_behind_good_health(status: int) -> 
         serve(lambda r: (200, b"ok") if r.path == "/health" else (status, b"no such")) as server,
         pytest.raises(ConfigError, match=rf"/retrieve: status {status} \(no such\)"),
     ):
-        HttpRetriever(server.url, timeout_s=5, max_retries=0).check()
+        HttpRetriever(server.url, timeout_s=5, max_retries=0).check(top_k=1)
 
 
 def test_check_has_the_time_out_and_the_retries_of_the_retriever() -> None:
@@ -392,18 +438,18 @@ def test_check_has_the_time_out_and_the_retries_of_the_retriever() -> None:
         return (502, b"<html>\n Bad gateway") if len(server.requests) < 4 else (200, passages("a"))
 
     with serve(answer) as server:
-        HttpRetriever(server.url, timeout_s=5, max_retries=2).check()
+        HttpRetriever(server.url, timeout_s=5, max_retries=2).check(top_k=1)
     with (
         serve(lambda r: (404, b"") if r.path == "/health" else (502, b"<html>\n Bad gateway")) as server,
         pytest.raises(ConfigError, match=r"failed 3 times, at last with: status 502 \(<html> Bad gateway\)"),
     ):
-        HttpRetriever(server.url, timeout_s=5, max_retries=2).check()
+        HttpRetriever(server.url, timeout_s=5, max_retries=2).check(top_k=1)
 
 
 def test_check_works_inside_an_event_loop() -> None:
     async def run(url: str) -> Sequence[Passage]:
         retriever = HttpRetriever(url, timeout_s=5, max_retries=0)
-        retriever.check()
+        retriever.check(top_k=1)
         found = await retriever.search("q", top_k=1)
         await retriever.close()
         return found
@@ -419,13 +465,13 @@ def test_check_works_inside_an_event_loop() -> None:
 def test_check_refuses_what_is_no_search_server(answer: object) -> None:
     assert callable(answer)
     with serve(answer) as server, pytest.raises(ConfigError, match=rf"retriever\.url = {server.url}: no usable search"):
-        HttpRetriever(server.url, timeout_s=5, max_retries=0).check()
+        HttpRetriever(server.url, timeout_s=5, max_retries=0).check(top_k=1)
 
 
 def test_check_of_an_unreachable_address() -> None:
     url = unused_url()
     with pytest.raises(ConfigError, match=f"{url}: no usable search server there .*; start it, or correct"):
-        HttpRetriever(url, timeout_s=5, max_retries=0).check()
+        HttpRetriever(url, timeout_s=5, max_retries=0).check(top_k=1)
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://", "http://x:port", "http://[::1"])
@@ -438,7 +484,7 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("HTTP_PROXY", unused_url())
     monkeypatch.setenv("http_proxy", unused_url())
     with serve(lambda _: (200, passages("a"))) as server:
-        HttpRetriever(server.url, timeout_s=5, max_retries=0).check()
+        HttpRetriever(server.url, timeout_s=5, max_retries=0).check(top_k=1)
         assert len(search(server.url, retries=0)) == 1
 
 
@@ -516,7 +562,7 @@ def test_a_busy_server_is_asked_again_when_it_says_and_is_not_down() -> None:
 def test_a_token_is_sent() -> None:
     async def run(url: str) -> None:
         retriever = HttpRetriever(url, timeout_s=1, max_retries=0, token="s3cret")
-        retriever.check()
+        retriever.check(top_k=1)
         await retriever.search("q", top_k=1)
         await retriever.close()
 

@@ -162,6 +162,16 @@ def test_other_folders_are_not_overwritten(index: Path, tmp_path: Path, content:
         build_bm25(corpus, corpus)
 
 
+def test_a_corpus_in_the_index_that_it_would_be_removed_with_is_refused(index: Path, tmp_path: Path) -> None:
+    corpus = index / "corpus.jsonl"
+    corpus.write_text('{"id": "1", "contents": "a\\nb"}\n')
+    before = {path: path.read_bytes() for path in index.rglob("*") if path.is_file()}
+    with pytest.raises(RetrievalIndexError, match=r"corpus\.jsonl, of which the index is made, lies in it"):
+        build_bm25(corpus, index)
+    assert {path: path.read_bytes() for path in index.rglob("*") if path.is_file()} == before
+    build_bm25(corpus, tmp_path / "elsewhere")
+
+
 def test_a_place_that_cannot_be_written_is_named(index: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RetrievalIndexError, match=r"--out .*file/x: the index cannot be written there"):

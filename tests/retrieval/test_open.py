@@ -45,22 +45,22 @@ def test_settings_that_lack_their_part() -> None:
             open_retriever(settings)
     for settings in (BM25, replace(BM25, kind="ray")):
         with pytest.raises(ConfigError, match=r"retriever\.path is not set"):
-            check_retriever(settings)
+            check_retriever(settings, top_k=1)
     with pytest.raises(ConfigError, match=r"retriever\.url is not set"):
         open_retriever(replace(HTTP, url=None))
 
 
 def test_what_is_checked_before_a_run(index: Path, tmp_path: Path) -> None:
-    check_retriever(replace(BM25, path=index))
-    check_retriever(replace(BM25, kind="ray", path=index))
+    check_retriever(replace(BM25, path=index), top_k=1)
+    check_retriever(replace(BM25, kind="ray", path=index), top_k=1)
     with pytest.raises(ConfigError, match=r'kind = "faiss": .*index of kind bm25; set retriever.kind = "bm25"'):
-        check_retriever(replace(BM25, kind="faiss", path=index))
+        check_retriever(replace(BM25, kind="faiss", path=index), top_k=1)
     with pytest.raises(RetrievalIndexError, match="no index there"):
-        check_retriever(replace(BM25, path=tmp_path / "none"))
+        check_retriever(replace(BM25, path=tmp_path / "none"), top_k=1)
     with serve(lambda _: (200, passages("a"))) as server:
-        check_retriever(replace(HTTP, url=server.url))
+        check_retriever(replace(HTTP, url=server.url), top_k=1)
     with pytest.raises(UserError, match="no usable search server"):
-        check_retriever(replace(HTTP, url=server.url))
+        check_retriever(replace(HTTP, url=server.url), top_k=1)
 
 
 def test_a_token_comes_from_its_file(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_token_comes_from_its_file(tmp_path: Path) -> None:
         return 200, passages("a")
 
     with serve(answer) as server:
-        check_retriever(replace(HTTP, url=server.url, token_file=tmp_path / "token"))
+        check_retriever(replace(HTTP, url=server.url, token_file=tmp_path / "token"), top_k=1)
     assert seen == ["Bearer s3cret"] * 2
     with pytest.raises(ConfigError, match=r"retriever\.token_file = .*none: cannot be read"):
         open_retriever(replace(HTTP, token_file=tmp_path / "none"))
