@@ -368,12 +368,12 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FleetReport:
-    """How the actors do, since the last report. `tokens_per_s`: of all together, None after a replacement."""
+    """How the actors do, since the last report. `tokens_per_s`: of all together."""
 
     num_ready: int
     num_wanted: int
     num_replaced: int
-    tokens_per_s: float | None
+    tokens_per_s: float
     canary_kl: float | None
     switch_s: float | None
     proof_s: float | None
