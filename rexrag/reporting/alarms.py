@@ -111,7 +111,7 @@ class Alarms:
     def look(self, metrics: Metrics) -> tuple[dict[str, float], list[Warned]]:
         """Flags of all warnings for this step, and the warnings that it begins."""
         told = [(rule.key, rule.broken_by(metrics.get(rule.metric))) for rule in self._rules]
-        told.append((keys.WARNING_FORGETTING, self._forgets(metrics)))
+        told += [(keys.WARNING_FORGETTING, self._forgets(metrics)), (keys.WARNING_REFUSED, _refuses(metrics))]
         found: dict[str, str] = {}
         for key, text in told:
             if text is not None:
@@ -133,3 +133,14 @@ class Alarms:
             "moves away from what it did right. Lower optimizer.learning_rate or optimizer.max_grad_norm, or raise "
             "loss.preserve"
         )
+
+
+def _refuses(metrics: Metrics) -> str | None:
+    refused = metrics.get(keys.SEARCH_REFUSED) or 0.0
+    answered = (metrics.get(keys.TARGET_SEARCHES) or 0.0) * (metrics.get(keys.TARGET_COUNT) or 0.0)
+    if refused <= answered:
+        return None
+    return (
+        f"the search server refused {refused:.0f} queries of the step and answered {answered:.0f}: the policy learns "
+        "without searching. The samples show its words; correct the server, or lower env.top_k or env.max_turn_tokens"
+    )

@@ -35,6 +35,14 @@ def test_few_probes_may_carry_all_where_weights_are_shares_of_their_question() -
     assert Alarms(by_shares=True).look({**metrics, keys.WEIGHT_ESS_TARGET: 0.05})[0][keys.WARNING_ESS] == 1
 
 
+def test_a_server_that_refuses_most_queries_is_told_of() -> None:
+    def flag(refused: float, searches: float | None) -> float:
+        metrics = {keys.SEARCH_REFUSED: refused, keys.TARGET_SEARCHES: searches, keys.TARGET_COUNT: 10.0}
+        return Alarms().look(metrics)[0][keys.WARNING_REFUSED]
+
+    assert [flag(0, 0.0), flag(0, None), flag(5, 0.5), flag(6, 0.5), flag(1, 0.0)] == [0, 0, 0, 1, 1]
+
+
 def test_correct_rows_that_become_unlikely() -> None:
     watch = Alarms()
     flags = [
