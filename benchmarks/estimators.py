@@ -367,7 +367,12 @@ def read(cell: Cell, *, work: Path, head: str, gpu: str | None) -> Row:
 
 def depth_of(cell: Cell, *, work: Path) -> float:
     """Probability of going on after the warm start, median of dev questions."""
-    report = json.loads((work / "prepared" / cell.prepared / "warmstart" / "warmstart.json").read_text())
+    return think_of(work / "prepared" / cell.prepared / "warmstart")
+
+
+def think_of(model: Path) -> float:
+    """Probability of going on, of a model that was warm-started."""
+    report = json.loads((model / "warmstart.json").read_text())
     return float(report["depth"]["think_median"])
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
+from estimators import think_of
 from machine import origin
 
 from rexrag.recipe import load_recipe
@@ -72,7 +73,7 @@ def read(run: RunFolder) -> Row:
     return Row(
         engine="vllm" if config.rollout.engine == "vllm" else "torch",
         seed=config.train.seed,
-        think=depth_of(config.model.path),
+        think=think_of(Path(str(config.model.path))),
         em=(before["em"], after["em"]),
         by_hops={hops: part["em"] for hops, part in after["by_hops"].items()},
         dev_steps=[line["step"] for line in dev],
@@ -83,12 +84,6 @@ def read(run: RunFolder) -> Row:
         total_s=(ended - started).total_seconds(),
         starts=record["starts"],
     )
-
-
-def depth_of(model: str | None) -> float:
-    """Of the warm start that a run began from."""
-    report = json.loads((Path(str(model)) / "warmstart.json").read_text())
-    return float(report["depth"]["think_median"])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from rexrag.commands.serve import serve_index
 from rexrag.config import Config
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError, counted
 from rexrag.processes import give_way
+from rexrag.sections import MAX_SEED
 
 if TYPE_CHECKING:
     from rexrag.data.check import CheckReport
@@ -56,6 +57,7 @@ TokenOption = Annotated[
 EncoderOption = Annotated[
     Path | None, typer.Option("--encoder", metavar="DIR", help="Where the encoder of the dense index is now.")
 ]
+SeedOption = Annotated[int, typer.Option(min=0, max=MAX_SEED)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -194,7 +196,7 @@ def warmstart(
     recipe: Annotated[
         Path | None, typer.Option(metavar="RECIPE.toml", help="Take its prompt, and the settings of its [prepare].")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=1_000_000_000)] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Start a model with supervision on weighted demonstrations."""
     from rexrag.preparation.prepare import warm_start_as
@@ -222,7 +224,7 @@ def warmstart(
 def world(
     kind: Annotated[WorldName, typer.Argument(help="Real geography, or invented facts.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files; must be empty or absent.")],
-    seed: Annotated[int, typer.Option(min=0, max=1_000_000_000)] = 0,
+    seed: SeedOption = 0,
     size: Annotated[
         list[str] | None, typer.Option("--size", metavar="DIAL=N", help="Set a dial of the world; may be repeated.")
     ] = None,

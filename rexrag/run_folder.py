@@ -64,8 +64,7 @@ class RunFolder:
     ) -> Self:
         """Make a new run folder with its `config.toml`; `root` is absent, empty, or left by a start that died.
 
-        Args:
-            begin: writes what else a run begins with, before it is one.
+        `begin` writes what else a run begins with, before it is one.
 
         Raises:
             RunFolderError: the folder holds something already, another process makes it, or it cannot be made.
@@ -92,8 +91,11 @@ class RunFolder:
             folder.mkdir(exist_ok=True)
         write_atomic(self.config, config)
         begin(self)
-        words: dict[str, Any] = {"recipe": recipe, "seed": seed, "started": _now(), "versions": _versions()}
-        self._write_record(RunRecord(**words, status="interrupted", ended=None, steps=0, starts=0))
+        record = RunRecord(
+            recipe=recipe, seed=seed, status="interrupted", started=_now(), ended=None, steps=0, starts=0,
+            versions=_versions(),
+        )  # fmt: skip
+        self._write_record(record)
 
     def _refuse_other_content(self) -> None:
         """Beside what a start makes before `run.json`, in a folder that is no run."""

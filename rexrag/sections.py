@@ -6,7 +6,7 @@ This module imports no torch, ray or vllm.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -17,6 +17,8 @@ def _as_list(value: object) -> object:
 
 Paths = Annotated[list[Path], BeforeValidator(_as_list)]
 """One path, or a list of them."""
+MAX_SEED: Final = 1_000_000_000
+"""Torch takes no seeds of more than 64 bits."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 
@@ -234,7 +236,7 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(100, ge=0, description="Learner steps of the whole run.")
     groups_per_step: int = Field(32, ge=1, description="Groups that one learner step consumes.")
-    seed: int = Field(0, ge=0, le=1_000_000_000, description="Seed of data order and of every draw.")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="Seed of data order and of every draw.")
     checkpoint_every: int = Field(20, ge=1, description="Steps between checkpoints; the last step always has one.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints that are kept, besides the best on dev.")
     stall_timeout_s: float = Field(
@@ -262,6 +264,4 @@ class PrepareConfig(Section):
     warmstart_learning_rate: float = Field(1e-4, gt=0, le=1, description="Peak learning rate of the supervised start.")
     warmstart_batch_size: int = Field(16, ge=1, description="Demonstrations per update of the supervised start.")
     warmstart_epochs: int = Field(1, ge=1, description="Passes over the demonstrations.")
-    seed: int | None = Field(
-        None, ge=0, le=1_000_000_000, description="Seed of world and warm start; None: `train.seed`."
-    )
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Seed of world and warm start; None: `train.seed`.")

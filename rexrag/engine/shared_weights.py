@@ -56,20 +56,23 @@ def in_shared_memory(weights: Weights) -> Iterator[SharedWeights]:
 
 @contextmanager
 def _file_of(size: int) -> Iterator[Path]:
-    """A file whose room is taken at once: who writes into a mapped one without room is ended by a signal."""
     with ExitStack() as stack:
-        for place in (_SHARED_MEMORY, None):  # None: the folder for temporary files
-            if place is not None and not place.is_dir():
-                continue
-            folder = tempfile.TemporaryDirectory(prefix="rexrag-weights-", dir=place)
-            path = Path(stack.enter_context(folder)) / "weights"
-            try:
-                with path.open("wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            except OSError:
-                if place is None:
-                    raise
-                path.unlink(missing_ok=True)
-                continue
-            yield path
-            return
+        try:
+            path = stack.enter_context(_file_in(_SHARED_MEMORY, size))
+        except OSError:
+            path = stack.enter_context(_file_in(None, size))
+        yield path
+
+
+@contextmanager
+def _file_in(place: Path | None, size: int) -> Iterator[Path]:
+    """A file whose room is taken at once: who writes into a mapped one without room is ended by a signal.
+
+    Args:
+        place: None: the folder for temporary files.
+    """
+    with tempfile.TemporaryDirectory(prefix="rexrag-weights-", dir=place) as folder:
+        path = Path(folder) / "weights"
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        yield path

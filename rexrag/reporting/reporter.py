@@ -35,8 +35,8 @@ class Reporter:
     """Tells stages, steps and evaluations, each as it happens. `told`: the last of each.
 
     Args:
-        record: told the metrics of each step too.
         alarms: look at the metrics of each step.
+        record: told them too.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class Reporter:
         *,
         board: Board,
         progress: Progress,
+        alarms: Alarms,
         record: Callable[[Mapping[str, float | None]], None] | None = None,
-        alarms: Alarms | None = None,
     ) -> None:
         self.told = Told()
         self._record = record
         self._board = board
         self._progress = progress
-        self._alarms = alarms or Alarms()
+        self._alarms = alarms
         self._showed_rescue = False
 
     def stage(self, name: str) -> None:

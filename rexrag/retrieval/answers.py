@@ -114,15 +114,19 @@ def passages_of(body: Body, *, top_k: int) -> tuple[tuple[Passage, ...], int]:
             "or lower env.top_k"
         )
     try:
-        value = json.loads(body.content)
+        return parse(_decoded(body), top_k=top_k)
     except (ValueError, RecursionError) as error:
-        if not body.is_delimited:
-            raise RetryableError(f"no JSON, perhaps cut off ({error}): {body.described}") from error
         raise RetrieverSetupError(f"{body.url}: malformed answer: {error}; {body.described}") from error
+
+
+def _decoded(body: Body) -> object:
     try:
-        return parse(value, top_k=top_k)
+        value: object = json.loads(body.content)
+        return value
     except (ValueError, RecursionError) as error:
-        raise RetrieverSetupError(f"{body.url}: malformed answer: {error}; {body.described}") from error
+        if body.is_delimited:
+            raise
+        raise RetryableError(f"no JSON, perhaps cut off ({error}): {body.described}") from error
 
 
 def parse(value: object, *, top_k: int) -> tuple[tuple[Passage, ...], int]:

@@ -23,7 +23,7 @@ import tantivy
 
 from rexrag.data.corpus import iter_corpus_rows
 from rexrag.data.formats import format_of
-from rexrag.errors import DataError, RetrievalIndexError, RexragError, counted
+from rexrag.errors import DataError, RetrievalIndexError, counted
 from rexrag.retrieval.analysers import ANALYSERS, choose_analyser
 from rexrag.retrieval.manifest import (
     Manifest,
@@ -250,10 +250,10 @@ def _write_postings(jsonl: Path, folder: Path, *, analyser: str) -> tuple[npt.ND
         finally:
             # Its threads write into the folder until they are joined.
             writer.wait_merging_threads()
+    except DataError:
+        raise
     except ValueError as error:  # all that tantivy says, of a full disk too
-        if isinstance(error, RexragError):
-            raise
-        raise RetrievalIndexError(f"{folder}: the index cannot be written ({error}); free space there") from error
+        raise OSError(f"tantivy: {error}") from error
     return np.array(starts, dtype="<u8"), num_empty
 
 

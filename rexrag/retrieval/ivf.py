@@ -17,7 +17,7 @@ from typing import Final
 import faiss
 import numpy as np
 
-from rexrag.errors import RetrievalIndexError, first_line
+from rexrag.errors import first_line
 from rexrag.retrieval.faiss_files import FaissIndex, open_faiss, write_lists
 from rexrag.retrieval.recall import ExactResults
 from rexrag.retrieval.search import Effort, Searcher
@@ -94,7 +94,7 @@ def _write(index: FaissIndex, path: Path) -> None:
     try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
-        raise RetrievalIndexError(f"{path}: cannot be written ({first_line(error)}); free space there") from error
+        raise OSError(f"FAISS: {first_line(error)}") from error
 
 
 def _trained(

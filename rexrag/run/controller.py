@@ -130,8 +130,11 @@ class Controller:
         """What the parts compute in where they run, if that is not what the run began with."""
         actors = " and ".join(sorted(self._fleet.dtypes))
         for told in note_precision(self._run_folder, {"learner.autocast": learner, "rollout.dtype": actors}):
-            self._reporter.note(f"warning: {told}")
-            LOG.warning("%s", told)
+            self._warn(told)
+
+    def _warn(self, told: str) -> None:
+        self._reporter.note(f"warning: {told}")
+        LOG.warning("%s", told)
 
     def _step(self, step: int) -> None:
         started = time.monotonic()
@@ -258,18 +261,13 @@ class Controller:
                 if attempt + 1 == MAX_EVAL_ATTEMPTS:
                     if not isinstance(error, RetrieverError):
                         raise
-                    self._leave_out(split, error)
+                    self._warn(
+                        f"the evaluation on {split} at step {step} is left out, a search failed in each of "
+                        f"{MAX_EVAL_ATTEMPTS} attempts: {error}"
+                    )
                     return
                 LOG.warning("the evaluation at step %d begins again: %s", step, error)
         self._reporter.evaluation(scores, split=split, step=step, seconds=time.monotonic() - started)
-
-    def _leave_out(self, split: str, error: RetrieverError) -> None:
-        told = (
-            f"the evaluation on {split} at step {self._version.step} is left out, a search failed in each of "
-            f"{MAX_EVAL_ATTEMPTS} attempts: {error}"
-        )
-        self._reporter.note(f"warning: {told}")
-        LOG.warning("%s", told)
 
     def _scores(self, split: str, questions: Sequence[Question]) -> list[EpisodeScore]:
         self._supervisor.look()

@@ -20,7 +20,6 @@ from ray.exceptions import RayError, RayTaskError
 
 from rexrag.actors.build import RolloutSettings
 from rexrag.actors.rollout_actor import RolloutActor, start_rollout_actor
-from rexrag.engine.protocol import EngineStats
 from rexrag.errors import EngineBrokenError, RexragError, RunFailure, counted
 from rexrag.learner.learner_actor import Published
 from rexrag.model.weight_proof import Delivery
@@ -168,7 +167,7 @@ class Fleet:
 
     def num_tokens(self) -> int:
         """Tokens that the actors' engines have computed: it grows as long as one of them works."""
-        return sum(stats.sampled_tokens + stats.prefilled_tokens for stats in self._stats())
+        return sum(stats.sampled_tokens + stats.prefilled_tokens for _, stats in self._answers(RolloutActor.stats))
 
     def report(self) -> FleetReport:
         """How the actors have done since the last report."""
@@ -192,10 +191,8 @@ class Fleet:
 
     def searches(self) -> RetrieverState:
         """What the searches of all actors have come to since the last call; `is_down`: of any of them."""
-        members = self._ready()
-        for member, state in zip(members, self._ask(members, RolloutActor.searches), strict=True):
-            if state is not None:
-                self._searches[member.actor_id] = state  # of an actor that dies the last that was heard counts
+        for member, state in self._answers(RolloutActor.searches):
+            self._searches[member.actor_id] = state  # of an actor that dies the last that was heard counts
         now = added(self._searches.values())
         before, self._told_searches = self._told_searches, now
         return since(before, now)
@@ -238,27 +235,23 @@ class Fleet:
     def _working(self) -> list[Member]:
         return [member for member in self._members if member.is_working]
 
-    def _stats(self) -> list[EngineStats]:
-        """Counters of the actors that answer in time."""
-        return [stats for stats in self._ask(self._ready(), RolloutActor.stats) if stats is not None]
-
     def _newly_sampled(self) -> int:
         """Tokens since it was asked last; those of an actor that does not answer count when it does again."""
-        members = self._ready()
         num_new = 0
-        for member, stats in zip(members, self._ask(members, RolloutActor.stats), strict=True):
-            if stats is not None:
-                num_new += stats.sampled_tokens - self._sampled.get(member.actor_id, 0)
-                self._sampled[member.actor_id] = stats.sampled_tokens
+        for member, stats in self._answers(RolloutActor.stats):
+            num_new += stats.sampled_tokens - self._sampled.get(member.actor_id, 0)
+            self._sampled[member.actor_id] = stats.sampled_tokens
         return num_new
 
-    def _ask(
-        self, members: Sequence[Member], method: Callable[[RolloutActor], Awaitable[T]], *, timeout_s: float = 5.0
-    ) -> list[T | None]:
-        """What each answers in time; None of one that does not. One that has died `check` replaces."""
-        refs = [call(member.handle, method) for member in members]
+    def _answers(
+        self, method: Callable[[RolloutActor], Awaitable[T]], *, timeout_s: float = 5.0
+    ) -> list[tuple[Member, T]]:
+        """What each ready actor answers, of those that do in time. One that has died `check` replaces."""
+        asked = [(member, call(member.handle, method)) for member in self._ready()]
+        refs = [ref for _, ref in asked]
         done = set(ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)[0]) if refs else set()
-        return [peek(ref) if ref in done else None for ref in refs]
+        answers = [(member, peek(ref)) for member, ref in asked if ref in done]
+        return [(member, answer) for member, answer in answers if answer is not None]
 
     def _check(self, member: Member) -> None:
         if not member.is_ready:

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rexrag.config import Config
-from rexrag.errors import ConfigError, Interrupted, first_line
+from rexrag.errors import ConfigError, first_line
 from rexrag.processes import Resources
 from rexrag.reporting.terminal import Progress
 from rexrag.run.joining import joined
@@ -72,8 +72,7 @@ def wait_for_layout(config: Config, *, progress: Progress, stop: StopSignal) -> 
                 raise ConfigError(
                     f"{error}; waited {config.train.stall_timeout_s:.0f} s without a change (train.stall_timeout_s)"
                 ) from None
-            if stop.received is not None:
-                raise Interrupted(f"stopped by {stop.received} while it waited for nodes") from None
+            stop.heed(" while it waited for nodes")
             time.sleep(LOOK_EVERY_S)
         else:
             if seen is not None:

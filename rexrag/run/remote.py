@@ -101,7 +101,7 @@ def is_done_in(ref: Ref[T], *, timeout_s: float, what: str, stop: StopSignal) ->
     """
     until = time.monotonic() + timeout_s
     while not is_done(ref, timeout_s=min(_POLL_S, max(0.0, until - time.monotonic()))):
-        stop.heed(what)
+        stop.heed(f": {what}")
         if time.monotonic() >= until:
             return False
     return True

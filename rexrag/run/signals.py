@@ -46,14 +46,17 @@ class StopSignal:
         self._graceful = True
         self._install()
 
-    def heed(self, what: str) -> None:
-        """Where a wait that has nothing to save may end.
+    def heed(self, where: str = "") -> None:
+        """Where the program may end.
+
+        Args:
+            where: completes the sentence "stopped by ...".
 
         Raises:
             Interrupted: a stop came.
         """
         if self.received is not None:
-            raise Interrupted(f"stopped by {self.received}: {what}")
+            raise Interrupted(f"stopped by {self.received}{where}")
 
     def ask(self, by: str) -> None:
         """A stop that came on another way than a signal; it waits for its moment like one."""

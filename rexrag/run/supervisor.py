@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import ray
 
-from rexrag.errors import Interrupted, RunFailure
+from rexrag.errors import RunFailure
 from rexrag.run.control import Desk
 from rexrag.run.fleet import Fleet
 from rexrag.run.nodes import draining_nodes
@@ -114,8 +114,8 @@ class Supervisor:
         """Replace dead rollout actors, notice a dead buffer or learner, hear a stop signal and what else is wanted."""
         self._hear()
         self._leave_nodes()
-        if interruptible and self._stop.received is not None:
-            raise Interrupted(f"stopped by {self._stop.received}")
+        if interruptible:
+            self._stop.heed()
         self._fleet.check()
         if self._pool is not None:
             self._pool.look()

@@ -41,48 +41,40 @@ def index(tmp_path: Path) -> Path:
     return tmp_path / "index"
 
 
-def test_a_run_is_evaluated_without_its_file_of_hints(tmp_path: Path, index: Path) -> None:
-    (tmp_path / "train.jsonl").write_text("")
-    (tmp_path / "hints.txt").write_text("<think> | Next I need\n")
-    (tmp_path / "recipe.toml").write_text(RECIPE)
-    recipe = load_recipe(tmp_path / "recipe.toml")
-    run = RunFolder.create(tmp_path / "run", recipe="r", seed=0, config=resolved_toml(recipe))
+def make_run(folder: Path, text: str) -> RunFolder:
+    """A run of a recipe with one checkpoint, `step-000002`."""
+    (folder / "train.jsonl").write_text("")
+    (folder / "hints.txt").write_text("<think> | Next I need\n")
+    (folder / "recipe.toml").write_text(text)
+    recipe = load_recipe(folder / "recipe.toml")
+    run = RunFolder.create(folder / "run", recipe="r", seed=0, config=resolved_toml(recipe))
     checkpoint = run.checkpoints / "step-000002"
     make_tiny_model(["Where is Homs ? Syria"], checkpoint, seed=0, width=16, num_layers=1, num_heads=2)
     (checkpoint / "COMMIT").touch()
+    return run
+
+
+def test_a_run_is_evaluated_without_its_file_of_hints(tmp_path: Path, index: Path) -> None:
+    run = make_run(tmp_path, RECIPE)
     (tmp_path / "hints.txt").unlink()
     path, settings = settings_for(str(run.root), index=str(index))
-    assert path == checkpoint
+    assert path == run.checkpoints / "step-000002"
     assert settings.episodes.max_trajectory_tokens == 256, "the run's limits"
     [score] = evaluate(settings, questions=[QUESTION], step=2)
     assert score.em == 0.0
 
 
 def test_a_run_whose_model_was_spread_over_gpus_is_evaluated_where_there_are_none(tmp_path: Path, index: Path) -> None:
-    (tmp_path / "train.jsonl").write_text("")
-    (tmp_path / "hints.txt").write_text("<think> | Next I need\n")
-    (tmp_path / "recipe.toml").write_text(RECIPE + "[rollout]\nnum_gpus = 4\ntensor_parallel = 4\n")
-    recipe = load_recipe(tmp_path / "recipe.toml")
-    run = RunFolder.create(tmp_path / "run", recipe="r", seed=0, config=resolved_toml(recipe))
-    checkpoint = run.checkpoints / "step-000002"
-    make_tiny_model(["Where is Homs ? Syria"], checkpoint, seed=0, width=16, num_layers=1, num_heads=2)
-    (checkpoint / "COMMIT").touch()
+    run = make_run(tmp_path, RECIPE + "[rollout]\nnum_gpus = 4\ntensor_parallel = 4\n")
     _, settings = settings_for(str(run.root), index=str(index))
     assert settings.tensor_parallel == 1
 
 
 def test_a_runs_token_and_encoder_are_for_its_own_server_and_index(tmp_path: Path, index: Path) -> None:
-    (tmp_path / "train.jsonl").write_text("")
     (tmp_path / "secret").write_text("s" * 40)
     with serve(lambda request: (200, passages("a"))) as own, serve(lambda request: (200, passages("a"))) as other:
-        text = RECIPE.replace('path = "index"', f'kind = "http"\nurl = "{own.url}/"\ntoken_file = "secret"')
-        (tmp_path / "recipe.toml").write_text(text.replace('[probe]\nhints = "hints.txt"\n', ""))
-        (tmp_path / "hints.txt").write_text("<think> | Next I need\n")
-        recipe = load_recipe(tmp_path / "recipe.toml")
-        run = RunFolder.create(tmp_path / "run", recipe="r", seed=0, config=resolved_toml(recipe))
-        checkpoint = run.checkpoints / "step-000002"
-        make_tiny_model(["Where is Homs ? Syria"], checkpoint, seed=0, width=16, num_layers=1, num_heads=2)
-        (checkpoint / "COMMIT").touch()
+        server = f'kind = "http"\nurl = "{own.url}/"\ntoken_file = "secret"'
+        run = make_run(tmp_path, RECIPE.replace('path = "index"', server))
         for url, token_file in ((own.url, None), (other.url, None), (other.url, tmp_path / "secret")):
             settings_for(str(run.root), index=url, token_file=token_file)
         sent = [[request.headers.get("Authorization") for request in server.requests] for server in (own, other)]

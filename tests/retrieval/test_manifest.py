@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,6 +178,45 @@ def test_a_place_that_cannot_be_written_is_named(index: Path, tmp_path: Path) ->
     (tmp_path / "file").touch()
     with pytest.raises(RetrievalIndexError, match=r"--out .*file/x: the index cannot be written there"):
         build_bm25(Path(read_manifest(index).corpus.path), tmp_path / "file" / "x")
+
+
+FULL = """
+import resource, sys
+import numpy as np
+from rexrag.errors import RetrievalIndexError
+from rexrag.retrieval.bm25 import build_bm25
+from rexrag.retrieval.faiss_files import empty_flat
+from rexrag.retrieval.ivf import _write
+from rexrag.retrieval.manifest import new_index_folder
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+index = empty_flat(16, "fp32")
+index.add(np.zeros((1000, 16), np.float32))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    build_bm25(folder / "corpus.jsonl", folder / "words")
+except RetrievalIndexError as error:
+    print(error)
+try:
+    with new_index_folder(folder / "vectors", made_from=[]) as building:
+        _write(index, building / "x.faiss")
+except RetrievalIndexError as error:
+    print(error)
+"""
+
+
+def test_libraries_that_find_no_room_are_told_as_what_they_are(tmp_path: Path) -> None:
+    """Neither tantivy nor FAISS raises an OSError; a bound of the size of files is as real to them as a full disk."""
+    rows = [{"id": str(i), "contents": f'"T{i}"\n' + " ".join(f"w{i}x{j}" for j in range(40))} for i in range(300)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=120)
+    words, vectors = done.stdout.splitlines()
+    for told, out in ((words, "words"), (vectors, "vectors")):
+        assert told.startswith(f"--out {tmp_path / out}: the index cannot be written there (")
+        assert "File too large" in told
+        assert told.endswith("free space, or name a folder that can be made")
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"], "nothing is left"
 
 
 def test_an_empty_folder_and_missing_parents_are_fine(index: Path, tmp_path: Path) -> None:

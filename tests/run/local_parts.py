@@ -15,7 +15,7 @@ from typing import Any
 from replay_helpers import make_ipc
 
 from rexrag.buffer.replay_actor import ReplayActor
-from rexrag.errors import Interrupted, PartDiedError
+from rexrag.errors import PartDiedError
 from rexrag.learner.learner_actor import Loaded
 from rexrag.retrieval.protocol import RetrieverState
 from rexrag.run.signals import StopSignal
@@ -221,8 +221,8 @@ class LocalSupervisor:
         raise AssertionError(f"never: {what if isinstance(what, str) else what()}")
 
     def look(self, *, interruptible: bool = True) -> None:
-        if interruptible and self._stop.received is not None:
-            raise Interrupted(f"stopped by {self._stop.received}")
+        if interruptible:
+            self._stop.heed()
         self._fleet.check()
 
 
