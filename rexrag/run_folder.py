@@ -63,7 +63,6 @@ class RunFolder:
         cls, root: Path, *, recipe: str, seed: int, config: str, begin: Callable[[Self], None] = lambda _: None
     ) -> Self:
         """Make a new run folder with its `config.toml`; `root` is absent, empty, or left by a start that died.
-
         `begin` writes what else a run begins with, before it is one.
 
         Raises:
