@@ -108,7 +108,16 @@ def _training_problems(config: Config) -> list[str]:
             f"rollout.autoscale: min = {bounds['min']} must be at most max = {bounds['max']}; lower the one or raise "
             "the other."
         )
-    return problems + _engine_problems(config.rollout)
+    return problems + _engine_problems(config.rollout) + _rank_problems(config.learner)
+
+
+def _rank_problems(learner: LearnerConfig) -> list[str]:
+    if learner.num_ranks > 1 and learner.num_gpus not in (None, 0, 1):
+        return [
+            f"learner.num_gpus = {learner.num_gpus:g}: must be 1 or 0 with learner.num_ranks = {learner.num_ranks}, "
+            "since ranks cannot share a GPU; set it, or leave it out."
+        ]
+    return []
 
 
 def _engine_problems(rollout: RolloutConfig) -> list[str]:

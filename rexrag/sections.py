@@ -198,7 +198,14 @@ class LearnerConfig(Section):
     threads: int | None = Field(
         None,
         ge=1,
-        description="Torch threads of the learner; None: all cores, on a cluster half of the largest node's.",
+        description="Torch threads of each rank of the learner; None: all cores, on a cluster half of the largest "
+        "node's, shared by the ranks.",
+    )
+    num_ranks: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Processes that hold model, gradients and optimizer in shards (FSDP2), each with `num_gpus`.",
     )
     autocast: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of the linear layers; master weights are float32."
@@ -208,7 +215,7 @@ class LearnerConfig(Section):
         ge=0,
         le=1,
         description="Share of a GPU that Ray reserves for the learner's model, 0: on the CPU; None: a whole one, or "
-        "what a rollout actor leaves of the only one.",
+        "what a rollout actor leaves of the only one. Of each rank, where there are several: 0 or 1.",
     )
     resources: dict[str, Positive] = Field(
         {}, description="Further Ray resources of the learner, such as { learner = 1 }."

@@ -50,11 +50,15 @@ def save_checkpoint(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     trainer_state: TrainerState,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder`/step-NNNNNN durably and return it.
 
     It is built in step-NNNNNN.tmp, renamed when every file is on disk, and counts once COMMIT is in it. Leftovers of
     a crashed attempt at the same step are replaced; a committed checkpoint of the step is left alone.
+
+    Args:
+        weights: of the model by name, where it is in shards; None: its own.
 
     Raises:
         RunFailure: the disk is full or broken; nothing of the attempt is left, and older checkpoints are as they were.
@@ -67,7 +71,7 @@ def save_checkpoint(
     try:
         for leftover in leftovers:
             shutil.rmtree(leftover, ignore_errors=True)
-        return _build(final, temporary, model=model, tokenizer=tokenizer, trainer_state=trainer_state)
+        return _build(final, temporary, model=model, tokenizer=tokenizer, trainer_state=trainer_state, weights=weights)
     except (OSError, SafetensorError) as error:
         for leftover in leftovers:
             shutil.rmtree(leftover, ignore_errors=True)
@@ -82,9 +86,10 @@ def _build(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     trainer_state: TrainerState,
+    weights: Mapping[str, Tensor] | None,
 ) -> Path:
     (temporary / "trainer").mkdir(parents=True)
-    model.save_pretrained(temporary, max_shard_size=_MAX_SHARD)
+    model.save_pretrained(temporary, max_shard_size=_MAX_SHARD, state_dict=weights)  # type: ignore[arg-type]
     tokenizer.save_pretrained(temporary)
     _save_trainer(temporary, trainer_state)
     manifest = {}

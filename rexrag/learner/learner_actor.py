@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import ray
 import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from transformers import PreTrainedModel
 
+from rexrag.errors import PartDiedError, RexragError, RunFailure
 from rexrag.files import folder_bytes
 from rexrag.hints import HintPool
 from rexrag.learner.checkpoint import load_checkpoint, save_checkpoint
+from rexrag.learner.ranks import LOOPBACK, Meeting, Ranks, join, open_meeting
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.model.loading import Device, load_model, load_tokenizer
+from rexrag.model.sharding import shard_model
 from rexrag.model.weight_proof import (
     MODULUS,
     Canary,
@@ -52,6 +60,8 @@ class LearnerSpec:
         reference: folder of the reference model, needed where `loss.kl_coef` is above 0.
         canary: prompts by whose log-probs engines prove that they hold what was exported.
         log_file: the run's `log.jsonl`.
+        num_ranks: processes that hold the model together; each has the actor's share.
+        rank_timeout_s: how long a rank waits for another one.
         bucket_bytes: most bytes, in float32, of the weights that travel as one object.
     """
 
@@ -67,9 +77,15 @@ class LearnerSpec:
     reference: Path | None = None
     canary: Canary = ()
     log_file: Path | None = None
+    num_ranks: int = 1
+    rank_timeout_s: float = 900.0
     bucket_bytes: int = BUCKET_BYTES
 
 
+T = TypeVar("T")
+
+_LAST_WORDS_S: Final = 10.0
+"""How long a rank that a collective has failed waits to hear why."""
 _BESIDE: Final = "beside"
 """The thread that answers while the main one computes."""
 
@@ -89,50 +105,79 @@ class Published(NamedTuple):
 
 
 class LearnerActor:
-    """One learner rank.
+    """The first rank of the learner, which has the others do as it does.
 
         learner = start_learner(spec, share=Share(threads=2))
         ray.get(learner.ready.remote())
         result = ray.get(learner.step.remote(batch))
         published = start_export(learner, "float32", num_buckets=1)     # references that actors read without a copy
 
-    Methods raise what `LearnerCore` and `checkpoint` raise.
+    Methods raise what `LearnerCore` and `checkpoint` raise, and `PartDiedError` where another rank dies.
     """
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    def __init__(self, spec: LearnerSpec, *, share: Share, rank: int = 0) -> None:
+        """
+        Args:
+            share: that another rank gets, too.
+        """
         self._spec = spec
+        self._share = share
+        self._rank = rank
+        self._others: list[ActorHandle[LearnerActor]] | None = None
+        self._pending: list[ObjectRef[None]] = []
         self._saving: Path | None = None
         self._scores: tuple[FloatArray, ...] | None = None
 
-    def node_id(self) -> str:
-        """The node that it is on."""
-        return str(ray.get_runtime_context().get_node_id())
+    def node_ids(self) -> list[str]:
+        """Its node, then those of the other ranks: all have a place then, beside it as far as there is room."""
+        others = self._check(self._call_others("node_ids"))
+        return [str(ray.get_runtime_context().get_node_id()), *(node for nodes in others for node in nodes)]
 
-    def ready(self) -> Loaded:
+    def ready(self, meeting: Meeting | None = None) -> Loaded:
         """Build model and optimizer.
 
         Not done in the constructor, whose errors Ray hands on as text alone.
+
+        Args:
+            meeting: where the first rank waits for this one.
         """
         spec = self._spec
-        log_process(spec.log_file, part="learner")
+        log_process(spec.log_file, part=f"learner-{self._rank}" if self._rank else "learner")
         torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
+        if spec.num_ranks > 1 and self._rank == 0:
+            meeting, self._store = open_meeting(
+                num_ranks=spec.num_ranks, host=self._host(), timeout_s=spec.rank_timeout_s
+            )
+        with self._with_others("ready", meeting):
+            return self._load(meeting)
+
+    def _load(self, meeting: Meeting | None) -> Loaded:
+        spec = self._spec
+        ranks = Ranks()
+        if meeting is not None:
+            store = self._store if self._rank == 0 else None
+            ranks = join(meeting, rank=self._rank, device=spec.device, store=store)
         resumed = load_checkpoint(spec.checkpoint) if spec.checkpoint is not None else None
-        device = torch.device(spec.device)
-        model = load_model(spec.checkpoint or spec.model, dtype="float32")
-        reference = load_model(spec.reference, dtype="float32") if spec.reference is not None else None
         self._tokenizer = load_tokenizer(spec.model)
         self._core = LearnerCore(
-            model.to(device),  # type: ignore[arg-type]
+            self._placed(load_model(spec.checkpoint or spec.model, dtype="float32")),
             settings=spec.settings,
             hints=HintPool(spec.hints, kept=spec.kept),
             evidence_folder=spec.evidence_folder,
-            reference=reference.to(device) if reference is not None else None,  # type: ignore[arg-type]
+            reference=None if spec.reference is None else self._placed(load_model(spec.reference, dtype="float32")),
+            ranks=ranks,
         )
         if resumed is not None:
             self._core.load_trainer_state(resumed)
         self._buckets = in_buckets(self._core.weight_sizes, most_bytes=spec.bucket_bytes)
         return Loaded(self._core.precision, len(self._buckets))
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        device = torch.device(self._spec.device)
+        if self._spec.num_ranks > 1:
+            return shard_model(model, num_ranks=self._spec.num_ranks, device=device)
+        return cast("PreTrainedModel", model.to(device))  # type: ignore[arg-type]
 
     def rho(self) -> float:
         """ρ of the next step (§8)."""
@@ -140,16 +185,18 @@ class LearnerActor:
 
     def step(self, batch: StepBatch) -> StepResult:
         """Train on one step's groups."""
-        return self._core.step(batch)
+        with self._with_others("step", batch):
+            return self._core.step(batch)
 
     def export(self, dtype: Precision) -> Iterator[Weights | WeightProof]:
         """The weights bucket by bucket, then what they are known by; Ray copies each once, into its object store."""
-        bits = 0
-        for names in self._buckets:
-            weights = self._core.export_weights(names, dtype=dtype)
-            bits = (bits + bit_sum(weights.values())) % MODULUS
-            yield weights
-        before, scores = self._scores, self._core.score(self._spec.canary)
+        with self._with_others("export", dtype):
+            bits = 0
+            for names in self._buckets:
+                weights = self._core.export_weights(names, dtype=dtype)
+                bits = (bits + bit_sum(weights.values())) % MODULUS
+                yield weights
+            before, scores = self._scores, self._core.score(self._spec.canary)
         self._scores = scores
         is_exact = dtype == self._core.precision == "float32"
         yield WeightProof(
@@ -164,24 +211,92 @@ class LearnerActor:
     def save(self, folder: Path) -> Path:
         """Write the checkpoint of the current step under `folder`; returns its folder."""
         self._saving = folder
+        with self._with_others("save", folder):
+            weights, state = self._core.stored_weights(), self._core.trainer_state()
+        if self._rank:
+            return folder
         return save_checkpoint(
-            folder,
-            model=self._core.model,
-            tokenizer=self._tokenizer,
-            trainer_state=self._core.trainer_state(),
+            folder, model=self._core.model, tokenizer=self._tokenizer, trainer_state=state, weights=weights
         )
 
+    def follow(self, name: str, argument: object) -> None:
+        """What the first rank does, for what it changes here."""
+        made = getattr(self, name)(argument)
+        if isinstance(made, Iterator):
+            deque(made, maxlen=0)
+
     def progress(self) -> tuple[int, int]:
-        """What grows while a step or a checkpoint goes on: passes of the model, bytes of checkpoints on disk."""
+        """What grows while a step or a checkpoint goes on: passes of the model, bytes of checkpoints on disk.
+
+        Raises:
+            RexragError: another rank has failed, for which this one would wait.
+        """
+        ended, _ = ray.wait(self._pending, num_returns=len(self._pending), timeout=0) if self._pending else ([], [])
+        self._check(ended)
         saved = 0 if self._saving is None else folder_bytes(self._saving)
         return self._core.num_passes, saved
 
+    @contextmanager
+    def _with_others(self, name: str, argument: object) -> Iterator[None]:
+        """The other ranks do the same meanwhile; nothing to do where there are none, or in one of them."""
+        self._pending = self._call_others("follow", name, argument)
+        try:
+            yield
+            self._check(self._pending)
+        except RuntimeError as error:
+            if isinstance(error, RexragError) or not self._pending:
+                raise
+            # What one rank fails with the others see as a collective that does not come about.
+            ended, _ = ray.wait(self._pending, num_returns=len(self._pending), timeout=_LAST_WORDS_S)
+            self._check(ended)
+            raise
+        finally:
+            self._pending = []
+
+    def _call_others(self, method: str, *arguments: object) -> list[ObjectRef[Any]]:
+        if self._rank or self._spec.num_ranks == 1:
+            return []
+        if self._others is None:
+            self._others = self._started_others()
+        shared = [ray.put(argument) for argument in arguments]
+        return [getattr(other, method).remote(*shared) for other in self._others]
+
+    def _started_others(self) -> list[ActorHandle[LearnerActor]]:
+        """Beside this one as far as its node has room; they end with it, whose children they are."""
+        node = ray.get_runtime_context().get_node_id()
+        near = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
+        return [
+            _start(self._spec, share=self._share, rank=rank, scheduling_strategy=near)
+            for rank in range(1, self._spec.num_ranks)
+        ]
+
+    def _host(self) -> str:
+        """Where the other ranks find this one: nobody else's business where all are on this machine."""
+        if len(set(self.node_ids())) == 1:
+            return LOOPBACK
+        return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+    def _check(self, refs: Sequence[ObjectRef[T]]) -> list[T]:
+        """What other ranks came to; what one failed with is raised."""
+        try:
+            return list(ray.get(list(refs)))
+        except RayTaskError as error:
+            if isinstance(error.cause, RexragError):
+                raise error.cause from None
+            raise RunFailure(f"a rank of the learner failed: {error.cause!r}") from error
+        except RayActorError as error:
+            raise PartDiedError(f"a rank of the learner died: {error}") from error
+
 
 def start_learner(spec: LearnerSpec, *, share: Share) -> ActorHandle[LearnerActor]:
-    """A `LearnerActor` in its own process, which has this share."""
-    options: dict[str, Any] = {**share.options, "concurrency_groups": {_BESIDE: 1}}
+    """A `LearnerActor` in its own process, which has this share; each of its other ranks has as much."""
+    return _start(spec, share=share, rank=0)
+
+
+def _start(spec: LearnerSpec, *, share: Share, rank: int, **placing: object) -> ActorHandle[LearnerActor]:
+    options: dict[str, Any] = {**share.options, **placing, "concurrency_groups": {_BESIDE: 1}}
     remote: Any = ray.remote(**options)
-    return cast("ActorHandle[LearnerActor]", remote(LearnerActor).remote(spec))
+    return cast("ActorHandle[LearnerActor]", remote(LearnerActor).remote(spec, share=share, rank=rank))
 
 
 def start_export(learner: ActorHandle[LearnerActor], dtype: Precision, *, num_buckets: int) -> Published:

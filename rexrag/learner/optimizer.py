@@ -9,6 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from rexrag.model.sharding import shared_like, whole
+
 _MOMENTS: Final = ("step", "exp_avg", "exp_avg_sq")
 _LAST_SHARE: Final = 0.1
 """Of the learning rate, where its decay ends."""
@@ -58,7 +60,7 @@ class Optimizer:
 
     def clip(self) -> float:
         """Scale the gradients to at most `max_grad_norm`; the global norm before it, maybe not finite."""
-        return float(nn.utils.clip_grad_norm_(self._params.values(), self._settings.max_grad_norm))
+        return float(whole(nn.utils.clip_grad_norm_(self._params.values(), self._settings.max_grad_norm)))
 
     def update(self) -> None:
         """One AdamW update with the gradients at hand, which are freed."""
@@ -73,7 +75,7 @@ class Optimizer:
         self._adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments by `<moment>/<parameter>`; parameters that were never updated have none."""
+        """Moments by `<moment>/<parameter>`, in shards as it is; parameters that were never updated have none."""
         return {
             f"{moment}/{name}": self._adamw.state[p][moment]
             for name, p in self._params.items()
@@ -82,7 +84,7 @@ class Optimizer:
         }
 
     def load_state(self, tensors: Mapping[str, Tensor], *, num_updates: int) -> None:
-        """The inverse of `state`.
+        """The inverse of `state`, from whole tensors.
 
         Raises:
             ValueError: a moment of an unknown parameter or of another shape.
@@ -95,6 +97,6 @@ class Optimizer:
                 raise ValueError(f"optimizer state has {key}, which is no moment of a parameter of this model")
             if moment != "step" and tensor.shape != parameter.shape:
                 raise ValueError(f"optimizer state {key} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
-            device = parameter.device
-            self._adamw.state[parameter][moment] = tensor.to(device, copy=True)
+            own = tensor.to(parameter.device, copy=True) if moment == "step" else shared_like(tensor, parameter)
+            self._adamw.state[parameter][moment] = own
         self.num_updates = num_updates

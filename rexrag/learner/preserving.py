@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import huber_loss
 
+from rexrag.learner.ranks import Ranks
 from rexrag.learner.shapes import require_length, require_shape
 from rexrag.model.packing import PackRow
+from rexrag.model.sharding import shard_of
 from rexrag.types import FloatArray, IntArray, Origin, Trajectory, TrajectoryGroup
 
 KEPT_ROWS: Final = 64
@@ -142,7 +144,9 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     return gradients
 
 
-def join_gradients(parameters: Sequence[nn.Parameter], *, objective: Sequence[Tensor | None]) -> float | None:
+def join_gradients(
+    parameters: Sequence[nn.Parameter], *, objective: Sequence[Tensor | None], ranks: Ranks | None = None
+) -> float | None:
     """Join the parameters' gradient q, of the penalty, with that of the objective, g, in place (§7):
 
         g − min(0, g·q)/‖q‖² · q  +  min(1, ‖g‖/‖q‖) · q
@@ -151,19 +155,25 @@ def join_gradients(parameters: Sequence[nn.Parameter], *, objective: Sequence[Te
     order a step along them does not raise the penalty. The third lowers it, with at most the objective's own size, or
     giving back would be the whole of a step that is clipped.
 
+    Args:
+        ranks: that hold the parameters in shards; None: they are whole.
+
     Returns: the cosine between g and q; None where one of them is 0, where g alone is left.
 
     Raises:
         ValueError: not one gradient for each parameter.
     """
     require_length(len(parameters), {"objective": objective}, name="parameters")
-    pairs = [(g, p.grad) for p, g in zip(parameters, objective, strict=True)]
-    norm, penalty_norm = _norm([g for g, _ in pairs]), _norm([q for _, q in pairs])
+    ranks = ranks or Ranks()
+    pairs = [(_shard(g), _shard(p.grad)) for p, g in zip(parameters, objective, strict=True)]
+    norm, penalty_norm = ranks.norm(_norm([g for g, _ in pairs])), ranks.norm(_norm([q for _, q in pairs]))
     if not norm or not penalty_norm:
         for p, g in zip(parameters, objective, strict=True):
             p.grad = g
         return None
-    dot = sum(float(torch.dot(g.flatten(), q.flatten())) for g, q in pairs if g is not None and q is not None)
+    dot = ranks.sum(
+        sum(float(torch.dot(g.flatten(), q.flatten())) for g, q in pairs if g is not None and q is not None)
+    )
     factor = min(1.0, norm / penalty_norm) - min(0.0, dot) / penalty_norm**2
     for p, g in zip(parameters, objective, strict=True):
         if p.grad is not None:
@@ -171,6 +181,10 @@ def join_gradients(parameters: Sequence[nn.Parameter], *, objective: Sequence[Te
         if g is not None:
             p.grad = g if p.grad is None else p.grad.add_(g)
     return dot / (norm * penalty_norm)
+
+
+def _shard(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else shard_of(gradient)
 
 
 def _norm(gradients: Sequence[Tensor | None]) -> float:

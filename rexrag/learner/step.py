@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 import rexrag.metrics as keys
@@ -28,19 +29,18 @@ from rexrag.learner.branches import BranchRates
 from rexrag.learner.correction import CorrectionSettings
 from rexrag.learner.loss import LossSettings
 from rexrag.learner.mixture_weights import ProbeSettings
-from rexrag.learner.objective import Objective
 from rexrag.learner.optimizer import Optimizer, OptimizerSettings
+from rexrag.learner.passes import Passed, Passes
 from rexrag.learner.prepared_step import PreparedRow, PreparedStep, check_ages, prepare_step
-from rexrag.learner.preserving import PreservingSet, decrease_penalty, join_gradients, pack_rows, take_gradients
+from rexrag.learner.preserving import PreservingSet
 from rexrag.learner.probe_filter import INITIAL_SUCCESS, rho_of, updated_success
+from rexrag.learner.ranks import Ranks
 from rexrag.learner.samples import pick_samples
 from rexrag.learner.step_metrics import StepReport, step_metrics
-from rexrag.learner.token_metrics import TokenRecord
 from rexrag.learner.trainer_state import TrainerState
 from rexrag.model.comparison import prepare_model
 from rexrag.model.loading import Device, fastest_dtype
-from rexrag.model.logprobs import backward_in_chunks, token_logprobs
-from rexrag.model.packing import PackedBatch, PackRow, pack
+from rexrag.model.sharding import gather_tensors
 from rexrag.model.weight_proof import Canary, Precision
 from rexrag.types import FloatArray, StepBatch, StepResult, TrajectoryGroup
 
@@ -72,19 +72,6 @@ class LearnerSettings:
     max_bad_steps: int
 
 
-@dataclass(kw_only=True)
-class _Pass:
-    """What the forward and backward passes of a step came to."""
-
-    loss: float = 0.0
-    preserve_loss: float | None = None
-    preserve_cosine: float | None = None
-    records: list[TokenRecord] = field(default_factory=list)
-    num_micro_batches: int = 0
-    num_packed_tokens: int = 0
-    num_row_tokens: int = 0
-
-
 class LearnerCore:
     """The policy being trained, its optimizer, and the step counter that is its version.
 
@@ -104,12 +91,14 @@ class LearnerCore:
         hints: HintPool,
         evidence_folder: Path,
         reference: PreTrainedModel | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """
         Args:
             model: float32; its attention is replaced by the packed one.
             evidence_folder: where the batch of a run that fails on non-finite values is written.
             reference: π_ref of the KL term, needed where `loss.kl_coef` is above 0.
+            ranks: those that hold both models in shards; None: this process has them alone.
 
         Raises:
             ModelError: an architecture whose log-probs packed passes do not reproduce.
@@ -118,14 +107,13 @@ class LearnerCore:
             raise ValueError(f"loss.kl_coef is {settings.loss.kl_coef}: above 0 it needs a reference model, at 0 none")
         self.model = model
         self.num_steps = 0
-        self.num_passes = 0
         self._settings = settings
         self._hints = hints
-        self._reference = reference
+        self._ranks = ranks or Ranks()
         self._evidence_folder = evidence_folder
-        self._device = next(model.parameters()).device
         wanted = settings.autocast
-        self.precision = fastest_dtype(_kind(self._device)) if wanted == "auto" else wanted
+        device: Device = "cuda" if next(model.parameters()).device.type == "cuda" else "cpu"
+        self.precision = fastest_dtype(device) if wanted == "auto" else wanted
         self._success = INITIAL_SUCCESS
         self._bad_steps = 0
         self._rates = BranchRates()
@@ -138,6 +126,20 @@ class LearnerCore:
             model.gradient_checkpointing_enable()
             model.train()
         self._optimizer = Optimizer(model, settings=settings.optimizer)
+        self._passes = Passes(
+            model,
+            reference=reference,
+            correction=settings.correction,
+            loss=settings.loss,
+            micro_batch_tokens=settings.micro_batch_tokens,
+            precision=self.precision,
+            ranks=self._ranks,
+        )
+
+    @property
+    def num_passes(self) -> int:
+        """Passes of the model so far, which grow in the course of a step."""
+        return self._passes.num_made
 
     @property
     def rho(self) -> float:
@@ -207,30 +209,30 @@ class LearnerCore:
         return {name: parameter.nbytes for name, parameter in self.model.named_parameters()}
 
     def export_weights(self, names: Iterable[str], *, dtype: Precision) -> dict[str, npt.NDArray[np.generic]]:
-        """Arrays by parameter name; bfloat16 as its bits in uint16.
+        """Arrays by parameter name; bfloat16 as its bits in uint16. Of several ranks the first has them, others none.
 
         On CPU float32 arrays are views of the weights, which the next step changes: copy or publish them first.
         """
-        return {name: _as_numpy(self.model.get_parameter(name).detach(), dtype) for name in names}
+        narrow = getattr(torch, dtype)
+        parts = {name: self.model.get_parameter(name).detach().to(narrow) for name in names}
+        tensors = gather_tensors(parts, keep=self._ranks.is_first)
+        return {name: _as_numpy(tensor) for name, tensor in tensors.items()}
+
+    def stored_weights(self) -> dict[str, Tensor] | None:
+        """What a checkpoint stores of a model in shards, on the first rank; None: the model's own tensors."""
+        if self._ranks.num == 1:
+            return None
+        return gather_tensors(dict(self.model.named_parameters()), keep=self._ranks.is_first)
 
     def score(self, sequences: Canary) -> tuple[FloatArray, ...]:
         """Log-probs of each sequence's tokens from the second on, under the current weights."""
-        if not sequences:
-            return ()
-        rows = [
-            PackRow(token_ids=np.array(ids, np.int32), trained=np.arange(1, len(ids)), group=group)
-            for group, ids in enumerate(sequences)
-        ]
-        scores: dict[int, FloatArray] = {}
-        for micro in pack(rows, budget=self._settings.micro_batch_tokens, device=self._device):
-            with self._autocast():
-                values = token_logprobs(self.model, micro).float().cpu().numpy()
-            ends = np.cumsum([len(sequences[i]) - 1 for i in micro.rows])
-            scores |= dict(zip(micro.rows, np.split(values, ends[:-1]), strict=True))
-        return tuple(scores[i] for i in range(len(sequences)))
+        return self._passes.score(sequences)
 
     def trainer_state(self) -> TrainerState:
-        """All but the weights; its tensors are those of the optimizer, valid until the next step."""
+        """All but the weights; its tensors are those of the optimizer, valid until the next step.
+
+        Of several ranks the first has the optimizer's, whole.
+        """
         return TrainerState(
             step=self.num_steps,
             num_updates=self._optimizer.num_updates,
@@ -239,7 +241,7 @@ class LearnerCore:
             num_solved=self._preserving.num_seen,
             mean_tokens=self._mean_tokens,
             branch_counts=self._rates.table(),
-            optimizer=self._optimizer.state(),
+            optimizer=gather_tensors(self._optimizer.state(), keep=self._ranks.is_first),
             preserved=self._preserving.tensors(),
             rng=torch.get_rng_state(),
         )
@@ -271,12 +273,13 @@ class LearnerCore:
         needs_all = self._settings.loss.kl_coef > 0.0
         return [row for row in prepared.rows if len(row.tokens.trained) and (needs_all or row.advantage != 0.0)]
 
-    def _update(self, rows: Sequence[PreparedRow], *, denominator: float) -> tuple[_Pass, float | None, bool]:
+    def _update(self, rows: Sequence[PreparedRow], *, denominator: float) -> tuple[Passed, float | None, bool]:
         """The passes over the rows, then what `_finish_update` returns."""
         try:
-            done = self._forward_backward(rows, denominator=denominator)
+            done = self._passes.train(rows, denominator=denominator, version=self.num_steps)
             if rows and math.isfinite(done.loss):
-                self._preserve(done)
+                num_kept = self._settings.loss.preserve_rows
+                self._passes.preserve(self._preserving.draw(num_kept, step=self.num_steps + 1), done)
             grad_norm, is_bad = self._finish_update(done, has_rows=bool(rows))
         except torch.OutOfMemoryError as error:
             raise RunFailure(
@@ -286,60 +289,7 @@ class LearnerCore:
             ) from error
         return done, grad_norm, is_bad
 
-    def _forward_backward(self, rows: Sequence[PreparedRow], *, denominator: float) -> _Pass:
-        done = _Pass()
-        packed_rows = [
-            PackRow(token_ids=row.tokens.token_ids, trained=row.tokens.trained, group=row.group) for row in rows
-        ]
-        for micro in pack(packed_rows, budget=self._settings.micro_batch_tokens, device=self._device):
-            objective = Objective(
-                [rows[i] for i in micro.rows],
-                denominator=denominator,
-                version=self.num_steps,
-                correction=self._settings.correction,
-                loss=self._settings.loss,
-                reference_logprob=self._reference_logprob(micro),
-                proximal_logprob=self._proximal_logprob(micro),
-                device=self._device,
-            )
-            with self._autocast():
-                done.loss += backward_in_chunks(self.model, micro, chunk_loss=objective.chunk_loss)
-            done.records += objective.records
-            done.num_micro_batches += 1
-            self.num_passes += 1
-            done.num_packed_tokens += len(micro.token_ids)
-            done.num_row_tokens += micro.num_row_tokens
-            if not math.isfinite(done.loss):
-                break
-        return done
-
-    def _preserve(self, done: _Pass) -> None:
-        """Change the gradient at hand by that of the penalty on what solved groups have lost in likelihood."""
-        loss = self._settings.loss
-        rows = self._preserving.draw(loss.preserve_rows, step=self.num_steps + 1)
-        num_tokens = sum(len(row.trained) for row in rows)
-        if not rows:
-            return
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        objective = take_gradients(parameters)
-        total = 0.0
-        for micro in pack(pack_rows(rows), budget=self._settings.micro_batch_tokens, device=self._device):
-            kept = torch.from_numpy(np.concatenate([rows[i].logprob for i in micro.rows])).to(self._device)
-
-            def penalty(
-                logprob: torch.Tensor, _: torch.Tensor, chunk: slice, kept: torch.Tensor = kept
-            ) -> torch.Tensor:
-                lost = decrease_penalty(logprob, kept_logprob=kept[chunk], knee=loss.preserve_knee)
-                return loss.preserve * lost.sum() / num_tokens
-
-            with self._autocast():
-                total += backward_in_chunks(self.model, micro, chunk_loss=penalty)
-            self.num_passes += 1
-        done.preserve_cosine = join_gradients(parameters, objective=objective)
-        done.preserve_loss = total
-        done.loss += total
-
-    def _finish_update(self, done: _Pass, *, has_rows: bool) -> tuple[float | None, bool]:
+    def _finish_update(self, done: Passed, *, has_rows: bool) -> tuple[float | None, bool]:
         """Update or discard; the gradient norm (None without a gradient), and whether something was not finite."""
         if not has_rows:
             return None, False
@@ -354,26 +304,15 @@ class LearnerCore:
         self._bad_steps = self._bad_steps + 1 if is_bad else 0
         if self._bad_steps < self._settings.max_bad_steps:
             return
-        path = save_evidence(self._evidence_folder, batch=batch, loss=loss, grad_norm=grad_norm)
+        path = self._evidence_folder
+        if self._ranks.is_first:
+            path = save_evidence(self._evidence_folder, batch=batch, loss=loss, grad_norm=grad_norm)
         raise RunFailure(
             f"the loss or its gradient was not finite in {counted(self._bad_steps, 'consecutive step')} up to "
             f"step {batch.step} "
             f"(loss {loss}, gradient norm {grad_norm}); the last batch is in {path}. Lower optimizer.learning_rate, "
             f"or resume from an earlier checkpoint"
         )
-
-    def _reference_logprob(self, micro: PackedBatch) -> torch.Tensor | None:
-        if self._reference is None:
-            return None
-        with self._autocast():
-            return token_logprobs(self._reference, micro)
-
-    def _proximal_logprob(self, micro: PackedBatch) -> torch.Tensor | None:
-        """Where one staleness weight is the product over a row, it must be known before the backward pass."""
-        if self._settings.correction.mixture != "sequence":
-            return None
-        with self._autocast():
-            return token_logprobs(self.model, micro)
 
     def _denominator(self, prepared: PreparedStep) -> float:
         """N of §7. With weights of trajectories it must not depend on what was drawn: (1 + p)·targets·(a constant)."""
@@ -383,16 +322,7 @@ class LearnerCore:
             self._mean_tokens = max(1.0, prepared.denominator / len(prepared.rows))
         return (1.0 + self._settings.probe.rate) * prepared.num_targets * (self._mean_tokens or 1.0)
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.precision == "bfloat16"
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
 
-
-def _kind(device: torch.device) -> Device:
-    return "cuda" if device.type == "cuda" else "cpu"
-
-
-def _as_numpy(weights: torch.Tensor, dtype: Precision) -> npt.NDArray[np.generic]:
-    if dtype == "float32":
-        return weights.float().cpu().numpy()
-    return weights.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
+def _as_numpy(weights: Tensor) -> npt.NDArray[np.generic]:
+    weights = weights.cpu()
+    return weights.view(torch.int16).numpy().view(np.uint16) if weights.dtype == torch.bfloat16 else weights.numpy()

@@ -15,6 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import PreTrainedModel
 
 from rexrag.model.packing import PackedBatch
+from rexrag.model.sharding import body_of, release
 
 CHUNK_TOKENS: Final = {"cpu": 256, "cuda": 2048}
 """Tokens whose logits exist at once: few fit a CPU's cache, more fill a GPU (a step a sixth faster than with 256)."""
@@ -55,7 +56,7 @@ class _SelectedLogProb(torch.autograd.Function):
 
 def trained_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """[E, W] last hidden states that predict the trained tokens; `model` uses packed attention."""
-    out = model.base_model(
+    out = body_of(model)(
         input_ids=batch.token_ids[None],
         position_ids=batch.position_ids[None],
         packed_layout=batch.layout,
@@ -75,14 +76,23 @@ def head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Ten
     return logprob, entropy
 
 
-def backward_in_chunks(model: PreTrainedModel, batch: PackedBatch, *, chunk_loss: ChunkLoss) -> float:
+def backward_in_chunks(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    *,
+    chunk_loss: ChunkLoss,
+    total_of: Callable[[float], float] = lambda total: total,
+) -> float:
     """Forward and backward pass of one micro-batch; gradients are added to the parameters'.
 
     Each chunk's loss goes back to the hidden states while its logits are alive, and the hidden states' gradient then
     goes through the body once: no logits are computed twice, and only one chunk's exist.
 
+    Args:
+        total_of: from this process's summed loss to that of all processes that hold the model.
+
     Returns:
-        The summed loss. Where it is not finite the body's backward pass is left out.
+        The summed loss of all. Where it is not finite the body's backward pass is left out, by all.
     """
     hidden = trained_hidden(model, batch)
     leaf = hidden.detach().requires_grad_()
@@ -93,7 +103,9 @@ def backward_in_chunks(model: PreTrainedModel, batch: PackedBatch, *, chunk_loss
         loss = chunk_loss(logprob, entropy, chunk)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
+    total = total_of(total)
     if not math.isfinite(total):
+        release(model)
         return total
     assert leaf.grad is not None, "a packed batch has a trained token"
     hidden.backward(leaf.grad)  # type: ignore[no-untyped-call]
@@ -106,6 +118,7 @@ def token_logprobs(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     hidden = trained_hidden(model, batch)
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     parts = [head_logprobs(head, hidden[chunk], batch.targets[chunk])[0] for chunk in chunks_of(batch.targets)]
+    release(model)
     return torch.cat(parts)
 
 

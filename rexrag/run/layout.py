@@ -26,6 +26,7 @@ class Layout:
     Attributes:
         num_groups: groups that one actor runs at once.
         num_fitting: actors for which there is room now.
+        learner: the share of each of its ranks.
         num_searchers: search actors, none but with `retriever.kind = "ray"`.
     """
 
@@ -34,6 +35,7 @@ class Layout:
     num_groups: int
     actor: Share
     learner: Share
+    num_ranks: int = 1
     num_searchers: int = 0
     searcher: Share = field(default_factory=lambda: Share(threads=1))
 
@@ -53,7 +55,9 @@ def plan_machine(config: Config, *, num_cores: int, num_gpus: float) -> Layout:
     share = config.rollout.num_gpus
     num_searchers, searcher = _searchers(config)
     pool_gpus = num_searchers * searcher.gpus
-    learner_gpus = _learner_gpus(config, num_gpus - pool_gpus, num_actors=config.rollout.num_actors or 1)
+    rank_gpus = _rank_gpus(config, num_gpus, num_actors=config.rollout.num_actors or 1)
+    num_ranks = config.learner.num_ranks
+    learner_gpus = num_ranks * rank_gpus
     if config.rollout.num_actors is not None:
         num_actors = config.rollout.num_actors
     elif share:
@@ -67,8 +71,8 @@ def plan_machine(config: Config, *, num_cores: int, num_gpus: float) -> Layout:
         raise ConfigError(
             f"{counted(num_actors, 'rollout actor')} with rollout.num_gpus = {share:g} and a learner with "
             f"{learner_gpus:g}{pool} need {counted(needed_gpus, 'GPU')}, the cluster has {num_gpus:g} that torch can "
-            "use: lower these shares, rollout.num_actors or the least of rollout.autoscale, or set the shares to 0 to "
-            "compute on CPUs"
+            "use: lower these shares, learner.num_ranks, rollout.num_actors or the least of rollout.autoscale, or set "
+            "the shares to 0 to compute on CPUs"
         )
     threads = config.rollout.threads_per_actor or max(1, num_cores // num_actors)
     return Layout(
@@ -76,7 +80,10 @@ def plan_machine(config: Config, *, num_cores: int, num_gpus: float) -> Layout:
         num_fitting=num_actors,
         num_groups=_num_groups(config),
         actor=Share(threads=threads, gpus=share, cpus=0.0, resources={}),
-        learner=Share(threads=config.learner.threads or num_cores, gpus=learner_gpus, cpus=0.0, resources={}),
+        learner=Share(
+            threads=config.learner.threads or max(1, num_cores // num_ranks), gpus=rank_gpus, cpus=0.0, resources={}
+        ),
+        num_ranks=num_ranks,
         num_searchers=num_searchers,
         searcher=replace(searcher, cpus=0.0, resources={}),
     )
@@ -94,23 +101,25 @@ def plan_cluster(config: Config, *, nodes: Sequence[Resources]) -> Layout:
         ConfigError: the nodes cannot hold the learner and one actor; says what is missing.
     """
     learner, preferred = cluster_shares(config, nodes=nodes)
+    num_ranks = config.learner.num_ranks
     num_searchers, searcher = _searchers(config)
-    first = [learner, *[searcher] * num_searchers]
+    first = [*[learner] * num_ranks, *[searcher] * num_searchers]
     actor = preferred
-    num_fitting = _num_beside(nodes, first, actor)
+    num_fitting = _num_beside(nodes, first, actor, num_ranks=num_ranks)
     while num_fitting == 0 and config.rollout.threads_per_actor is None and actor.threads > 1:
         actor = replace(actor, threads=actor.threads - 1, cpus=actor.cpus - 1.0)
-        num_fitting = _num_beside(nodes, first, actor)
+        num_fitting = _num_beside(nodes, first, actor, num_ranks=num_ranks)
     if num_fitting < 1:
         there = "; ".join(in_words(node) for node in nodes) or "none"
-        lacking = f"the learner ({in_words(learner.bundle)})"
+        each = f"{num_ranks} ranks, each " if num_ranks > 1 else ""
+        lacking = f"the learner ({each}{in_words(learner.bundle)})"
         if num_searchers:
             lacking += f" and {counted(num_searchers, 'search actor')} ({in_words(searcher.bundle)} each)"
         if num_fitting == 0:
             lacking += f" and beside it a rollout actor ({in_words(preferred.bundle)})"
         raise ConfigError(
             f"no node of the cluster has room for {lacking}; its nodes: {there}; add nodes, or lower learner.threads, "
-            "rollout.threads_per_actor, the shares of GPUs or the resources"
+            "learner.num_ranks, rollout.threads_per_actor, the shares of GPUs or the resources"
         )
     return Layout(
         num_actors=_within_bounds(config, config.rollout.num_actors or num_fitting),
@@ -118,35 +127,37 @@ def plan_cluster(config: Config, *, nodes: Sequence[Resources]) -> Layout:
         num_groups=_num_groups(config),
         actor=actor,
         learner=learner,
+        num_ranks=num_ranks,
         num_searchers=num_searchers,
         searcher=searcher,
     )
 
 
 def cluster_shares(config: Config, *, nodes: Sequence[Resources]) -> tuple[Share, Share]:
-    """What learner and actor reserve on a cluster; threads that no setting names follow from its largest nodes.
+    """What a rank of the learner and an actor reserve on a cluster; threads without a setting follow from its nodes.
 
     Raises:
         ConfigError: one actor would leave no GPU for the learner; further ones join when there is more.
     """
-    num_searchers, searcher = _searchers(config)
-    num_gpus = sum(node.get("GPU", 0.0) for node in nodes) - num_searchers * searcher.gpus
-    return _shares(config, nodes=nodes, learner_gpus=_learner_gpus(config, num_gpus, num_actors=1))
+    num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    return _shares(config, nodes=nodes, rank_gpus=_rank_gpus(config, num_gpus, num_actors=1))
 
 
-def _shares(config: Config, *, nodes: Sequence[Resources], learner_gpus: float) -> tuple[Share, Share]:
+def _shares(config: Config, *, nodes: Sequence[Resources], rank_gpus: float) -> tuple[Share, Share]:
+    num_ranks = config.learner.num_ranks
     learner_cores = _most_cores(nodes, config.learner.resources)
-    learner_threads = config.learner.threads or max(1, learner_cores // 2)
+    learner_threads = config.learner.threads or max(1, learner_cores // 2 // num_ranks)
     actor_cores = _most_cores(nodes, config.rollout.resources)
     if config.rollout.num_gpus:  # so many that all shares of GPUs can be used, beside the learner
         most_gpus = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
-        places = max(1, _gpu_places(most_gpus - learner_gpus, config.rollout.num_gpus))
-        actor_cores = max(0, actor_cores - learner_threads) // places
+        num_here = min(num_ranks, int(most_gpus / rank_gpus + _SLACK)) if rank_gpus else num_ranks
+        places = max(1, _gpu_places(most_gpus - num_here * rank_gpus, config.rollout.num_gpus))
+        actor_cores = max(0, actor_cores - num_here * learner_threads) // places
     actor_threads = config.rollout.threads_per_actor or max(1, min(ACTOR_THREADS, actor_cores))
     return (
         Share(
             threads=learner_threads,
-            gpus=learner_gpus,
+            gpus=rank_gpus,
             cpus=float(learner_threads),
             resources=config.learner.resources,
         ),
@@ -167,10 +178,11 @@ def wanted_bundles(config: Config, *, nodes: Sequence[Resources]) -> list[dict[s
     try:
         learner, actor = cluster_shares(config, nodes=nodes)
     except ConfigError:
-        learner, actor = _shares(config, nodes=nodes, learner_gpus=1.0)
+        learner, actor = _shares(config, nodes=nodes, rank_gpus=1.0)
     num_searchers, searcher = _searchers(config)
     num_actors = _within_bounds(config, config.rollout.num_actors or 1)
-    return [learner.bundle, *[searcher.bundle] * num_searchers, *[actor.bundle] * num_actors]
+    ranks = [learner.bundle] * config.learner.num_ranks
+    return [*ranks, *[searcher.bundle] * num_searchers, *[actor.bundle] * num_actors]
 
 
 def describe_layout(layout: Layout) -> list[str]:
@@ -182,10 +194,11 @@ def describe_layout(layout: Layout) -> list[str]:
         reserved = {name: amount for name, amount in share.bundle.items() if name != "GPU"}
         return f"{where}, reserves {in_words(reserved)}" if reserved else where
 
+    ranks, each = (f"{layout.num_ranks} ranks, ", " each") if layout.num_ranks > 1 else ("", "")
     lines = [
         f"{counted(layout.num_actors, 'rollout actor')}: {counted(layout.actor.threads, 'thread')} each, "
         f"{place(layout.actor)}, {counted(layout.num_groups, 'group')} at once",
-        f"learner: {counted(layout.learner.threads, 'thread')}, {place(layout.learner)}",
+        f"learner: {ranks}{counted(layout.learner.threads, 'thread')}{each}, {place(layout.learner)}",
     ]
     if layout.num_searchers:
         searcher = f"{counted(layout.searcher.threads, 'thread')} each, {place(layout.searcher)}"
@@ -216,23 +229,27 @@ def _within_bounds(config: Config, num_actors: int) -> int:
     return min(max(num_actors, bounds["min"]), bounds["max"]) if bounds else num_actors
 
 
-def _learner_gpus(config: Config, num_gpus: float, *, num_actors: int) -> float:
-    """The learner's share beside so many actors.
+def _rank_gpus(config: Config, num_gpus: float, *, num_actors: int) -> float:
+    """The share of each of the learner's ranks where there are so many GPUs, beside so many actors.
+
+    A learner that is one process takes what is left, at most a whole one; ranks have whole ones.
 
     Raises:
-        ConfigError: they leave it none.
+        ConfigError: nothing is left.
     """
     if config.learner.num_gpus is not None:
         return config.learner.num_gpus
-    taken = num_actors * config.rollout.num_gpus
+    num_searchers, searcher = _searchers(config)
+    taken = num_actors * config.rollout.num_gpus + num_searchers * searcher.gpus
     left = min(1.0, max(0.0, num_gpus - taken))
     if taken and num_gpus and not left:
+        pool = f" and {counted(num_searchers, 'search actor')}" if searcher.gpus and num_searchers else ""
         raise ConfigError(
-            f"rollout.num_gpus = {config.rollout.num_gpus:g}: with {counted(num_actors, 'actor')} the "
+            f"rollout.num_gpus = {config.rollout.num_gpus:g}: with {counted(num_actors, 'actor')}{pool} the "
             f"{counted(num_gpus, 'GPU')} of the cluster would be used up, and the learner would be on the CPU; "
-            "lower it, such as to 0.5, or say learner.num_gpus = 0 if that is meant"
+            "lower the shares, such as to 0.5, or say learner.num_gpus = 0 if that is meant"
         )
-    return left
+    return 1.0 if left and config.learner.num_ranks > 1 else left
 
 
 def _gpu_places(num_gpus: float, share: float) -> int:
@@ -249,30 +266,38 @@ def _most_cores(nodes: Sequence[Resources], resources: Resources) -> int:
     return int(max((node.get("CPU", 0.0) for node in fitting or nodes), default=0.0))
 
 
-def _num_beside(nodes: Sequence[Resources], first: Sequence[Share], actor: Share) -> int:
+def _num_beside(nodes: Sequence[Resources], first: Sequence[Share], actor: Share, *, num_ranks: int) -> int:
     """How many actors fit beside the parts that are placed first, the learner wherever that is best; -1: they do not.
 
-    Search actors go where most cores are left, as Ray spreads them.
+    Its further ranks go to the same node as far as it has room. Search actors, and ranks that have to go elsewhere, go
+    where most cores are left, as Ray spreads them.
     """
     best = -1
-    for placed in _with(nodes, first[0]):
-        left: list[Resources] | None = placed
-        for share in first[1:]:
-            options = [] if left is None else _with(left, share)
-            left = max(options, key=lambda nodes: min(node.get("CPU", 0.0) for node in nodes), default=None)
+    for home in range(len(nodes)):
+        left = _placed(nodes, home, first[0])
+        for index, share in enumerate(first[1:], start=1):
+            if left is None:
+                break
+            beside = _placed(left, home, share) if index < num_ranks else None
+            left = beside if beside is not None else _spread(left, share)
         if left is not None:
             best = max(best, _num_fitting(left, actor))
     return best
 
 
-def _with(nodes: Sequence[Resources], share: Share) -> list[list[Resources]]:
-    """What is left of the nodes, for each one that a part may be on."""
-    found = []
-    for index, node in enumerate(nodes):
-        left = {name: node.get(name, 0.0) - share.bundle.get(name, 0.0) for name in {*node, *share.bundle}}
-        if min(left.values(), default=0.0) >= -_SLACK:
-            found.append([*nodes[:index], left, *nodes[index + 1 :]])
-    return found
+def _placed(nodes: Sequence[Resources], index: int, share: Share) -> list[Resources] | None:
+    """What is left of the nodes once one of them has a part; None: it has no room for it."""
+    node = nodes[index]
+    left = {name: node.get(name, 0.0) - share.bundle.get(name, 0.0) for name in {*node, *share.bundle}}
+    if min(left.values(), default=0.0) < -_SLACK:
+        return None
+    return [*nodes[:index], left, *nodes[index + 1 :]]
+
+
+def _spread(nodes: Sequence[Resources], share: Share) -> list[Resources] | None:
+    """What is left of the nodes once a part is where the fullest one then has most cores; None: there is no room."""
+    options = [left for index in range(len(nodes)) if (left := _placed(nodes, index, share)) is not None]
+    return max(options, key=lambda nodes: min(node.get("CPU", 0.0) for node in nodes), default=None)
 
 
 def _num_fitting(nodes: Sequence[Resources], share: Share) -> int:

@@ -59,6 +59,7 @@ FREE: Final = (
     "replay.lease_deadline_s",
     "replay.segment_mb",
     "learner.threads",
+    "learner.num_ranks",
     "learner.num_gpus",
     "learner.resources",
     "retriever.resources",

@@ -7,7 +7,7 @@ waited for whom.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ class Supervisor:
     Args:
         stall_timeout_s: seconds without progress that end a wait.
         desk: where those outside ask for the run; None: nobody does.
-        learner_node: where the learner is, by Ray's id; None: on this machine, as all else, and no node can go.
+        learner_nodes: where the learner is, by Ray's ids; none: on this machine, as all else, and no node can go.
         pool: search actors to look after, too.
     """
 
@@ -47,7 +47,7 @@ class Supervisor:
         stop: StopSignal,
         stall_timeout_s: float,
         desk: Desk | None = None,
-        learner_node: str | None = None,
+        learner_nodes: Collection[str] = (),
         pool: SearchPool | None = None,
     ) -> None:
         self._fleet = fleet
@@ -56,7 +56,7 @@ class Supervisor:
         self._stop = stop
         self._stall_timeout_s = stall_timeout_s
         self._desk = desk
-        self._learner_node = learner_node
+        self._learner_nodes = frozenset(learner_nodes)
         self._looked_at_nodes = 0.0
         self._pings: dict[str, Ref[Any]] = {}
         self._last_ping = 0.0
@@ -133,12 +133,12 @@ class Supervisor:
     def _leave_nodes(self) -> None:
         """Let the parts on nodes that will go end in time: actors finish elsewhere, the run ends with a checkpoint."""
         now = time.monotonic()
-        if self._learner_node is None or now - self._looked_at_nodes < NODES_EVERY_S:
+        if not self._learner_nodes or now - self._looked_at_nodes < NODES_EVERY_S:
             return
         self._looked_at_nodes = now
         if draining := draining_nodes():
             self._fleet.leave(draining)
-            if self._learner_node in draining:
+            if not self._learner_nodes.isdisjoint(draining):
                 self._stop.ask("its learner's node, which will go")
 
     def _ping(self) -> None:

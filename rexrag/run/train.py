@@ -125,8 +125,8 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     progress.stage("starting the learner and the rollout actors")
     learner = start_learner(_learner_spec(request, layout=layout, inputs=inputs), share=layout.learner)
     bound_s = config.train.stall_timeout_s
-    node = _node_of(learner, stall_timeout_s=bound_s, stop=stop)
-    buffer = start_replay_actor(inputs.replay, resume_step=request.start_step, is_new=not request.resumed, node_id=node)
+    nodes = _nodes_of(learner, stall_timeout_s=bound_s, stop=stop)
+    buffer = _started_buffer(request, inputs=inputs, node_id=next(iter(nodes), None))
     position = _opened(buffer, stall_timeout_s=bound_s, stop=stop)
     for damage in position.damages:
         progress.note(f"warning: {damage}")
@@ -149,7 +149,7 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
         stop=stop,
         stall_timeout_s=bound_s,
         desk=desk,
-        learner_node=node,
+        learner_nodes=nodes,
         pool=pool,
     )
     controller = Controller(
@@ -259,18 +259,23 @@ def _run(controller: Controller) -> None:
         raise
 
 
-def _node_of(learner: Handle[LearnerActor], *, stall_timeout_s: float, stop: StopSignal) -> str | None:
-    """Where the learner has found a place: the buffer goes there too, since each batch goes from one to the other.
+def _nodes_of(learner: Handle[LearnerActor], *, stall_timeout_s: float, stop: StopSignal) -> list[str]:
+    """Where the learner's ranks have found places: the buffer goes to the first, with which it exchanges each batch.
 
-    None: the run has this machine alone.
+    Empty: the run has this machine alone.
     """
     if cluster_address() is None:
-        return None
-    what = "the run waits for a node with room for its learner"
-    node = call(learner, LearnerActor.node_id)
-    if not is_done_in(node, timeout_s=stall_timeout_s, what=what, stop=stop):
+        return []
+    what = "the run waits for nodes with room for its learner"
+    nodes = call(learner, LearnerActor.node_ids)
+    if not is_done_in(nodes, timeout_s=stall_timeout_s, what=what, stop=stop):
         raise RunFailure(f"{what}: none in {stall_timeout_s:.0f} s (train.stall_timeout_s)")
-    return result_of(node, what=what)
+    return result_of(nodes, what=what)
+
+
+def _started_buffer(request: TrainRequest, *, inputs: Inputs, node_id: str | None) -> Handle[ReplayActor]:
+    is_new = not request.resumed
+    return start_replay_actor(inputs.replay, resume_step=request.start_step, is_new=is_new, node_id=node_id)
 
 
 def _opened(buffer: Handle[ReplayActor], *, stall_timeout_s: float, stop: StopSignal) -> BufferPosition:
@@ -327,6 +332,8 @@ def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> L
         reference=Path(config.model.path) if config.loss.kl_coef > 0 else None,
         canary=inputs.canary,
         log_file=request.run.log,
+        num_ranks=config.learner.num_ranks,
+        rank_timeout_s=config.train.stall_timeout_s,
     )
 
 

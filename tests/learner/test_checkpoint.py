@@ -20,6 +20,7 @@ from rexrag.learner.probe_filter import INITIAL_SUCCESS
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.model.saving import save_model
 from rexrag.model.weight_proof import bit_sum
+from rexrag.processes import Share
 
 SETTINGS = learner_settings(optimizer=optimizer_settings(learning_rate=1e-3, warmup_steps=3, weight_decay=0.01))
 
@@ -172,11 +173,11 @@ def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
         evidence_folder=tmp_path,
         bucket_bytes=20_000,
     )
-    actor = LearnerActor(spec)
+    actor = LearnerActor(spec, share=Share(threads=1))
     loaded = actor.ready()
     assert actor.step(step_batch(random_groups())).updated
     folder = actor.save(tmp_path / "checkpoints")
-    other = LearnerActor(replace(spec, checkpoint=folder))
+    other = LearnerActor(replace(spec, checkpoint=folder), share=Share(threads=1))
     other.ready()
     assert other.rho() == actor.rho()
     (ours, proof), (theirs, their_proof) = exported(actor), exported(other)
