@@ -16,7 +16,9 @@ _NO_CUT: Final = (
 )
 _NO_SAMPLING: Final = "there is none: training samples at 1 from the whole distribution, evaluation is greedy"
 _MICRO: Final = "it is `learner.micro_batch_tokens`, in tokens"
-_CLOSE: Final = 0.8
+_NO_OFFLOAD: Final = "there is none: `learner.num_ranks` shares weights and optimizer out over GPUs"
+_GPUS: Final = "it is `learner.num_ranks`, and `rollout.num_gpus` and `rollout.num_actors` for the actors' own GPUs"
+_CLOSE: Final = 0.9
 
 FOREIGN_KEYS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -34,6 +36,9 @@ FOREIGN_KEYS: Final[Mapping[str, str]] = MappingProxyType(
         "actor_rollout_ref.model.enable_gradient_checkpointing": "it is `learner.gradient_checkpointing`",
         f"{_ROLLOUT}.n": "it is `rollout.group_size`",
         f"{_ROLLOUT}.n_agent": "it is `rollout.group_size`",
+        f"{_ROLLOUT}.name": "it is `rollout.engine`",
+        f"{_ROLLOUT}.tensor_model_parallel_size": "it is `rollout.tensor_parallel`, with as many `rollout.num_gpus`",
+        f"{_ROLLOUT}.gpu_memory_utilization": "there is none: memory follows `rollout.num_gpus`",
         f"{_ROLLOUT}.temperature": _NO_SAMPLING,
         f"{_ROLLOUT}.top_p": _NO_SAMPLING,
         f"{_ACTOR}.optim.lr": "it is `optimizer.learning_rate`",
@@ -42,6 +47,12 @@ FOREIGN_KEYS: Final[Mapping[str, str]] = MappingProxyType(
         f"{_ACTOR}.clip_ratio_low": "it is `loss.clip_low`",
         f"{_ACTOR}.clip_ratio_high": "it is `loss.clip_high`",
         f"{_ACTOR}.use_kl_loss": "it is `loss.kl_coef`; 0 loads no reference model",
+        f"{_ACTOR}.kl_loss_type": "there is none: `loss.kl_coef` is of the k3 estimate, always",
+        f"{_ACTOR}.entropy_coeff": "there is none: no bonus on entropy",
+        f"{_ACTOR}.loss_agg_mode": "there is none: the loss is a mean over all trained tokens of the step",
+        f"{_ACTOR}.fsdp_config.param_offload": _NO_OFFLOAD,
+        f"{_ACTOR}.fsdp_config.grad_offload": _NO_OFFLOAD,
+        f"{_ACTOR}.fsdp_config.optimizer_offload": _NO_OFFLOAD,
         f"{_ACTOR}.kl_loss_coef": "it is `loss.kl_coef`",
         f"{_ACTOR}.grad_clip": "it is `optimizer.max_grad_norm`",
         f"{_ACTOR}.state_masking": "there is none: only what the policy (or a hint) wrote carries loss, always",
@@ -49,7 +60,7 @@ FOREIGN_KEYS: Final[Mapping[str, str]] = MappingProxyType(
         f"{_ACTOR}.ppo_micro_batch_size": _MICRO,
         f"{_ACTOR}.ppo_micro_batch_size_per_gpu": _MICRO,
         f"{_ACTOR}.ppo_max_token_len_per_gpu": _MICRO,
-        "algorithm.adv_estimator": 'it is `method` (`grpo` is method = "grpo") and `loss.baseline`',
+        "algorithm.adv_estimator": 'it is `method` (`grpo` is method = "grpo") and `loss.baseline`; there is no critic',
         "algorithm.kl_ctrl.kl_coef": "it is `loss.kl_coef`",
         "trainer.total_training_steps": "it is `train.steps`",
         "trainer.total_epochs": "it is `train.steps`, a number of steps",
@@ -57,6 +68,12 @@ FOREIGN_KEYS: Final[Mapping[str, str]] = MappingProxyType(
         "trainer.test_freq": "it is `eval.every`",
         "trainer.default_local_dir": "it is the option --run-dir",
         "trainer.resume_mode": "it is the option --resume",
+        "trainer.n_gpus_per_node": _GPUS,
+        "trainer.nnodes": _GPUS,
+        "trainer.val_only": "it is the command `rexrag eval`, or `train.steps` = 0",
+        "trainer.val_before_train": "there is none: `data.dev` and `data.eval` are evaluated at step 0, always",
+        "trainer.project_name": "it is the option --run-dir",
+        "trainer.experiment_name": "it is the option --run-dir",
         "trainer.logger": "there is none: TensorBoard and metrics.jsonl are written always",
     }
 )

@@ -6,8 +6,9 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import PickleBuffer
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import ray
@@ -15,7 +16,8 @@ import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import PreTrainedModel
 
 from rexrag.errors import PartDiedError, RexragError, RunFailure
@@ -115,21 +117,23 @@ class LearnerActor:
     Methods raise what `LearnerCore` and `checkpoint` raise, and `PartDiedError` where another rank dies.
     """
 
-    def __init__(self, spec: LearnerSpec, *, share: Share, rank: int = 0) -> None:
+    def __init__(self, spec: LearnerSpec, *, share: Share, rank: int = 0, places: PlacementGroup | None = None) -> None:
         """
         Args:
             share: that another rank gets, too.
+            places: kept for all ranks; None: they go wherever Ray puts them.
         """
         self._spec = spec
         self._share = share
         self._rank = rank
+        self._places = places
         self._others: list[ActorHandle[LearnerActor]] | None = None
         self._pending: list[ObjectRef[None]] = []
         self._saving: Path | None = None
         self._scores: tuple[FloatArray, ...] | None = None
 
     def node_ids(self) -> list[str]:
-        """Its node, then those of the other ranks: all have a place then, beside it as far as there is room."""
+        """Its node, then those of the other ranks: all have a place then."""
         others = self._check(self._call_others("node_ids"))
         return [str(ray.get_runtime_context().get_node_id()), *(node for nodes in others for node in nodes)]
 
@@ -185,7 +189,9 @@ class LearnerActor:
 
     def step(self, batch: StepBatch) -> StepResult:
         """Train on one step's groups."""
-        with self._with_others("step", batch):
+        # What Ray has handed on without a copy it hands on again so only by this name.
+        groups = tuple(PickleBuffer(memoryview(group)) for group in batch.groups)
+        with self._with_others("step", replace(batch, groups=groups)):
             return self._core.step(batch)
 
     def export(self, dtype: Precision) -> Iterator[Weights | WeightProof]:
@@ -262,11 +268,9 @@ class LearnerActor:
         return [getattr(other, method).remote(*shared) for other in self._others]
 
     def _started_others(self) -> list[ActorHandle[LearnerActor]]:
-        """Beside this one as far as its node has room; they end with it, whose children they are."""
-        node = ray.get_runtime_context().get_node_id()
-        near = NodeAffinitySchedulingStrategy(node_id=node, soft=True)
+        """They end with this one, whose children they are."""
         return [
-            _start(self._spec, share=self._share, rank=rank, scheduling_strategy=near)
+            _start(self._spec, share=self._share, rank=rank, places=self._places)
             for rank in range(1, self._spec.num_ranks)
         ]
 
@@ -289,14 +293,22 @@ class LearnerActor:
 
 
 def start_learner(spec: LearnerSpec, *, share: Share) -> ActorHandle[LearnerActor]:
-    """A `LearnerActor` in its own process, which has this share; each of its other ranks has as much."""
-    return _start(spec, share=share, rank=0)
+    """A `LearnerActor` in its own process, which has this share; each of its other ranks has as much.
+
+    Where they reserve anything, all get their places at once, on as few nodes as have room.
+    """
+    places = None
+    if spec.num_ranks > 1 and share.bundle:
+        places = placement_group([share.bundle] * spec.num_ranks, strategy="PACK")
+    return _start(spec, share=share, rank=0, places=places)
 
 
-def _start(spec: LearnerSpec, *, share: Share, rank: int, **placing: object) -> ActorHandle[LearnerActor]:
-    options: dict[str, Any] = {**share.options, **placing, "concurrency_groups": {_BESIDE: 1}}
+def _start(spec: LearnerSpec, *, share: Share, rank: int, places: PlacementGroup | None) -> ActorHandle[LearnerActor]:
+    options: dict[str, Any] = {**share.options, "concurrency_groups": {_BESIDE: 1}}
+    if places is not None:
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(places, placement_group_bundle_index=rank)
     remote: Any = ray.remote(**options)
-    return cast("ActorHandle[LearnerActor]", remote(LearnerActor).remote(spec, share=share, rank=rank))
+    return cast("ActorHandle[LearnerActor]", remote(LearnerActor).remote(spec, share=share, rank=rank, places=places))
 
 
 def start_export(learner: ActorHandle[LearnerActor], dtype: Precision, *, num_buckets: int) -> Published:

@@ -216,10 +216,10 @@ def test_a_run_takes_in_nodes_outlives_their_loss_and_is_resumed(
         assert "its process died" in job.told
         done = len(read_lines(run / "metrics.jsonl"))
 
-        learner_node = cluster.add_node(num_cpus=1, resources={"learner": 1})
-        again = Job(recipe, run, address=cluster.address)
+        ranks = [cluster.add_node(num_cpus=1, resources={"learner": 1}) for _ in range(2)]
+        again = Job(recipe, run, "learner.num_ranks=2", address=cluster.address)
         again.until(lambda status: status["step"] > done)
-        drain(learner_node, cluster)
+        drain(ranks[1], cluster)
         again.ended(status=130)
         assert "stopped by its learner's node, which will go" in again.told
     finally:

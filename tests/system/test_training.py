@@ -169,8 +169,9 @@ def test_a_stop_signal_checkpoints_and_leaves_nothing_running(recipe: Path, tmp_
 
 
 def test_exact_weights_of_hint_free_probes(recipe: Path, tmp_path: Path) -> None:
-    """What actors score, groups carry and the learner weighs, through all processes, with weights that change."""
+    """What actors score, groups carry and the learner's two ranks weigh, with weights that change, then with one."""
     words = ["method=exact", "probe.transfer=hint_free", "probe.rate=1", "weights.inflight=recompute", "train.steps=2"]
+    words += ["learner.num_ranks=2"]
     run = tmp_path / "run"
     run_rexrag("train", recipe, "--run-dir", run, *(part for word in words for part in ("--set", word)))
     lines = read_lines(run / "metrics.jsonl")
@@ -179,6 +180,8 @@ def test_exact_weights_of_hint_free_probes(recipe: Path, tmp_path: Path) -> None
         assert (line[keys.PROBE_COUNT] or 0) > 0
         assert 0 < (line[keys.WEIGHT_MAX] or 0) <= 2.0 * 2.0 + 1e-6  # 1/(1 − α) times the cap on staleness
     assert_books_balance(run)
+    run_rexrag("train", "--run-dir", run, "--set", "learner.num_ranks=1", "--set", "train.steps=3")
+    assert num_steps(run) == 3
 
 
 def test_refilling_gives_the_learner_informative_groups_alone(recipe: Path, tmp_path: Path) -> None:
