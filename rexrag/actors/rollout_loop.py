@@ -100,6 +100,8 @@ class RolloutLoop:
         self._ended.set()
         self._burst = 0
         self._bursts_in_a_row = 0
+        self._failed_evaluations_in_a_row = 0
+        self._broken: EngineBrokenError | None = None
 
     async def run(self) -> None:
         """Produce groups until `stop`, or until those at hand are finished after `drain`.
@@ -160,11 +162,22 @@ class RolloutLoop:
 
         Raises:
             RunFailure: the engine holds another version.
+            EnginePassError, EngineBrokenError: the engine fails. If it does so for good, or the second time in a row,
+                `run` ends with it, so that a new actor takes this one's place.
         """
         async with self._weights_lock:
             if self._engine.version != version:
                 raise RunFailure(f"evaluation of {version} asked of an engine that holds {self._engine.version}")
-            return await self._runner.evaluate(questions)
+            try:
+                scores = await self._runner.evaluate(questions)
+            except (EnginePassError, EngineBrokenError) as error:
+                self._failed_evaluations_in_a_row += 1
+                if isinstance(error, EngineBrokenError) or self._failed_evaluations_in_a_row > 1:
+                    self._broken = EngineBrokenError(f"an evaluation in actor {self._actor_id} failed: {error}")
+                    self._changed.set()
+                raise
+            self._failed_evaluations_in_a_row = 0
+            return scores
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -302,6 +315,8 @@ class RolloutLoop:
                 task.result()
         if renewals.done():
             renewals.result()
+        if self._broken is not None:
+            raise self._broken
 
 
 def _cause_of(error: Exception) -> Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ class Scores:
     f1: float
     correct: bool
 
+
+_TAG: Final = re.compile(r"</?information>")
 
 NO_SCORES: Final = Scores(reward=0.0, em=0.0, f1=0.0, correct=False)
 """Of a masked trajectory: it counts nowhere."""
@@ -59,7 +62,8 @@ class Scorer:
         """
         if question.gold_passage_ids is not None:
             return any(passage.id in question.gold_passage_ids for passage in passages)
-        text = f" {normalize_answer(shown)} "
+        # Normalising takes brackets and slashes away, and would join a word with the tag beside it.
+        text = f" {normalize_answer(_TAG.sub(' ', shown))} "
         return any(gold and _as_words(gold) in text for gold in map(normalize_answer, question.golden_answers))
 
     @staticmethod

@@ -79,9 +79,10 @@ class Objective:
     def chunk_loss(self, logprob: Tensor, entropy: Tensor, chunk: slice) -> Tensor:
         """Summed loss of a chunk, already divided by N; NaN where a log-prob is not finite."""
         current = logprob.detach()
-        if not bool(torch.isfinite(current).all()):
-            return (logprob * math.nan).sum()
         log_ratio = current - self._behavior[chunk] if self._row_log_ratio is None else self._row_log_ratio[chunk]
+        # A row's ratio has the log-probs of chunks to come in it.
+        if not bool(torch.isfinite(current).all()) or not bool((log_ratio < math.inf).all()):
+            return (logprob * math.nan).sum()
         bounds = self._correction
         stale = importance_weight(log_ratio, bound=bounds.bound, cap=bounds.cap, low=bounds.low, high=bounds.high)
         weight = self._mixture[chunk] * stale

@@ -30,7 +30,7 @@ def sequence_log_weights(
     transfer: Transfer,
     rates: BranchRates,
 ) -> Tensor:
-    """[N] log w_mix, float64, at most −log(1 − α); −∞ where no target could have drawn a hint-free probe's branch.
+    """[N] log w_mix, float64, at most −log(1 − α); −∞ of a probe whose branch is none of the finished row's own.
 
     Args:
         probe_rate: p, at which dead ends are probed.
@@ -44,6 +44,8 @@ def sequence_log_weights(
     if not rows:
         return torch.zeros(0, dtype=torch.float64)
     alpha = probe_rate / (1.0 + probe_rate)
+    if alpha == 0.0:
+        return torch.zeros(len(rows), dtype=torch.float64)
     if transfer == "hint_free":
         log_ratios = [_hint_free_log_ratio(row, hints=hints, branch=branch, rates=rates) for row in rows]
         log_ratio = torch.tensor(log_ratios, dtype=torch.float64)
@@ -64,7 +66,20 @@ def sequence_log_weights(
         log_phi=torch.tensor([math.log(rates.phi(rows[n], d.at)) for n, d in found], dtype=torch.float64),
     )
     total = torch.zeros(len(rows), dtype=torch.float64).index_add(0, _row_of_token(offsets), behavior)
-    return total - mixture_logprob(total, log_mu, alpha)
+    weights = total - mixture_logprob(total, log_mu, alpha)
+    return weights.masked_fill(torch.tensor([_is_out_of_place(row, branch=branch) for row in rows]), -math.inf)
+
+
+def _is_out_of_place(trajectory: Trajectory, *, branch: Branch) -> bool:
+    """Whether a probe's action opens before its hint and closes after it, so that its branch is no place of the row.
+
+    D(y) then lacks what the row came from: it is left to the targets, which cover it (the balance heuristic stays
+    exact where a technique gives a sample up).
+    """
+    if trajectory.kind is not Kind.PROBE or trajectory.branch_point is None:
+        return False
+    positions, _ = branch_places(trajectory, branch=branch)
+    return trajectory.prompt_length + trajectory.branch_point not in positions
 
 
 def _row_of_token(offsets: Tensor) -> Tensor:

@@ -305,13 +305,18 @@ class LearnerCore:
         if self._bad_steps < self._settings.max_bad_steps:
             return
         path = self._evidence_folder
+        kept = f"the last batch is in {path}"
         if self._ranks.is_first:
-            path = save_evidence(self._evidence_folder, batch=batch, loss=loss, grad_norm=grad_norm)
+            try:
+                path = save_evidence(self._evidence_folder, batch=batch, loss=loss, grad_norm=grad_norm)
+                kept = f"the last batch is in {path}"
+            except OSError as error:  # why the run ends has more to say
+                kept = f"the last batch could not be kept ({error})"
         raise RunFailure(
             f"the loss or its gradient was not finite in {counted(self._bad_steps, 'consecutive step')} up to "
             f"step {batch.step} "
-            f"(loss {loss}, gradient norm {grad_norm}); the last batch is in {path}. Lower optimizer.learning_rate, "
-            f"or resume from an earlier checkpoint"
+            f"(loss {loss}, gradient norm {grad_norm}); {kept}. Lower optimizer.learning_rate, or resume from an "
+            "earlier checkpoint"
         )
 
     def _denominator(self, prepared: PreparedStep) -> float:

@@ -24,7 +24,14 @@ from typing import Final, Literal
 
 from rexrag.buffer.replay_actor import ReplayActor
 from rexrag.buffer.status import BufferStatus
-from rexrag.errors import CollapsedError, EnginePassError, PartDiedError, RetrieverError, counted
+from rexrag.errors import (
+    CollapsedError,
+    EngineBrokenError,
+    EnginePassError,
+    PartDiedError,
+    RetrieverError,
+    counted,
+)
 from rexrag.learner.checkpoint import prune
 from rexrag.learner.learner_actor import LearnerActor, ask_progress, start_export
 from rexrag.reporting.reporter import Reporter
@@ -203,7 +210,10 @@ class Controller:
             what = f"the run waits for the buffer to assign step {step}"
             if self._wait(assigned, what=what, interruptible=True):
                 return True
+            before = status
             status = self._wait(call(self._buffer, ReplayActor.status), what="the run waits for the buffer's status")
+            if before is not None and status.num_finished > before.num_finished:
+                self._fleet.progressed()
             self._reporter.waiting(step, finished=status.finished, needed=self._settings.groups_per_step)
             return False
 
@@ -246,8 +256,8 @@ class Controller:
     def _evaluate(self, split: str) -> None:
         """Greedy episodes of a split under the current version, unless `eval.jsonl` has them.
 
-        Where an actor dies meanwhile, or a search fails in the end, the evaluation begins again on the actors that
-        there are then. One that a search keeps from ending is left out: the run does not depend on it.
+        Where an actor or its engine breaks meanwhile, or a search fails in the end, the evaluation begins again on the
+        actors that there are then. One that a search keeps from ending is left out: the run does not depend on it.
         """
         questions = self._questions[split]
         started, step = time.monotonic(), self._version.step
@@ -258,7 +268,7 @@ class Controller:
             try:
                 scores = self._scores(split, questions)
                 break
-            except (PartDiedError, EnginePassError, RetrieverError) as error:
+            except (PartDiedError, EngineBrokenError, EnginePassError, RetrieverError) as error:
                 if attempt + 1 == MAX_EVAL_ATTEMPTS:
                     if not isinstance(error, RetrieverError):
                         raise

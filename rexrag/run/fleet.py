@@ -76,6 +76,7 @@ class Fleet:
         self._num_started = 0
         self._num_replaced = 0
         self._deaths = 0
+        self._counted_at = 0.0  # when the last of them was
         self._reported_at = time.monotonic()
         self._sampled: dict[str, int] = {}
         self._deliveries: list[Delivery] = []
@@ -310,11 +311,13 @@ class Fleet:
         if not was_wanted:
             LOG.warning("rollout actor %s died before it had finished, its groups go back: %s", member.actor_id, error)
             return
-        self._deaths += 1
+        if member.started_at > self._counted_at:  # what goes with one node, or of one cause, counts once
+            self._deaths += 1
+            self._counted_at = time.monotonic()
         if self._deaths > MAX_DEATHS_IN_A_ROW:
             raise RunFailure(
-                f"{counted(self._deaths, 'rollout actor')} died without a finished group between them, the last "
-                f"one: {error}"
+                f"rollout actors died {counted(self._deaths, 'time')} in a row without a finished group between, the "
+                f"last one: {error}"
             ) from error
         LOG.warning("rollout actor %s died, a new one takes its groups: %s", member.actor_id, error)
         self._num_replaced += 1

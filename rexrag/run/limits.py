@@ -68,6 +68,11 @@ def canary_prompts(config: Config, *, model: CheckedModel, questions: Sequence[Q
 def _check_probes(config: Config, *, hints: HintPool, prompt: int) -> None:
     """A fork at the start of the first turn asks for the least: hint and room to go on within a turn, then a turn."""
     env = config.env
+    if not env.max_turns:
+        raise ConfigError(
+            "env.max_turns = 0: a probe has one more turn than the rollout that it forks, so that no rollout could be "
+            "probed; raise it, or set probe.rate = 0"
+        )
     room = max(1, env.max_turn_tokens // 8)
     if hints.longest + room > env.max_turn_tokens:
         raise ConfigError(
