@@ -198,6 +198,12 @@ def test_no_room_for_a_hint(folder: Path, turn: int, trajectory: int, message: s
     start(folder, *words, "probe.rate=0")
 
 
+def test_no_turn_for_a_probe(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"max_turns = 0: .* no rollout could be probed"):
+        start(folder, "env.max_turns=0")
+    start(folder, "env.max_turns=0", "probe.rate=0")
+
+
 def test_hint_with_an_action_tag(folder: Path) -> None:
     (folder / "hints.txt").write_text("<think> Next I need\n<search>\n")
     with pytest.raises(UserError, match=r"hints\.txt:2.*<search>"):

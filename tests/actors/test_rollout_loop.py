@@ -195,6 +195,30 @@ def test_a_wrong_set_up_ends_the_run_at_once() -> None:
     assert buffer.told == []
 
 
+@pytest.mark.parametrize(
+    "errors", [[EngineBrokenError("a worker died")], [EnginePassError("a pass failed")] * 2], ids=["broken", "again"]
+)
+def test_an_idle_actor_whose_engine_fails_evaluations_is_said_to_be_broken(errors: list[Exception]) -> None:
+    """Nothing is leased before the first step and after the last, so that nothing else would tell."""
+    left = list(errors)
+
+    async def evaluate(questions: Sequence[Question]) -> None:
+        raise left.pop(0)
+
+    async def scenario() -> None:
+        loop = make_loop(Buffer(), lambda _: None)
+        loop._runner.evaluate = evaluate  # type: ignore[method-assign, assignment]
+        running = asyncio.create_task(loop.run())
+        while left:
+            assert not running.done()
+            with pytest.raises(type(errors[0])):
+                await loop.evaluate([], version=VERSION)
+        with pytest.raises(EngineBrokenError, match="an evaluation in actor a failed"):
+            await running
+
+    asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
+
+
 def test_no_group_is_begun_while_the_retriever_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_module, "OUTAGE_POLL_S", 0.01)
     buffer = Buffer([make_lease(0)], [make_lease(1)])

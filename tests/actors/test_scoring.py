@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 
 from rexrag.actors.scoring import Scorer
+from rexrag.env.observation import format_observation
 from rexrag.reward import load_reward
-from rexrag.types import Question
+from rexrag.types import Passage, Question
+
+
+def test_a_gold_answer_is_found_beside_the_tags() -> None:
+    shown = format_observation([Passage(id="1", title="T", text="The capital is Paris.")])
+    question = Question(id="1", data_source="test", question="q", golden_answers=("Paris",))
+    assert Scorer(load_reward("em"), kind="em").shows_gold(question, passages=[], shown=shown)
 
 
 @pytest.mark.parametrize(

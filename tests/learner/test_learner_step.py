@@ -31,6 +31,7 @@ from rexrag.learner.branches import BranchRates
 from rexrag.learner.mixture_weights import MixtureWeigher
 from rexrag.learner.sequence_weights import sequence_log_weights
 from rexrag.learner.step import LearnerCore, LearnerSettings
+from rexrag.model import logprobs
 from rexrag.types import Kind, StepResult, TrajectoryGroup
 
 UNCLIPPED = optimizer_settings(learning_rate=1e-3, max_grad_norm=1e9)
@@ -339,6 +340,31 @@ def test_non_finite_steps_are_skipped_then_end_the_run(tmp_path: Path) -> None:
     with pa.ipc.open_stream(str(path)) as reader:
         assert b"rexrag.evidence" in (reader.schema.metadata or {})
         assert len(list(reader)) == 3
+
+
+def test_evidence_that_cannot_be_kept_does_not_hide_why_the_run_ends(tmp_path: Path) -> None:
+    (tmp_path / "evidence").write_text("a file where the folder would be")
+    learner = core(tmp_path, settings=settings(max_bad_steps=1))
+    with torch.no_grad():
+        learner.model.model.norm.weight[0] = math.nan
+    with pytest.raises(RunFailure, match=r"not finite in 1 consecutive step .*the last batch could not be kept \("):
+        learner.step(step_batch(random_groups()))
+
+
+def test_a_row_that_is_not_finite_further_on_skips_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one weight for a row its first chunk already knows the last."""
+    monkeypatch.setitem(logprobs.CHUNK_TOKENS, "cpu", 2)
+    correction = correction_settings(mixture="sequence")
+    learner = core(tmp_path, settings=settings(correction=correction, loss=loss_settings(train_prefix=True)))
+
+    def break_from(module: torch.nn.Module, inputs: tuple[Tensor], embedded: Tensor) -> Tensor:
+        return torch.where(inputs[0][..., None] == broken, math.nan, embedded)
+
+    row = random_groups()[0].trajectories[0]
+    broken = int(row.token_ids[-2])
+    assert broken not in row.token_ids[:-2], "all that comes before it is finite"
+    learner.model.model.embed_tokens.register_forward_hook(break_from)
+    assert not learner.step(step_batch(random_groups())).applied
 
 
 def test_full_gpu_memory_names_the_setting_that_helps(tmp_path: Path) -> None:

@@ -123,6 +123,15 @@ def test_a_probe_whose_action_opens_before_its_hint_has_weight_zero() -> None:
     with pytest.raises(ValueError, match="token 5 is no branch position"):
         log_weights(target_with_draw(branch=2), transfer="hint_free")
 
+    assert log_weights(probe(hint_id=0, action_starts=[3])) == [-INF]
+    assert log_weights(target(action_starts=[3]))[0] > -INF, "a target covers such rows"
+
+
+@pytest.mark.parametrize("transfer", ["hinted", "hint_free"])
+def test_without_probes_every_weight_is_one(transfer: str) -> None:
+    """Nothing is scored for them then."""
+    assert log_weights(target(), target(), rate=0.0, transfer=transfer) == [0.0, 0.0]
+
 
 def target_with_draw(branch: int = 0) -> Trajectory:
     scores = np.array([0, 0, 0, -1, -1, -1], np.float32)

@@ -15,7 +15,7 @@ from replay_helpers import make_questions, make_settings
 
 from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import ReplayActor
-from rexrag.errors import Interrupted, PartDiedError, RetrieverError
+from rexrag.errors import EngineBrokenError, Interrupted, PartDiedError, RetrieverError
 from rexrag.run import controller as controller_module
 from rexrag.run.controller import Controller, LoopSettings
 from rexrag.run.identity import note_precision
@@ -213,6 +213,19 @@ def test_an_evaluation_that_dies_again_and_again_ends_the_run(tmp_path: Path) ->
         rig.controller.run()
     assert rig.script.calls.count("fleet.evaluate") == 3
     assert rig.reporter.evaluations == []
+
+
+def test_an_evaluation_whose_engine_breaks_begins_again(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, num_steps=1)
+    evaluate, broken = rig.fleet.evaluate, [EngineBrokenError("a worker died")]
+
+    def breaking(questions: Any, *, version: WeightVersion) -> Any:  # noqa: ANN401
+        refs = evaluate(questions, version=version)
+        return [LocalRef(error=broken.pop())] if broken else refs
+
+    rig.fleet.evaluate = breaking  # type: ignore[method-assign]
+    rig.controller.run()
+    assert rig.reporter.evaluations == [("test", 0, 4), ("dev", 0, 3), ("dev", 1, 3), ("test", 1, 4)]
 
 
 def test_an_evaluation_whose_searches_fail_again_and_again_is_left_out(tmp_path: Path) -> None:

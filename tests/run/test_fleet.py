@@ -212,11 +212,22 @@ def test_actors_that_die_again_and_again_end_the_run_with_the_cause(
     monkeypatch.setattr(fleet_module, "MAX_DEATHS_IN_A_ROW", 1)
     one = rig(1)
     one.fleet.run()
-    with pytest.raises(RunFailure, match="2 rollout actors died without a finished group"):
+    with pytest.raises(RunFailure, match="rollout actors died 2 times in a row without a finished group between"):
         for _ in range(2):
             one.until(lambda: one.fleet.is_ready)
             one.kill(0)
             one.until(lambda: not one.fleet.is_ready)
+
+
+def test_actors_that_go_with_one_node_are_one_death(rig: Callable[[int], Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "MAX_DEATHS_IN_A_ROW", 1)
+    one = rig(2)
+    one.fleet.run()
+    for number in range(2):
+        one.kill(number)
+    one.until(lambda: len(one.dead) == 2)
+    one.until(lambda: one.fleet.is_ready)
+    assert one.fleet.report().num_replaced == 2
 
 
 def test_an_error_that_another_actor_would_meet_too_ends_the_run_as_what_it_is(rig: Callable[[int], Rig]) -> None:
