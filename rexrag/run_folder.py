@@ -239,7 +239,7 @@ class RunFolder:
         used = (self.prepared, self.checkpoints, self.buffer, self.tensorboard)
         if any(folder.is_dir() and any(folder.iterdir()) for folder in used) or self.metrics.exists():
             return
-        shutil.rmtree(self.root)
+        shutil.rmtree(self.root, ignore_errors=True)  # why the run ended has more to say
         link = self.root.parent / "latest"
         if link.is_symlink() and not link.exists():
             link.unlink()
@@ -325,14 +325,6 @@ def claim(root: Path) -> bool:
     except OSError as error:
         raise RunFolderError(f"run folder {root}: cannot be made ({error}); name another --run-dir.") from None
     return True
-
-
-def link_latest(root: Path) -> None:
-    """Let `latest`, beside the run folder, point to it."""
-    link = root.parent / "latest"
-    fresh = root.parent / f".latest-{os.getpid()}"
-    fresh.symlink_to(root.name, target_is_directory=True)
-    fresh.replace(link)
 
 
 def resolve_model_or_run(name: str) -> Path:

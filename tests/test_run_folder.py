@@ -13,10 +13,10 @@ import pytest
 
 import rexrag.run_folder
 from rexrag.errors import Interrupted, ModelError, RunFailure, RunFolderError
+from rexrag.run.plan import link_latest
 from rexrag.run_folder import (
     RunFolder,
     claim,
-    link_latest,
     new_run_path,
     read_jsonl,
     resolve_model_or_run,

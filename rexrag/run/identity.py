@@ -10,18 +10,36 @@ import sys
 from collections.abc import Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Final
 
 from rexrag.config import Config
 from rexrag.errors import ConfigError
 from rexrag.files import sha256_file, write_atomic
+from rexrag.retrieval.manifest import MANIFEST_NAME
 from rexrag.run_folder import RunFolder
+
+MOVABLE: Final = ("data.train", "data.dev", "data.eval", "probe.hints", "env.prompt_file", "retriever.path")
+"""Keys that mean what is in the files that they name, wherever these are."""
 
 
 def write_identity(run: RunFolder, *, config: Config, checkpoint: Path | None, step: int) -> None:
     """Note the files that the settings name, and the checkpoint of another run that this one goes on from."""
     origin = None if checkpoint is None else {"checkpoint": str(checkpoint), "step": step}
     hashes = {key: _hash(path) for key, path in named_files(config).items()}
-    write_atomic(run.identity, json.dumps({"files": hashes, "origin": origin}, indent=1) + "\n")
+    content = {"files": hashes, "origin": origin, "contents": {key: _contents(config, key) for key in MOVABLE}}
+    write_atomic(run.identity, json.dumps(content, indent=1) + "\n")
+
+
+def only_moved(run: RunFolder, config: Config, key: str) -> bool:
+    """Whether the settings name under a key what the run was begun with, at another place.
+
+    A job's files are unpacked into another folder each time.
+    """
+    noted = _read(run).get("contents")
+    if key not in MOVABLE or not isinstance(noted, dict):
+        return False
+    contents = _contents(config, key)
+    return bool(contents) and None not in contents and noted.get(key) == contents
 
 
 def check_identity(run: RunFolder, config: Config) -> None:
@@ -86,6 +104,14 @@ def named_files(config: Config) -> dict[str, Path]:
     if colon:
         files["reward.kind"] = _module_file(module)
     return {key: path for key, path in files.items() if path is not None}
+
+
+def _contents(config: Config, key: str) -> list[str | None]:
+    """Hashes of the files that a key names, of an index that of its manifest, which has those of all others."""
+    table, _, name = key.partition(".")
+    named = getattr(getattr(config, table), name)
+    paths = named if isinstance(named, list) else [named] if named is not None else []
+    return [_hash(path / MANIFEST_NAME if path.is_dir() else path) for path in map(Path, paths)]
 
 
 def _module_file(module: str) -> Path | None:

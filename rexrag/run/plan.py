@@ -10,6 +10,8 @@ submitted again must find its run.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,8 +33,10 @@ from rexrag.recipe import (
     with_prepared,
 )
 from rexrag.run.cluster import check_form, cluster_address
-from rexrag.run.identity import check_identity, origin_of, write_identity
-from rexrag.run_folder import RunFolder, claim, link_latest, new_run_path
+from rexrag.run.identity import check_identity, first_step_of, only_moved, origin_of, write_identity
+from rexrag.run_folder import RunFolder, claim, new_run_path
+
+LOG = logging.getLogger(__name__)
 
 FREE: Final = (
     "guard",
@@ -195,9 +199,20 @@ def _named(plan: Plan, unnamed: Recipe) -> Plan:
     return replace(plan, root=root, recipe=recipe, unnamed=None)
 
 
+def link_latest(root: Path) -> None:
+    """Let `latest`, beside the run folder, point to it, where that can be: no run depends on it."""
+    link, fresh = root.parent / "latest", root.parent / f".latest-{os.getpid()}"
+    try:
+        fresh.symlink_to(root.name, target_is_directory=True)
+        fresh.replace(link)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        LOG.warning("%s does not point to the newest run: %s", link, error.strerror)
+
+
 def _go_back(plan: Plan, *, run: RunFolder) -> None:
     """Cut what came after the resume point, and write the settings as they now are."""
-    if max(run.committed_checkpoints(), default=origin_of(run)[1]) != plan.start_step:
+    if max(run.committed_checkpoints(), default=first_step_of(run)) != plan.start_step:
         raise RunFolderError(f"run {run.root}: has gone on meanwhile; give the same command again.")
     run.cut_after(plan.start_step)
     if flatten(load_recipe(run.config).config) != flatten(plan.recipe.config):
@@ -208,7 +223,7 @@ def _plan_resume(run: RunFolder, *, recipe: Path | None, overrides: Sequence[str
     stored = load_recipe(run.config)
     asked = load_recipe(recipe or run.config, overrides=overrides)
     wanted = with_prepared(asked, prepared=run.prepared)
-    _refuse_changes(stored.config, wanted)
+    _refuse_changes(run, stored.config, wanted)
     check_identity(run, wanted.config)
     record = run.record()
     steps = wanted.config.train.steps
@@ -230,9 +245,11 @@ def _plan_resume(run: RunFolder, *, recipe: Path | None, overrides: Sequence[str
     )
 
 
-def _refuse_changes(stored: Config, wanted: Recipe) -> None:
+def _refuse_changes(run: RunFolder, stored: Config, wanted: Recipe) -> None:
     old, new = flatten(stored), flatten(wanted.config)
-    changed = [key for key in KEYS if old[key] != new[key] and not _may_change(key)]
+    changed = [
+        key for key in KEYS if old[key] != new[key] and not _may_change(key) and not only_moved(run, wanted.config, key)
+    ]
     if changed:
         lines = [f"{key} = {new[key]!r} [{wanted.sources[key]}]: the run has {old[key]!r}" for key in changed]
         raise ConfigError(

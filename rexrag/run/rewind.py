@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Final, Literal
 
 from rexrag.errors import CollapsedError, RunFailure, counted
-from rexrag.files import append_line
+from rexrag.files import append_line, sync_folder
+from rexrag.learner.checkpoint import COMMIT
 from rexrag.run.guard import Trip
-from rexrag.run.identity import origin_of
+from rexrag.run.identity import first_step_of, origin_of
 from rexrag.run.plan import TrainRequest
 from rexrag.run_folder import RunFolder, read_jsonl
 
@@ -56,11 +57,14 @@ def go_back(request: TrainRequest, collapse: CollapsedError) -> TrainRequest:
             f"at {run.guard} and metrics.lost.jsonl, and change the method or the data"
         ) from collapse
     committed = run.committed_checkpoints()
-    origin, first_step = origin_of(run)
-    good = max((step for step in committed if step < collapse.first_bad), default=first_step)
-    for step, folder in committed.items():
-        if step > good:
-            shutil.rmtree(folder)
+    good = max((step for step in committed if step < collapse.first_bad), default=first_step_of(run))
+    origin = None if good in committed else origin_of(run)[0]
+    broken = [folder for step, folder in sorted(committed.items(), reverse=True) if step > good]
+    for folder in broken:  # first none of them counts any more, the newest first, then what is in them goes
+        (folder / COMMIT).unlink()
+        sync_folder(folder)
+    for folder in broken:
+        shutil.rmtree(folder)
     run.cut_after(good)
     run.set_steps(good)
     return replace(request, start_step=good, checkpoint=committed.get(good, origin), resumed=True)

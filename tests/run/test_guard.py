@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,19 @@ def run(tmp_path: Path) -> RunFolder:
         (folder / "COMMIT").write_text("")
     run.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 10)))
     return run
+
+
+def test_a_run_that_is_killed_while_it_goes_back_has_good_checkpoints_alone(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    request = TrainRequest(config=Config(), run=run, start_step=0, checkpoint=None, resumed=False)
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with run, pytest.raises(KeyboardInterrupt):
+        go_back(request, CollapsedError("it breaks", 5))
+    assert sorted(run.committed_checkpoints()) == [2, 4]
 
 
 def test_a_run_goes_back_before_the_window_and_gives_up_after_two_times(run: RunFolder) -> None:

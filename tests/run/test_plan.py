@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,54 @@ def test_a_fork_that_is_resumed_before_its_first_checkpoint_begins_where_it_bega
     (older / "COMMIT").unlink()
     with pytest.raises(ConfigError, match="is gone"):
         plan(None, run_dir=fork)
+    own = fork / "checkpoints" / "step-000006"
+    own.mkdir()
+    (own / "COMMIT").touch()
+    with open_run(plan(None, run_dir=fork)) as request:
+        assert request.checkpoint == own, "where it began is needed no more"
+
+
+def test_a_run_is_resumed_from_a_recipe_that_is_unpacked_elsewhere(tmp_path: Path) -> None:
+    """As a job's working directory is: what lies beside the recipe is the same, its place is not."""
+    for place in ("first", "second"):
+        (tmp_path / place).mkdir()
+        for name in ("train", "dev"):
+            rows = [{"id": name, "question": "Who?", "golden_answers": ["He"]}]
+            (tmp_path / place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / place / "hints.txt").write_text("<think> Look again.\n")
+        (tmp_path / place / "mine.toml").write_text(
+            f'[model]\npath = "{tmp_path}"\n[retriever]\nkind = "http"\nurl = "http://localhost:8000"\n'
+            '[data]\ntrain = "train.jsonl"\ndev = "dev.jsonl"\n[probe]\nhints = "hints.txt"\n'
+        )
+    run = train_to(plan(tmp_path / "first" / "mine.toml", run_dir=tmp_path / "run"), 4, interrupt=True)
+    shutil.rmtree(tmp_path / "first")
+    again = tmp_path / "second" / "mine.toml"
+    with open_run(plan(again, run_dir=run.root)) as request:
+        assert request.start_step == 4
+    assert load_recipe(run.config).config.data.train == [tmp_path / "second" / "train.jsonl"]
+    (tmp_path / "second" / "dev.jsonl").write_text('{"id": "other", "question": "What?", "golden_answers": ["It"]}\n')
+    (tmp_path / "second").rename(tmp_path / "third")
+    with pytest.raises(ConfigError, match=r"data\.dev = .*third.*: the run has .*second"):
+        plan(tmp_path / "third" / "mine.toml", run_dir=run.root)
+
+
+def test_a_folder_in_the_place_of_the_link_to_the_newest_run_keeps_none_from_starting(
+    recipe: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "runs" / "latest").mkdir(parents=True)
+    run = train_to(plan(recipe), 4)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["latest", run.root.name]
+
+
+def test_a_folder_that_cannot_go_does_not_hide_the_users_mistake(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(path: object, *, dir_fd: int | None = None) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    with pytest.raises(ConfigError, match="a bad row"), open_run(plan(recipe, run_dir=tmp_path / "run")):
+        raise ConfigError("a bad row")
 
 
 @pytest.mark.parametrize("word", ["train.seed=1", "probe.rate=0.25", "method=grpo", "train.groups_per_step=9"])
