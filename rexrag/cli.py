@@ -25,7 +25,7 @@ from rexrag.commands.index import index_app
 from rexrag.commands.serve import serve_index
 from rexrag.config import Config
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError, counted
-from rexrag.processes import give_way
+from rexrag.processes import give_way, num_cores
 from rexrag.sections import MAX_SEED
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ app.add_typer(index_app, name="index")
 
 SHOWN_PROBLEMS = 20
 
-STDOUT = Console(highlight=False, soft_wrap=True, markup=False)
+STDOUT = Console(highlight=False, emoji=False, soft_wrap=True, markup=False)
 
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL_OR_RUN", help="Model folder, GGUF file, hub id, or run folder.")
@@ -116,7 +116,7 @@ def _explained(error: OSError) -> tuple[str, int]:
 def _leave(message: str, status: int) -> NoReturn:
     # Words of the command line that are no UTF-8 come as lone surrogates, which no terminal prints.
     printable = message.encode("utf-8", "backslashreplace").decode("utf-8")
-    Console(stderr=True, highlight=False, soft_wrap=True).print(printable, markup=False)
+    Console(stderr=True, highlight=False, emoji=False, soft_wrap=True).print(printable, markup=False)
     raise SystemExit(status)
 
 
@@ -162,12 +162,11 @@ def train(
         progress.note(f"run folder: {request.run.root}")
         progress.note(f"TensorBoard: tensorboard --logdir {request.run.tensorboard}")
         run_training(request, progress=progress)
-    print_report(request.run, console=Console(highlight=False))
+    print_report(request.run, console=Console(highlight=False, emoji=False))
 
 
 def _print_layout(config: Config) -> None:
     """Which part gets which share of this machine, as comments of the recipe; what a cluster has only Ray knows."""
-    import os
 
     import torch
 
@@ -177,7 +176,7 @@ def _print_layout(config: Config) -> None:
 
     if cluster_address() is not None:
         return
-    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    cores, gpus = num_cores(), torch.cuda.device_count()
     try:
         layout = plan_machine(config, num_cores=cores, num_gpus=gpus)
         lines = [*describe_layout(layout), describe_engine(config)]
@@ -313,7 +312,7 @@ def evaluate(
     loaded = load_questions(list(questions), skip_bad_rows=skip_bad_rows, skip_by="add --skip-bad-rows")
     asked = loaded.questions
     for note in loaded.notes:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"note: {note}", markup=False)
+        Console(stderr=True, highlight=False, emoji=False, soft_wrap=True).print(f"note: {note}", markup=False)
     path, settings = settings_for(model, index=index, token_file=token_file, encoder=encoder)
     step = named_step(path)
     started = time.monotonic()
@@ -367,7 +366,7 @@ def ask(
     from rexrag.reporting.trace import coloured_trace
 
     trace = ask_model(model, question=question, index=index, token_file=token_file, encoder=encoder)
-    Console(highlight=False, soft_wrap=True).print(coloured_trace(trace))
+    Console(highlight=False, emoji=False, soft_wrap=True).print(coloured_trace(trace))
 
 
 cluster.register(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 from rexrag.errors import RexragError, RunFailure, counted
@@ -63,6 +65,23 @@ class Work(Protocol[StateT_co, ResultT_co]):
     """A function that reports its state while it works; it, states and result can be pickled."""
 
     def __call__(self, *, progress: Callable[[StateT_co], None]) -> ResultT_co: ...
+
+
+def num_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: of the machine's those that its affinity and its container's quota leave."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, math.ceil(_quota(cgroup))))
+
+
+def _quota(cgroup: Path) -> float:
+    """Cores' worth of time that the control group allows, version 2 or 1; infinite without a bound."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+        except (OSError, ValueError):
+            continue
+        return int(quota) / int(period) if quota not in ("max", "-1") else math.inf
+    return math.inf
 
 
 def process_environment(num_threads: int) -> dict[str, str]:

@@ -11,6 +11,7 @@ import typer
 
 from rexrag.commands.token import use_token
 from rexrag.errors import ConfigError, RunFolderError
+from rexrag.processes import num_cores
 
 RecipeArg = Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Recipe to train.")]
 SetOption = Annotated[
@@ -79,7 +80,7 @@ def plan(
     if asked is None:
         import torch
 
-        layout = plan_machine(config, num_cores=os.cpu_count() or 1, num_gpus=torch.cuda.device_count())
+        layout = plan_machine(config, num_cores=num_cores(), num_gpus=torch.cuda.device_count())
     else:
         layout = plan_cluster(config, nodes=nodes_at(asked))
     for line in describe_layout(layout):
@@ -103,6 +104,8 @@ def board(
             raise RunFolderError(f"{path}: is no run folder and holds none; name one, such as runs/latest")
         for folder in folders:
             name = folder.resolve().name
+            if {",", ":"} & {*name, *str(folder.resolve())} and len(runs) + len(folders) > 2:
+                raise ConfigError(f"{folder}: TensorBoard cannot tell it apart, for its comma or colon; show it alone")
             known = found.setdefault(name, folder)
             if known.resolve() != folder.resolve():
                 raise ConfigError(f"{folder}: has the name of {known}; TensorBoard tells runs apart by theirs")

@@ -60,7 +60,7 @@ def status(
 ) -> None:
     """How a run that goes on is doing, and who waits for whom."""
     # The stdout of now: while a cluster is joined what is printed goes to stderr.
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, emoji=False)
     with _found(run, address, "status", *(["--json"] if as_json else []), *(["--watch"] if watch else [])) as found:
         if as_json:
             while True:

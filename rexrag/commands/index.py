@@ -24,7 +24,7 @@ index_app = typer.Typer(no_args_is_help=True, help="Build and verify retrieval i
 
 LEAST_RECALL = 0.95
 """Of the three best passages; a smaller share is warned of."""
-STDOUT = Console(highlight=False, soft_wrap=True, markup=False)
+STDOUT = Console(highlight=False, emoji=False, soft_wrap=True, markup=False)
 
 
 class IndexKind(StrEnum):
@@ -207,7 +207,7 @@ def _tell(out: Path, manifest: Manifest, *, started: float) -> None:
         f"{dense.recall.at_3:.3f} of the best 3, {dense.recall.at_10:.3f} of the best 10"
     )
     if (advice := recall_advice(manifest)) is not None:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"warning: {advice}", markup=False)
+        Console(stderr=True, highlight=False, emoji=False, soft_wrap=True).print(f"warning: {advice}", markup=False)
 
 
 def recall_advice(manifest: Manifest) -> str | None:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from rexrag.errors import ConfigError, counted
+from rexrag.processes import num_cores
 from rexrag.retrieval.bearer import read_token
 from rexrag.retrieval.limits import Limits
 
@@ -49,7 +50,7 @@ def serve_index(
     if top_k > max_top_k:
         raise ConfigError(f"--topk {top_k}: must be at most --max-topk ({max_top_k}); lower the one or raise the other")
     _require_packages()
-    num_threads = threads or os.cpu_count() or 1
+    num_threads = threads or num_cores()
     _prepare_process(num_threads, gpu=gpu)
     from rexrag.retrieval.folders import open_index
     from rexrag.retrieval.server import ServerSettings, bind, is_loopback, serve
@@ -62,7 +63,7 @@ def serve_index(
         max_top_k=max_top_k,
         default_top_k=top_k,
     )
-    told = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    told = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, markup=False)
     with bind(host, port) as listener:
         index = open_index(folder, encoder=encoder, gpu_share=float(gpu), num_threads=num_threads)
         if token is None and not is_loopback(listener):

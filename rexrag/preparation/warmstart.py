@@ -179,13 +179,18 @@ def warm_start(
         device: where the model is trained.
 
     Raises:
-        ModelError: `out` exists, or the model is one that training would refuse: it cannot be loaded, has too short a
-            context, or is of an architecture that is not supported or whose log-probs packed passes do not reproduce.
+        ModelError: `out` exists or cannot be made, or the model is one that training would refuse: it cannot be
+            loaded, has too short a context, or is of an architecture that is not supported or whose log-probs packed passes do not reproduce.
         DataError: demonstrations that cannot be read, or weights that do not fit the tokens.
         RunFailure: the training diverged.
     """
     if out.exists():
         raise ModelError(f"{out} exists; name a folder that does not")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent).cleanup()
+    except OSError as error:
+        raise ModelError(f"{out} cannot be made ({error}); name another folder") from error
     shown = load_demonstrations(demonstrations)
     if threads is not None:
         torch.set_num_threads(threads)

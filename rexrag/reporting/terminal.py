@@ -34,7 +34,7 @@ class Progress:
     """
 
     def __init__(self, *, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, highlight=False)
+        self._console = console or Console(stderr=True, highlight=False, emoji=False)
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import tantivy
 from rexrag.data.corpus import iter_corpus_rows
 from rexrag.data.formats import format_of
 from rexrag.errors import DataError, RetrievalIndexError, counted
+from rexrag.processes import num_cores
 from rexrag.retrieval.analysers import ANALYSERS, choose_analyser
 from rexrag.retrieval.manifest import (
     Manifest,
@@ -196,7 +196,7 @@ class BM25Retriever:
         """Errors are those of `BM25Index`."""
         self._index = BM25Index(folder)
         self._lookup = lru_cache(maxsize=_CACHED_QUERIES)(self._index.find_one)
-        num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        num_threads = min(_MAX_THREADS, num_cores())
         self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="bm25")
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:

@@ -29,7 +29,6 @@ from rexrag.retrieval.manifest import (
     describe_corpus,
     describe_files,
     new_index_folder,
-    remove_abandoned,
     write_manifest,
 )
 from rexrag.retrieval.recall import ExactResults, encode_sample
@@ -128,7 +127,6 @@ def build_dense(
         with passages:
             origin = _origin(described, loaded, settings.precision)
             with closing(VectorStore(_store_folder(target), origin)) as store:
-                remove_abandoned(folder, target)  # nobody else builds there, as the store is ours
                 progress.stage("encoding", total=len(passages))
                 encode_corpus(passages, loaded, store, progress=progress.advance_to)
                 dense = write_index(

@@ -218,6 +218,11 @@ def _base_url(url: str) -> str:
         raise ConfigError(
             f"retriever.url = {url!r} is no URL ({error}); give one such as http://127.0.0.1:8000"
         ) from error
+    if parsed.userinfo:
+        raise ConfigError(
+            "retriever.url: has a user or password in it, which would stand in the run folder and in logs; take it "
+            "out, and put a bearer token into a file (retriever.token_file)"
+        )
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ConfigError(f"retriever.url = {url!r} must be http://HOST:PORT or https://…")
     return base

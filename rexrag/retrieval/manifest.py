@@ -6,6 +6,7 @@ An index is made in a folder beside the final one and renamed: a folder with an 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import os
 import shutil
@@ -285,8 +286,10 @@ def new_index_folder(out: Path, *, made_from: Sequence[Path]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        yield building
-        _replace_folder(building, target)
+        with _held(building):
+            _remove_abandoned(target)
+            yield building
+            _replace_folder(building, target)
     except OSError as error:
         raise RetrievalIndexError(
             f"--out {out}: the index cannot be written there ({error}); free space, or name a folder that can be made"
@@ -295,12 +298,27 @@ def new_index_folder(out: Path, *, made_from: Sequence[Path]) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def remove_abandoned(building: Path, out: Path) -> None:
-    """Remove what builds that were killed left beside `out`; `building` is the folder of the one that goes on."""
-    target = out.resolve()
+def _remove_abandoned(target: Path) -> None:
+    """Remove what builds that were killed left beside an index: nobody holds it any more."""
     for folder in target.parent.glob(f"{glob.escape(_building(target))}*"):
-        if folder != building:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError), _held(folder) as is_held:
+            if is_held:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder while this process builds in it; false: another one does, or the file system cannot say."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_held = True
+    except OSError:
+        is_held = False
+    try:
+        yield is_held
+    finally:
+        os.close(descriptor)
 
 
 def _building(target: Path) -> str:

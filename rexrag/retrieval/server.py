@@ -120,8 +120,7 @@ class SearchApp:
 
     async def _answer(self, request: Request) -> Response:
         try:
-            async with asyncio.timeout(self._settings.deadline_s):
-                return await self._search(request)
+            return await self._search(request)
         except RequestRefusedError as refusal:
             return _refusal(refusal)
         except Overloaded as error:
@@ -139,11 +138,15 @@ class SearchApp:
             return _error(_BROKEN, f"the search failed: {type(error).__name__}: {error}")
 
     async def _search(self, request: Request) -> Response:
+        began, deadline_s = time.monotonic(), self._settings.deadline_s
         self._check_token(request)
         _check_content(request.headers)
-        asked = parse_request(await self._body(request), self._settings.limits)
+        async with asyncio.timeout(deadline_s):
+            body = await self._body(request)
+        asked = parse_request(body, self._settings.limits)
         top_k = min(asked.top_k, self._service.num_passages)
-        found = await self._service.search_many(asked.queries, top_k=top_k)
+        left_s = max(0.0, deadline_s - (time.monotonic() - began))
+        found = await self._service.search_many(asked.queries, top_k=top_k, timeout_s=left_s)
         return Response(render_result(found, with_scores=asked.with_scores), media_type=_JSON)
 
     async def _body(self, request: Request) -> bytes:

@@ -9,6 +9,7 @@ detached: it ends with the run.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from rexrag.errors import RunFailure
 from rexrag.run.status import RunStatus
 
 CONTROL_NAME: Final = "rexrag-control"
+_HASH_LENGTH: Final = 6
 _TAKEN_FOR_S: Final = 30.0
 """The control of a run that was killed lives on until Ray has noticed."""
 
@@ -70,11 +72,25 @@ class RunControl:
 def run_name(run_folder: Path) -> str:
     """The name of a run on its cluster, which follows from its folder: job id and namespace.
 
+    Where another folder would have the same words a hash follows.
+
     >>> run_name(Path("/shared/runs/first"))
     'rexrag-shared-runs-first'
+    >>> run_name(Path("/shared/runs/first-1"))
+    'rexrag-shared-runs-first-1-c75d84'
     """
-    words = "".join(char if char.isascii() and (char.isalnum() or char in "_-") else "-" for char in str(run_folder))
-    return f"rexrag{words}" if words.startswith("-") else f"rexrag-{words}"
+    path = str(run_folder)
+    words = "".join(char if char.isascii() and (char.isalnum() or char == "_") else "-" for char in path)
+    name = f"rexrag{words}" if words.startswith("-") else f"rexrag-{words}"
+    if words == path.replace("/", "-") and "-" not in path:
+        return name
+    return f"{name}-{hashlib.sha256(path.encode(errors='surrogateescape')).hexdigest()[:_HASH_LENGTH]}"
+
+
+def is_short_for(words: str, name: str) -> bool:
+    """Whether a run's name ends with these words of its folder."""
+    end = f"-{words.strip('/').replace('/', '-')}"
+    return name.endswith(end) or name[: -_HASH_LENGTH - 1].endswith(end)
 
 
 def start_control(run_folder: Path) -> ActorHandle[RunControl]:

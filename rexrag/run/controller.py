@@ -116,7 +116,11 @@ class Controller:
         first = self._version.step
         loaded = call(self._learner, LearnerActor.ready)
         precision, self._num_buckets = self._wait(loaded, what="the run waits for the learner to load its model")
-        self._supervisor.until(lambda: self._fleet.can_begin, what="the run waits for its rollout actors to start")
+        self._supervisor.until(
+            lambda: self._fleet.can_begin,
+            what="the run waits for its rollout actors to start",
+            progress=lambda: self._fleet.num_working,
+        )
         self._tell_precision(precision)
         self._fleet.run()
         if first == 0:

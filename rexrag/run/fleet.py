@@ -34,6 +34,8 @@ LOG = logging.getLogger(__name__)
 
 MAX_DEATHS_IN_A_ROW: Final = 5
 """Deaths of actors without a finished group between them: then the cause is not a passing one."""
+BEGIN_WITHOUT_AFTER_S: Final = 60.0
+"""Seconds without another actor that has started after which a run begins with those that there are."""
 TELL_EVERY_S: Final = 60.0
 HANG_TIMEOUT_S: Final = 300.0
 
@@ -76,6 +78,7 @@ class Fleet:
         self._num_started = 0
         self._num_replaced = 0
         self._deaths = 0
+        self._ready_at = 0.0  # when an actor was built last
         self._counted_at = 0.0  # when the last of them was
         self._reported_at = time.monotonic()
         self._sampled: dict[str, int] = {}
@@ -148,8 +151,15 @@ class Fleet:
 
     @property
     def can_begin(self) -> bool:
-        """Whether the actors for which there was room at first have been built."""
-        return len(self._working()) >= min(self._num_first, self.num_wanted)
+        """Whether the actors for which there was room at first have been built, or some, and for long no more."""
+        missing = min(self._num_first, self.num_wanted) - self.num_working
+        is_slow = time.monotonic() - self._ready_at > BEGIN_WITHOUT_AFTER_S
+        return missing <= 0 or (self.num_working > 0 and is_slow)
+
+    @property
+    def num_working(self) -> int:
+        """Actors that are built, and to stay."""
+        return len(self._working())
 
     @property
     def is_current(self) -> bool:
@@ -285,6 +295,7 @@ class Fleet:
             return
         member.dtype = ray.get(member.starting).dtype
         member.starting = None
+        self._ready_at = time.monotonic()
         version, weights = self._current
         if version != self._initial:
             member.updates.append(_update(member.handle, version, weights))

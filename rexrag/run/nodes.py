@@ -59,25 +59,25 @@ def wait_for_layout(config: Config, *, progress: Progress, stop: StopSignal) -> 
     """
     seen: list[Resources] | None = None
     changed_at = time.monotonic()
-    while True:
-        nodes = cluster_nodes()
-        try:
-            layout = plan_cluster(config, nodes=nodes)
-        except ConfigError as error:
-            if nodes != seen:
-                seen, changed_at = nodes, time.monotonic()
-                progress.note(f"waiting for nodes: {error}")
-                _ask_autoscaler(wanted_bundles(config, nodes=nodes))
-            if time.monotonic() - changed_at > config.train.stall_timeout_s:
-                raise ConfigError(
-                    f"{error}; waited {config.train.stall_timeout_s:.0f} s without a change (train.stall_timeout_s)"
-                ) from None
+    try:
+        while True:
+            nodes = cluster_nodes()
+            try:
+                return plan_cluster(config, nodes=nodes)
+            except ConfigError as error:
+                if nodes != seen:
+                    seen, changed_at = nodes, time.monotonic()
+                    progress.note(f"waiting for nodes: {error}")
+                    _ask_autoscaler(wanted_bundles(config, nodes=nodes))
+                if time.monotonic() - changed_at > config.train.stall_timeout_s:
+                    raise ConfigError(
+                        f"{error}; waited {config.train.stall_timeout_s:.0f} s without a change (train.stall_timeout_s)"
+                    ) from None
             stop.heed(" while it waited for nodes")
             time.sleep(LOOK_EVERY_S)
-        else:
-            if seen is not None:
-                _ask_autoscaler([])  # what is started from now on asks by itself
-            return layout
+    finally:
+        if seen is not None:
+            _ask_autoscaler([])  # what is started from now on asks by itself, and a run that gives up wants nothing
 
 
 def probe_paths(paths: Mapping[str, Path], *, writable: Path) -> None:

@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from rexrag.errors import ConfigError, RunFailure, first_line
-from rexrag.run.control_actor import CONTROL_NAME, RunControl, run_name
+from rexrag.run.control_actor import CONTROL_NAME, RunControl, is_short_for, run_name
 from rexrag.run.joining import joined
 from rexrag.run.remote import Handle, Ref, T, call
 from rexrag.run.status import RunStatus
@@ -142,7 +142,7 @@ def _chosen(running: Sequence[str], place: Place) -> str:
             raise ConfigError(f"no run goes on in the cluster at {place.address}; start one with: rexrag train")
         raise ConfigError(f"several runs go on: {', '.join(running)}; name one with --run")
     fitting = [name for name in running if name == place.name] or [
-        name for name in running if name.endswith(f"-{place.name.strip('/').replace('/', '-')}")
+        name for name in running if is_short_for(place.name, name)
     ]
     if len(fitting) != 1:
         there = ", ".join(running) or "none"

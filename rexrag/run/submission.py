@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shlex
 import sys
 import urllib.parse
@@ -21,7 +22,7 @@ from rexrag.run.control_actor import run_name
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:8265"
 STOP_WAIT_S: Final = 600
 """Seconds from a stop's SIGTERM to its SIGKILL: a step and a checkpoint fit into it. Ray's own default is 3."""
-EXCLUDES: Final = ("/runs/", "/.venv/", "/.venv-vllm/", "/.git", "/site/", "__pycache__")
+EXCLUDES: Final = ("/runs/", "/.venv/", "/.venv-vllm/", "/.git", "/site/", "/.ray/", "/.ssh/", "__pycache__")
 _EXIT_OF_STOPPED: Final = 130
 
 
@@ -66,6 +67,8 @@ def plan_job(
         root = (working_dir or found.parent).resolve()
         if not found.is_relative_to(root):
             raise ConfigError(f"RECIPE = {recipe}: must be in --working-dir = {root}, which is what the cluster gets")
+        if root == Path.home():
+            raise ConfigError(f"RECIPE = {recipe}: all of {root} would be uploaded with it; put it into a folder")
         named, working_dir = found.relative_to(root), root
     return Job(
         job_id=run_name(run_dir),
@@ -73,6 +76,13 @@ def plan_job(
         working_dir=working_dir,
         stop_wait_s=stop_wait_s,
     )
+
+
+def _token_in(folder: Path) -> list[str]:
+    """The cluster's own token, where it lies in a folder that would be uploaded."""
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = None if not named else Path(named).resolve()
+    return [f"/{path.relative_to(folder).as_posix()}"] if path is not None and path.is_relative_to(folder) else []
 
 
 class JobServer:
@@ -109,7 +119,8 @@ class JobServer:
             self._client.delete_job(job.job_id)
         environment: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(job.stop_wait_s)}}
         if job.working_dir is not None:
-            environment |= {"working_dir": str(job.working_dir), "excludes": list(EXCLUDES)}
+            excludes = [*EXCLUDES, *_token_in(job.working_dir)]
+            environment |= {"working_dir": str(job.working_dir), "excludes": excludes}
         self._submit(job.entrypoint, job_id=job.job_id, environment=environment)
 
     def ask(self, words: Sequence[str]) -> int:

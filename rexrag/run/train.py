@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +25,7 @@ from rexrag.files import write_atomic
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, start_learner
 from rexrag.model.fetching import is_hub_id
 from rexrag.preparation.prepare import prepare
+from rexrag.processes import num_cores
 from rexrag.recipe import flatten
 from rexrag.reporting.alarms import Alarms
 from rexrag.reporting.board import Board
@@ -73,7 +73,7 @@ def check_startable(config: Config) -> None:
     check_reachable(cluster_address())
     choose_engine(config)
     if cluster_address() is None:
-        plan_machine(config, num_cores=os.cpu_count() or 1, num_gpus=torch.cuda.device_count())
+        plan_machine(config, num_cores=num_cores(), num_gpus=torch.cuda.device_count())
 
 
 def train(request: TrainRequest, *, progress: Progress) -> None:
@@ -86,7 +86,7 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
     """
     config, run = request.config, request.run
     with StopSignal().installed() as stop:
-        num_threads = config.learner.threads or os.cpu_count() or 1
+        num_threads = config.learner.threads or num_cores()
         prepare(config, folder=run.prepared, num_threads=num_threads, progress=progress)
         inputs = read_inputs(request)
         for note in inputs.notes:
@@ -205,7 +205,7 @@ def _stop(fleet: Fleet, pool: SearchPool) -> None:
 def _layout(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, progress: Progress) -> Layout:
     config = with_wanted(request.run, request.config)
     if cluster_address() is None:
-        room = {"num_cores": os.cpu_count() or 1, "num_gpus": torch.cuda.device_count()}
+        room = {"num_cores": num_cores(), "num_gpus": torch.cuda.device_count()}
         try:
             return plan_machine(config, **room)
         except ConfigError as error:
