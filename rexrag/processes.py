@@ -70,7 +70,7 @@ class Work(Protocol[StateT_co, ResultT_co]):
 def num_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Cores that this process may use: of the machine's those that its affinity and its container's quota leave."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, math.ceil(_quota(cgroup))))
+    return max(1, math.ceil(min(cores, _quota(cgroup))))
 
 
 def _quota(cgroup: Path) -> float:

@@ -220,6 +220,13 @@ def test_unreachable_retriever(folder: Path) -> None:
         start(folder, *words)
 
 
+def test_a_password_in_the_retrievers_url_is_refused_and_not_told(folder: Path) -> None:
+    (folder / "recipe.toml").write_text(RECIPE.replace('path = "index"', ""))
+    with pytest.raises(UserError, match=r"retriever\.url: has a user or password in it") as refused:
+        start(folder, "retriever.kind=http", "retriever.url=http://me:secret@127.0.0.1:9")
+    assert "secret" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "rows",
     [[{"contents": '"Homs"\nHoms is in Syria.'}], [PASSAGES[0], PASSAGES[0]]],

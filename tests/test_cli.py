@@ -186,6 +186,23 @@ def test_data_check_in_words_and_as_json(
     assert len(json.loads(capsys.readouterr().out)["problems"]) == 1
 
 
+def test_json_is_printed_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"id": "1", "question": "q?", "golden_answers": ["a"], "data_source": "kb:key:[bold]v1"}
+    path = write_lines(tmp_path / "q.jsonl", row)
+    assert call(monkeypatch, "data", "check", str(path), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["by_source"] == {"kb:key:[bold]v1": 1}
+
+
+def test_runs_that_tensorboard_cannot_tell_apart_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [RunFolder.create(tmp_path / name, recipe="r", seed=0, config="").root for name in ("lr=1,seed=2", "b")]
+    assert call(monkeypatch, "board", *map(str, runs)) == 2
+    assert "for its comma or colon; show it alone" in " ".join(capsys.readouterr().err.split())
+
+
 def test_world_index_and_their_checks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

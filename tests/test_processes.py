@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rexrag.errors import ConfigError, RunFailure
-from rexrag.processes import run_in_child
+from rexrag.processes import num_cores, run_in_child
 
 
 def counts(*, progress: Callable[[int], None]) -> str:
@@ -43,6 +43,28 @@ def waits(*, progress: Callable[[str], None], scratch: Path) -> None:
         time.sleep(60)
     finally:
         scratch.unlink()
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "250000 100000\n"}, 3),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+)
+def test_cores_are_those_that_affinity_and_container_leave(
+    files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert num_cores(tmp_path) == cores
 
 
 def test_result_and_states_arrive_and_the_environment_is_the_childs_alone() -> None:

@@ -180,17 +180,12 @@ def warm_start(
 
     Raises:
         ModelError: `out` exists or cannot be made, or the model is one that training would refuse: it cannot be
-            loaded, has too short a context, or is of an architecture that is not supported or whose log-probs packed passes do not reproduce.
+            loaded, has too short a context, or is of an architecture that is not supported or whose log-probs packed
+            passes do not reproduce.
         DataError: demonstrations that cannot be read, or weights that do not fit the tokens.
         RunFailure: the training diverged.
     """
-    if out.exists():
-        raise ModelError(f"{out} exists; name a folder that does not")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent).cleanup()
-    except OSError as error:
-        raise ModelError(f"{out} cannot be made ({error}); name another folder") from error
+    _require_place(out)
     shown = load_demonstrations(demonstrations)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -255,6 +250,17 @@ def tokenize_demonstration(demonstration: Demonstration, *, codec: Codec, prompt
     # All rows may share a prefix: they begin with the same words of the prompt.
     row = PackRow(token_ids=np.asarray(ids, np.int32), trained=trained.astype(np.int64), group=0)
     return WeightedRow(row=row, weights=torch.tensor([weights[i] for i in trained], dtype=torch.float32))
+
+
+def _require_place(out: Path) -> None:
+    """Now, and not after hours of training."""
+    if out.exists():
+        raise ModelError(f"{out} exists; name a folder that does not")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent).cleanup()
+    except OSError as error:
+        raise ModelError(f"{out} cannot be made ({error}); name another folder") from error
 
 
 def _refuse_damage(model: PreTrainedModel) -> None:

@@ -77,7 +77,7 @@ def run_name(run_folder: Path) -> str:
     >>> run_name(Path("/shared/runs/first"))
     'rexrag-shared-runs-first'
     >>> run_name(Path("/shared/runs/first-1"))
-    'rexrag-shared-runs-first-1-c75d84'
+    'rexrag-shared-runs-first-1-e86ea0'
     """
     path = str(run_folder)
     words = "".join(char if char.isascii() and (char.isalnum() or char == "_") else "-" for char in path)

@@ -32,6 +32,12 @@ def warm_start(model: Path, **changes: Any) -> WarmstartResult:  # noqa: ANN401
     return warm_start_with(model, **{"learning_rate": 1e-4, "batch_size": 16, "epochs": 1, **changes})
 
 
+def test_a_place_that_cannot_be_made_is_told_before_hours_of_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match=r"file/out cannot be made \(.*\); name another folder"):
+        warm_start(tmp_path, demonstrations=tmp_path / "none.jsonl", out=tmp_path / "file" / "out", prompt=PROMPT)
+
+
 def early(name: str) -> Demonstration:
     segments = (
         Segment(f"<think> I need {name}. </think>\n<search>{name}</search>", 1.0),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -217,6 +219,23 @@ def test_libraries_that_find_no_room_are_told_as_what_they_are(tmp_path: Path) -
         assert "File too large" in told
         assert told.endswith("free space, or name a folder that can be made")
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"], "nothing is left"
+
+
+def test_what_a_killed_build_left_goes_and_what_another_holds_stays(index: Path, tmp_path: Path) -> None:
+    corpus = Path(read_manifest(index).corpus.path)
+    killed, at_work = (tmp_path / f".index.building-{number}" for number in (1, 2))
+    for folder in (killed, at_work):
+        folder.mkdir()
+        (folder / "words").write_text("half of them")
+    descriptor = os.open(at_work, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        build_bm25(corpus, tmp_path / "index")
+    finally:
+        os.close(descriptor)
+    assert not killed.exists()
+    assert at_work.exists()
+    check_index(tmp_path / "index")
 
 
 def test_an_empty_folder_and_missing_parents_are_fine(index: Path, tmp_path: Path) -> None:

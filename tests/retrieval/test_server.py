@@ -279,6 +279,7 @@ def test_a_full_server_says_when_to_come_back_and_a_late_answer_is_a_504(client:
         for thread in threads:
             thread.join()
         assert statuses == [504] * 3
+        assert "rexrag_search_timed_out_total 3.0" in client.get(f"{url}/metrics").text
         index.gate.set()
         assert post(client, url, queries=["q9"]).status_code == 200
 
