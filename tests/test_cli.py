@@ -189,7 +189,7 @@ def test_data_check_in_words_and_as_json(
 def test_json_is_printed_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = {"id": "1", "question": "q?", "golden_answers": ["a"], "data_source": "kb:key:[bold]v1"}
+    row: dict[str, object] = {"id": "1", "question": "q?", "golden_answers": ["a"], "data_source": "kb:key:[bold]v1"}
     path = write_lines(tmp_path / "q.jsonl", row)
     assert call(monkeypatch, "data", "check", str(path), "--json") == 0
     assert json.loads(capsys.readouterr().out)["by_source"] == {"kb:key:[bold]v1": 1}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rexrag.model.weight_proof import MODULUS, bit_sum, in_buckets
+from rexrag.model.weight_proof import MODULUS, Precision, WeightProof, bit_sum, in_buckets, problem_of
 
 
 @given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 60))
@@ -26,3 +28,26 @@ def test_the_sum_of_the_bits_of_all_is_that_of_the_buckets() -> None:
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=n).astype(np.float32) for n in (3, 1000, 17)]
     assert sum(bit_sum([array]) for array in arrays) % MODULUS == bit_sum(arrays)
+
+
+@pytest.mark.parametrize(
+    ("logprob", "off", "precision", "holds"),
+    [
+        (-25.0, 0.5, "bfloat16", True),  # an unlikely prompt: rounding grows with the log-prob
+        (-25.0, 5.0, "bfloat16", False),
+        (-0.5, 0.05, "bfloat16", True),
+        (-0.5, 0.3, "bfloat16", False),
+        (-25.0, 0.001, "float32", True),
+        (-25.0, 0.5, "float32", False),
+        (-0.5, math.nan, "bfloat16", False),
+    ],
+)
+def test_how_far_an_engine_may_be_off_grows_with_the_log_prob(
+    logprob: float, off: float, precision: Precision, holds: bool
+) -> None:
+    ours = (np.full(3, logprob, np.float32),)
+    proof = WeightProof(
+        canary=((1, 2, 3, 4),), logprobs=ours, moved=math.inf, bits=None, dtype=precision, precision=precision
+    )
+    problem = problem_of(proof, scores=[ours[0] + np.float32(off)], bits=None)
+    assert (problem is None) is holds, problem
