@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import nullcontext
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,7 @@ import typer
 from rich.console import Console
 
 from rexrag.commands import cluster, control
+from rexrag.commands.cluster import SetOption
 from rexrag.commands.index import index_app
 from rexrag.commands.serve import serve_index
 from rexrag.config import Config
@@ -132,9 +134,7 @@ def train(
     recipe: Annotated[
         Path | None, typer.Argument(metavar="[RECIPE.toml]", help="Without one: the quick start.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="a.b=c", help="Set a key of the recipe; may be repeated.")
-    ] = None,
+    overrides: SetOption = None,
     run_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder; an existing run is resumed.")] = None,
     resume: Annotated[str, typer.Option(metavar="auto|never|CHECKPOINT", help="Where to go on.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings with their sources.")] = False,
@@ -291,7 +291,14 @@ def evaluate(
     index: IndexOption,
     token_file: TokenOption = None,
     encoder: EncoderOption = None,
+    recipe: Annotated[
+        Path | None, typer.Option(metavar="F.toml", help="Prompt and limits as in this recipe; default: the run's.")
+    ] = None,
+    overrides: SetOption = None,
     out: Annotated[Path | None, typer.Option(metavar="F.json", help="Write the figures to a file too.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(metavar="F.jsonl", help="Write each question's trace and scores, as they come.")
+    ] = None,
     as_json: JsonOption = False,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Count and skip bad rows of the questions.")
@@ -303,25 +310,29 @@ def evaluate(
     from rexrag.commands.standalone import named_step, settings_for
     from rexrag.data.questions import load_questions
     from rexrag.files import write_atomic
-    from rexrag.reporting.evaluation import summarize
+    from rexrag.reporting.evaluation import score_line, summarize
     from rexrag.reporting.terminal import Progress
     from rexrag.types import EpisodeScore
 
-    if out is not None:
-        _require_writable(out)
+    for option, path in (("--out", out), ("--predictions", predictions)):
+        _require_writable(path, option=option)
     loaded = load_questions(list(questions), skip_bad_rows=skip_bad_rows, skip_by="add --skip-bad-rows")
     asked = loaded.questions
     for note in loaded.notes:
         Console(stderr=True, highlight=False, emoji=False, soft_wrap=True).print(f"note: {note}", markup=False)
-    path, settings = settings_for(model, index=index, token_file=token_file, encoder=encoder)
+    path, settings = settings_for(
+        model, index=index, token_file=token_file, encoder=encoder, recipe=recipe, overrides=overrides or []
+    )
     step = named_step(path)
     started = time.monotonic()
     scores: list[EpisodeScore] = []
-    with Progress() as progress:
+    with Progress() as progress, nullcontext() if predictions is None else predictions.open("w") as kept:
         progress.stage(f"evaluating {path}", total=len(asked))
 
         def show(score: EpisodeScore) -> None:
             scores.append(score)
+            if kept is not None:
+                kept.write(json.dumps(score_line(score), ensure_ascii=False) + "\n")
             progress.advance_to(len(scores))
 
         report = summarize(run_episodes(settings, questions=asked, step=step, on_score=show))
@@ -332,11 +343,12 @@ def evaluate(
         write_atomic(out, f"{text}\n")
 
 
-def _require_writable(out: Path) -> None:
+def _require_writable(path: Path | None, *, option: str) -> None:
     """Refuse a file that could not be written after the hours that its figures take."""
-    folder = out.parent
-    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out {out}: cannot be written there; name a file in a folder that exists and is writable")
+    if path is not None and (path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ConfigError(
+            f"{option} {path}: cannot be written there; name a file in a folder that exists and is writable"
+        )
 
 
 def _eval_table(line: dict[str, object]) -> str:

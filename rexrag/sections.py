@@ -254,7 +254,7 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     every: int = Field(0, ge=0, description="Steps between evaluations on `data.dev`; 0: none but first and last.")
     max_questions: int | None = Field(
-        None, ge=1, description="Most questions of each evaluation, the first of the files; None: all."
+        None, ge=1, description="Most questions of each evaluation, spread evenly over the files; None: all."
     )
 
 

@@ -282,12 +282,16 @@ def test_json_is_one_object_and_nothing_else_on_stdout(
     assert call(monkeypatch, "index", "build", "--corpus", "c.jsonl", "--out", "i") == 0
     capfd.readouterr()
     words = ["eval", "./m", "--questions", "t.jsonl", "--index", "i", "--out", "e.json", "--json"]
+    words += ["--predictions", "p.jsonl"]
     assert call(monkeypatch, *words) == 0
     captured = capfd.readouterr()
     line = json.loads(captured.out)
     assert captured.out.count("\n") == 1
     assert {"split", "step", "version", "n", "em", "em_low", "em_high", "f1", "by_source", "by_hops"} <= set(line)
     assert json.loads((tmp_path / "e.json").read_text()) == line
+    [prediction] = [json.loads(text) for text in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert {"question_id", "data_source", "em", "f1", "num_searches", "end_reason", "text"} <= set(prediction)
+    assert prediction["text"]
     assert call(monkeypatch, "ask", "./m", "q?", "--index", "i") == 0
     assert capfd.readouterr().out.strip()
 

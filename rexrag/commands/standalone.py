@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from rexrag.actors.build import RolloutSettings, build_runner
 from rexrag.config import Config
 from rexrag.env.prompt import render_prompt
-from rexrag.errors import RetrieverError, RunFailure
+from rexrag.errors import ConfigError, RetrieverError, RunFailure
 from rexrag.model.checks import check_model
 from rexrag.model.supported import check_context
 from rexrag.processes import num_cores
@@ -25,12 +25,19 @@ from rexrag.types import EpisodeScore, Question, WeightVersion
 
 
 def settings_for(
-    model: str, *, index: str, token_file: Path | None = None, encoder: Path | None = None
+    model: str,
+    *,
+    index: str,
+    token_file: Path | None = None,
+    encoder: Path | None = None,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[Path, RolloutSettings]:
     """The model that is meant, and its episodes: with the settings of its run where it has one, else the defaults.
 
     Args:
         index: index folder, or URL of a retriever server.
+        recipe: whose prompt and limits hold in place of the run's; overrides: over these, or over the run's.
         token_file, encoder: of that server, or that dense index; None: the run's, where it is the run's own.
 
     Raises:
@@ -39,7 +46,8 @@ def settings_for(
     path = resolve_model_or_run(model)
     checked = check_model(path)
     run = run_of(path)
-    config = Config() if run is None else load_recipe(run.config).config
+    named = recipe or (None if run is None else run.config)
+    config = _settings_in(named, overrides=overrides)
     kind = target_kind(index)
     # A model that was spread over GPUs may need as many here.
     spread = config.rollout.tensor_parallel if torch.cuda.device_count() >= config.rollout.tensor_parallel else 1
@@ -61,7 +69,7 @@ def settings_for(
         "replay.lease_timeout_s": defaults.replay.lease_timeout_s,
         "replay.lease_deadline_s": defaults.replay.lease_deadline_s,
     }
-    if run is None:
+    if named is None:
         values["env.max_trajectory_tokens"] = _fitting_limit(config, checked.config)
     settings = rollout_settings(make_config(values, sources={}), model_path=str(path), num_threads=num_cores())
     if kind == "http":
@@ -76,6 +84,14 @@ def settings_for(
         system_prompt=settings.episodes.system_prompt,
     )
     return path, settings
+
+
+def _settings_in(recipe: Path | None, *, overrides: Sequence[str]) -> Config:
+    if recipe is not None:
+        return load_recipe(recipe, overrides=overrides).config
+    if overrides:
+        raise ConfigError(f"--set {overrides[0]}: is over a run's settings, or a recipe's; name one with --recipe")
+    return Config()
 
 
 def _is_own(config: Config, index: str) -> bool:

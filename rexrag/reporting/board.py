@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -45,7 +46,7 @@ _CHARTS: Final[Mapping[str, Sequence[str]]] = {
 }
 _RESULTS: Final = ("eval/test/em", "eval/dev/em", keys.TARGET_EM)
 """What the table of runs compares beside their settings."""
-_EVAL_SCALARS: Final = ("em", "em_low", "em_high", "f1")
+_EVAL_SCALARS: Final = ("em", "em_low", "em_high", "f1", "macro_em")
 
 
 class Board:
@@ -107,6 +108,11 @@ class Board:
         if isinstance(by_hops, Mapping):
             for hops, row in by_hops.items():
                 self._scalar(f"eval/{line['split']}/em_{hops}_hops", float(row["em"]), step=step)
+        by_source = line.get("by_source")
+        if isinstance(by_source, Mapping) and len(by_source) > 1:
+            for source, row in by_source.items():
+                name = re.sub(r"[^\w.-]", "_", str(source))
+                self._scalar(f"eval/{line['split']}/source/{name}", float(row["em"]), step=step)
         self._flush()
 
     def sample(self, step: int, sample: Sample) -> None:

@@ -66,6 +66,11 @@ class EvalReport:
         return {**line, "refused": self.refused, "seconds": round(seconds, 2)}
 
 
+def score_line(score: EpisodeScore) -> dict[str, object]:
+    """One question's scores and trace, as a line of a file of predictions."""
+    return {**asdict(score), "version": score.version.step, "end_reason": score.end_reason.value}
+
+
 def summarize(scores: Sequence[EpisodeScore], *, seed: int = 0) -> EvalReport:
     """Aggregate scores of one version.
 

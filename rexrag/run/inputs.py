@@ -11,7 +11,7 @@ from rexrag.buffer.settings import ReplaySettings
 from rexrag.config import Config
 from rexrag.data.questions import load_questions
 from rexrag.engine.vllm_settings import check_heads
-from rexrag.errors import ConfigError
+from rexrag.errors import ConfigError, counted
 from rexrag.hints import HintPool, load_hints
 from rexrag.model.checks import check_model
 from rexrag.model.weight_proof import Canary
@@ -85,13 +85,23 @@ def read_inputs(request: TrainRequest) -> Inputs:
     check_questions(replay.folder, replay.questions)
     return Inputs(
         replay=replay,
-        dev=dev[:limit],
-        test=test[:limit],
+        dev=_some_of(dev, limit, what="dev", notes=notes),
+        test=_some_of(test, limit, what="held-out", notes=notes),
         hints=hints,
         model_path=model_path,
         canary=canary_prompts(config, model=model, questions=train),
         notes=tuple(notes),
     )
+
+
+def _some_of(
+    questions: tuple[Question, ...], limit: int | None, *, what: str, notes: list[str]
+) -> tuple[Question, ...]:
+    """At most so many, spread evenly over the files: of each source its share."""
+    if limit is None or len(questions) <= limit:
+        return questions
+    notes.append(f"{limit:,} of {counted(len(questions), f'{what} question')} are evaluated (eval.max_questions)")
+    return tuple(questions[i * len(questions) // limit] for i in range(limit))
 
 
 def model_path_of(request: TrainRequest) -> str:

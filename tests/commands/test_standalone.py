@@ -9,7 +9,7 @@ import pytest
 from search_servers import passages, serve
 
 from rexrag.commands.standalone import evaluate, settings_for
-from rexrag.errors import ModelError
+from rexrag.errors import ConfigError, ModelError
 from rexrag.preparation.tiny_model import make_tiny_model
 from rexrag.recipe import load_recipe, resolved_toml
 from rexrag.retrieval.bm25 import build_bm25
@@ -52,6 +52,20 @@ def make_run(folder: Path, text: str) -> RunFolder:
     make_tiny_model(["Where is Homs ? Syria"], checkpoint, seed=0, width=16, num_layers=1, num_heads=2)
     (checkpoint / "COMMIT").touch()
     return run
+
+
+def test_a_recipe_and_single_settings_take_the_place_of_a_runs(tmp_path: Path, index: Path) -> None:
+    run = make_run(tmp_path, RECIPE)
+    other = tmp_path / "other.toml"
+    other.write_text(
+        "[env]\nmax_turns = 1\nmax_turn_tokens = 16\nmax_observation_tokens = 64\nmax_trajectory_tokens = 200\n"
+    )
+    _, settings = settings_for(str(run.root), index=str(index), recipe=other)
+    assert (settings.episodes.max_trajectory_tokens, settings.episodes.max_turns) == (200, 1)
+    _, settings = settings_for(str(run.root), index=str(index), overrides=["env.max_turns=3"])
+    assert (settings.episodes.max_trajectory_tokens, settings.episodes.max_turns) == (256, 3)
+    with pytest.raises(ConfigError, match=r"--set env\.max_turns=3: is over a run's settings, or a recipe's"):
+        settings_for(str(tmp_path / "model"), index=str(index), overrides=["env.max_turns=3"])
 
 
 def test_a_run_is_evaluated_without_its_file_of_hints(tmp_path: Path, index: Path) -> None:

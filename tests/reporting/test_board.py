@@ -28,7 +28,17 @@ def events(run: RunFolder) -> EventAccumulator:
 
 def evaluation(split: str, step: int, em: float) -> dict[str, object]:
     hops = {"1": {"em": em, "n": 3}}
-    return {"split": split, "step": step, "em": em, "em_low": 0.0, "em_high": 1.0, "f1": em, "by_hops": hops}
+    sources = {"nq": {"em": em, "n": 2}, "own/x y": {"em": 0.5, "n": 1}}
+    figures = {"em": em, "em_low": 0.0, "em_high": 1.0, "f1": em, "macro_em": 0.25}
+    return {"split": split, "step": step, **figures, "by_hops": hops, "by_source": sources}
+
+
+def test_sources_have_curves_of_their_own(run: RunFolder) -> None:
+    with Board(run, purge_step=None) as board:
+        board.evaluation(evaluation("dev", 1, 0.75))
+    written = events(run)
+    values = {tag: written.Scalars(f"eval/dev/{tag}")[0].value for tag in ("source/nq", "source/own_x_y", "macro_em")}
+    assert values == {"source/nq": 0.75, "source/own_x_y": 0.5, "macro_em": 0.25}
 
 
 def test_a_step_is_a_line_and_its_tags(run: RunFolder) -> None:
