@@ -44,7 +44,7 @@ TARGET_REFLECT_RATE: Final = _metric(
     "target/reflect_rate", "Share of targets that wrote the words of a hint by themselves."
 )
 TARGET_RETRIEVAL_RECALL: Final = _metric(
-    "target/retrieval_recall", "Share of targets shown a gold passage, among those where that is known."
+    "target/retrieval_recall", "Share of targets that were given a gold passage, among those where that is known."
 )
 TARGET_SEARCHES: Final = _metric("target/searches", "Mean answered searches of a target.")
 TARGET_TURNS: Final = _metric("target/turns", "Mean model turns of a target.")
@@ -136,7 +136,7 @@ STALENESS_MEAN: Final = _metric("staleness/mean", "Mean age of policy and hint t
 STALENESS_MAX: Final = _metric("staleness/max", "Age of the oldest token when consumed.")
 
 # Objective and update.
-LOSS_TOTAL: Final = _metric("loss/total", "Objective of §7, KL included.")
+LOSS_TOTAL: Final = _metric("loss/total", "Objective of §7, KL and the penalty that preserves included.")
 LOSS_CLIP_LOW_SHARE: Final = _metric("loss/clip_low_share", "Share of tokens whose ratio was clipped from below.")
 LOSS_CLIP_HIGH_SHARE: Final = _metric("loss/clip_high_share", "Share of tokens whose ratio was clipped from above.")
 LOSS_DUAL_CLIP_SHARE: Final = _metric("loss/dual_clip_share", "Share of tokens on which the dual clip acted.")

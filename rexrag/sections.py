@@ -51,7 +51,7 @@ class EnvConfig(Section):
     )
     max_turn_tokens: int = Field(500, ge=1, description="Most tokens of one turn, hint tokens included.")
     max_observation_tokens: int = Field(
-        500, ge=16, description="Most tokens of one observation; cut at passage boundaries."
+        500, ge=16, description="Most tokens of one observation: whole passages, then words of the next."
     )
     max_trajectory_tokens: int = Field(
         4096, ge=32, description="Most tokens of a trajectory, prompt included; reaching it ends the episode."

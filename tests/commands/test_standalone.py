@@ -64,6 +64,7 @@ def test_a_recipe_and_single_settings_take_the_place_of_a_runs(tmp_path: Path, i
     assert (settings.episodes.max_trajectory_tokens, settings.episodes.max_turns) == (200, 1)
     _, settings = settings_for(str(run.root), index=str(index), overrides=["env.max_turns=3"])
     assert (settings.episodes.max_trajectory_tokens, settings.episodes.max_turns) == (256, 3)
+    make_tiny_model(["Where is Homs ? Syria"], tmp_path / "model", seed=0, width=16, num_layers=1, num_heads=2)
     with pytest.raises(ConfigError, match=r"--set env\.max_turns=3: is over a run's settings, or a recipe's"):
         settings_for(str(tmp_path / "model"), index=str(index), overrides=["env.max_turns=3"])
 
