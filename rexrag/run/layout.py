@@ -243,11 +243,18 @@ def _rank_gpus(config: Config, num_gpus: float, *, num_actors: int) -> float:
     taken = num_actors * config.rollout.num_gpus + num_searchers * searcher.gpus
     left = min(1.0, max(0.0, num_gpus - taken))
     if taken and num_gpus and not left:
-        pool = f" and {counted(num_searchers, 'search actor')}" if searcher.gpus and num_searchers else ""
+        taking = [
+            (f"{key} = {share:g}", counted(num, who))
+            for key, share, num, who in (
+                ("rollout.num_gpus", config.rollout.num_gpus, num_actors, "actor"),
+                ("retriever.num_gpus", searcher.gpus, num_searchers, "search actor"),
+            )
+            if share and num
+        ]
         raise ConfigError(
-            f"rollout.num_gpus = {config.rollout.num_gpus:g}: with {counted(num_actors, 'actor')}{pool} the "
-            f"{counted(num_gpus, 'GPU')} of the cluster would be used up, and the learner would be on the CPU; "
-            "lower the shares, such as to 0.5, or say learner.num_gpus = 0 if that is meant"
+            f"{taking[0][0]}: with {' and '.join(who for _, who in taking)} the {counted(num_gpus, 'GPU')} of the "
+            "cluster would be used up, and the learner would be on the CPU; lower the shares, such as to 0.5, or say "
+            "learner.num_gpus = 0 if that is meant"
         )
     return 1.0 if left and config.learner.num_ranks > 1 else left
 

@@ -64,6 +64,60 @@ def test_more_gpus_than_there_are_are_refused(settings: dict[str, object], num_g
         plan_machine(config_with(**settings), num_cores=8, num_gpus=num_gpus)
 
 
+@pytest.mark.parametrize(
+    ("settings", "num_gpus", "num_actors", "rank_gpus", "rank_threads"),
+    [
+        ({}, 0, 4, 0.0, 4),
+        ({}, 2, 4, 1.0, 4),
+        ({"rollout__num_gpus": 1.0}, 8, 6, 1.0, 4),
+        ({"rollout__num_gpus": 0.5, "rollout__num_actors": 2}, 3, 2, 1.0, 4),
+        ({"learner__num_gpus": 0.0, "learner__threads": 3}, 2, 4, 0.0, 3),
+    ],
+)
+def test_ranks_have_whole_gpus_and_share_the_cores(
+    settings: dict[str, object], num_gpus: float, num_actors: int, rank_gpus: float, rank_threads: int
+) -> None:
+    layout = plan_machine(config_with(learner__num_ranks=2, **settings), num_cores=8, num_gpus=num_gpus)
+    assert (layout.num_actors, layout.num_ranks) == (num_actors, 2)
+    assert (layout.learner.gpus, layout.learner.threads) == (rank_gpus, rank_threads)
+
+
+def test_ranks_are_told_and_refused_where_they_do_not_fit() -> None:
+    layout = plan_machine(config_with(learner__num_ranks=2), num_cores=8, num_gpus=2)
+    assert describe_layout(layout)[1] == "learner: 2 ranks, 4 threads each, 1 GPU"
+    with pytest.raises(ConfigError, match=r"a learner with 4 need 4 GPUs, the cluster has 2 .*learner\.num_ranks"):
+        plan_machine(config_with(learner__num_ranks=4), num_cores=8, num_gpus=2)
+    with pytest.raises(ConfigError, match=r"learner\.num_gpus = 0\.5: must be 1 or 0 with learner\.num_ranks = 2"):
+        config_with(learner__num_ranks=2, learner__num_gpus=0.5)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_actors"),
+    [
+        ([{"CPU": 8.0, "GPU": 8.0}], 6),  # beside one another
+        ([{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 2.0}], 1),  # on the larger node alone, or over both
+        ([{"CPU": 8.0, "GPU": 1.0}] * 3, 1),  # over nodes
+    ],
+)
+def test_ranks_go_to_as_few_nodes_as_have_room(nodes: list[dict[str, float]], num_actors: int) -> None:
+    config = config_with(learner__num_ranks=2, learner__threads=1, rollout__num_gpus=1.0, rollout__threads_per_actor=1)
+    layout = plan_cluster(config, nodes=nodes)
+    assert (layout.num_fitting, layout.learner.bundle) == (num_actors, {"CPU": 1.0, "GPU": 1.0})
+    assert wanted_bundles(config, nodes=nodes)[:2] == [{"CPU": 1.0, "GPU": 1.0}] * 2
+    with pytest.raises(ConfigError, match=r"no node .* has room for the learner \(2 ranks, each 1 CPU, 1 GPU\)"):
+        plan_cluster(config_with(learner__num_ranks=2, learner__threads=1), nodes=[{"CPU": 8.0, "GPU": 1.0}])
+
+
+def test_search_actors_on_gpus_do_not_push_the_learner_off_without_a_word() -> None:
+    pool = {"retriever__kind": "ray", "retriever__num_gpus": 1.0}
+    with pytest.raises(
+        ConfigError, match=r"retriever\.num_gpus = 1: with 1 search actor the 1 GPU .* would be used up"
+    ):
+        plan_machine(config_with(**pool), num_cores=8, num_gpus=1)
+    assert plan_machine(config_with(**pool), num_cores=8, num_gpus=2).learner.gpus == 1.0
+    assert plan_machine(config_with(**pool, learner__num_gpus=0.0), num_cores=8, num_gpus=1).learner.gpus == 0.0
+
+
 def test_autoscale_bounds_say_how_many_threads_an_actor_has() -> None:
     layout = plan_machine(config_with(rollout__autoscale={"min": 1, "max": 2}), num_cores=16, num_gpus=0)
     assert (layout.num_actors, layout.actor.threads) == (2, 8)
