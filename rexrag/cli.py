@@ -12,11 +12,11 @@ import logging
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -326,7 +326,10 @@ def evaluate(
     step = named_step(path)
     started = time.monotonic()
     scores: list[EpisodeScore] = []
-    with Progress() as progress, nullcontext() if predictions is None else predictions.open("w") as kept:
+    with (
+        Progress() as progress,
+        _kept_as_they_come(predictions) as kept,
+    ):
         progress.stage(f"evaluating {path}", total=len(asked))
 
         def show(score: EpisodeScore) -> None:
@@ -341,6 +344,11 @@ def evaluate(
     STDOUT.print(text if as_json else _eval_table(line))
     if out is not None:
         write_atomic(out, f"{text}\n")
+
+
+def _kept_as_they_come(path: Path | None) -> AbstractContextManager[TextIO | None]:
+    """A file of lines that are there as soon as they are written; nothing where there is no path."""
+    return nullcontext() if path is None else path.open("w", encoding="utf-8", buffering=1)
 
 
 def _require_writable(path: Path | None, *, option: str) -> None:

@@ -104,9 +104,10 @@ def sync_folder(folder: Path) -> None:
 def folder_bytes(folder: Path) -> int:
     """Size of all files below a folder, some of which may be going away."""
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
+    with contextlib.suppress(OSError):  # of the walk: a folder in it was renamed
+        for path in folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                total += path.stat().st_size
     return total
 
 

@@ -148,8 +148,8 @@ def core(
     folder: Path,
     *,
     settings: LearnerSettings,
-    model: LlamaForCausalLM | None = None,
-    reference: LlamaForCausalLM | None = None,
+    model: PreTrainedModel | None = None,
+    reference: PreTrainedModel | None = None,
 ) -> LearnerCore:
     return LearnerCore(
         model or tiny_model(), settings=settings, hints=POOL, evidence_folder=folder / "evidence", reference=reference

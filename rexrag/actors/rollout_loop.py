@@ -174,6 +174,7 @@ class RolloutLoop:
                 self._failed_evaluations_in_a_row += 1
                 if isinstance(error, EngineBrokenError) or self._failed_evaluations_in_a_row > 1:
                     self._broken = EngineBrokenError(f"an evaluation in actor {self._actor_id} failed: {error}")
+                    self._ending.set()  # a poll for a lease is not waited for
                     self._changed.set()
                 raise
             self._failed_evaluations_in_a_row = 0

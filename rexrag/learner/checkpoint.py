@@ -105,13 +105,17 @@ def _build(
     return final
 
 
-def load_checkpoint(folder: Path) -> TrainerState:
+def load_checkpoint(folder: Path, *, verify: bool = True) -> TrainerState:
     """Verify a checkpoint's files against its manifest and read the trainer's state; the model is loaded apart.
+
+    Args:
+        verify: false where another process does.
 
     Raises:
         RunFolderError: it is not committed, or a file is missing, damaged, or of another format.
     """
-    _verify(folder)
+    if verify:
+        _verify(folder)
     try:
         state = json.loads((folder / _STATE).read_text())
         tensors = load_file(folder / _OPTIMIZER)

@@ -129,6 +129,7 @@ class LearnerActor:
         self._places = places
         self._others: list[ActorHandle[LearnerActor]] | None = None
         self._pending: list[ObjectRef[None]] = []
+        self._core: LearnerCore | None = None
         self._saving: Path | None = None
         self._scores: tuple[FloatArray, ...] | None = None
 
@@ -161,10 +162,13 @@ class LearnerActor:
         ranks = Ranks()
         if meeting is not None:
             store = self._store if self._rank == 0 else None
-            ranks = join(meeting, rank=self._rank, device=spec.device, store=store)
-        resumed = load_checkpoint(spec.checkpoint) if spec.checkpoint is not None else None
+            host = meeting.host if meeting.host == LOOPBACK else _own_address()
+            ranks = join(meeting, rank=self._rank, device=spec.device, host=host, store=store)
+        resumed = None
+        if spec.checkpoint is not None:  # one rank looks at each byte for all of them
+            resumed = load_checkpoint(spec.checkpoint, verify=self._rank == 0)
         self._tokenizer = load_tokenizer(spec.model)
-        self._core = LearnerCore(
+        core = LearnerCore(
             self._placed(load_model(spec.checkpoint or spec.model, dtype="float32")),
             settings=spec.settings,
             hints=HintPool(spec.hints, kept=spec.kept),
@@ -173,9 +177,15 @@ class LearnerActor:
             ranks=ranks,
         )
         if resumed is not None:
-            self._core.load_trainer_state(resumed)
-        self._buckets = in_buckets(self._core.weight_sizes, most_bytes=spec.bucket_bytes)
-        return Loaded(self._core.precision, len(self._buckets))
+            core.load_trainer_state(resumed)
+        self._core = core
+        self._buckets = in_buckets(core.weight_sizes, most_bytes=spec.bucket_bytes)
+        return Loaded(core.precision, len(self._buckets))
+
+    @property
+    def _ready_core(self) -> LearnerCore:
+        assert self._core is not None, "it is ready"
+        return self._core
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         device = torch.device(self._spec.device)
@@ -185,26 +195,27 @@ class LearnerActor:
 
     def rho(self) -> float:
         """ρ of the next step (§8)."""
-        return self._core.rho
+        return self._ready_core.rho
 
     def step(self, batch: StepBatch) -> StepResult:
         """Train on one step's groups."""
-        # What Ray has handed on without a copy it hands on again so only by this name.
+        # Ray gives these as views, and passes them on without another copy only as such buffers.
         groups = tuple(PickleBuffer(memoryview(group)) for group in batch.groups)
         with self._with_others("step", replace(batch, groups=groups)):
-            return self._core.step(batch)
+            return self._ready_core.step(batch)
 
     def export(self, dtype: Precision) -> Iterator[Weights | WeightProof]:
         """The weights bucket by bucket, then what they are known by; Ray copies each once, into its object store."""
+        core = self._ready_core
         with self._with_others("export", dtype):
             bits = 0
             for names in self._buckets:
-                weights = self._core.export_weights(names, dtype=dtype)
+                weights = core.export_weights(names, dtype=dtype)
                 bits = (bits + bit_sum(weights.values())) % MODULUS
                 yield weights
-            before, scores = self._scores, self._core.score(self._spec.canary)
+            before, scores = self._scores, core.score(self._spec.canary)
         self._scores = scores
-        is_exact = dtype == self._core.precision == "float32"
+        is_exact = dtype == core.precision == "float32"
         yield WeightProof(
             canary=self._spec.canary,
             logprobs=scores,
@@ -217,12 +228,13 @@ class LearnerActor:
     def save(self, folder: Path) -> Path:
         """Write the checkpoint of the current step under `folder`; returns its folder."""
         self._saving = folder
+        core = self._ready_core
         with self._with_others("save", folder):
-            weights, state = self._core.stored_weights(), self._core.trainer_state()
+            weights, state = core.stored_weights(), core.trainer_state()
         if self._rank:
             return folder
         return save_checkpoint(
-            folder, model=self._core.model, tokenizer=self._tokenizer, trainer_state=state, weights=weights
+            folder, model=core.model, tokenizer=self._tokenizer, trainer_state=state, weights=weights
         )
 
     def follow(self, name: str, argument: object) -> None:
@@ -237,10 +249,9 @@ class LearnerActor:
         Raises:
             RexragError: another rank has failed, for which this one would wait.
         """
-        ended, _ = ray.wait(self._pending, num_returns=len(self._pending), timeout=0) if self._pending else ([], [])
-        self._check(ended)
+        self._check(_ended(self._pending))
         saved = 0 if self._saving is None else folder_bytes(self._saving)
-        return self._core.num_passes, saved
+        return 0 if self._core is None else self._core.num_passes, saved
 
     @contextmanager
     def _with_others(self, name: str, argument: object) -> Iterator[None]:
@@ -249,12 +260,9 @@ class LearnerActor:
         try:
             yield
             self._check(self._pending)
-        except RuntimeError as error:
-            if isinstance(error, RexragError) or not self._pending:
-                raise
+        except RuntimeError:
             # What one rank fails with the others see as a collective that does not come about.
-            ended, _ = ray.wait(self._pending, num_returns=len(self._pending), timeout=_LAST_WORDS_S)
-            self._check(ended)
+            self._check(_ended(self._pending, timeout_s=_LAST_WORDS_S))
             raise
         finally:
             self._pending = []
@@ -276,20 +284,31 @@ class LearnerActor:
 
     def _host(self) -> str:
         """Where the other ranks find this one: nobody else's business where all are on this machine."""
-        if len(set(self.node_ids())) == 1:
-            return LOOPBACK
-        return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        return LOOPBACK if len(set(self.node_ids())) == 1 else _own_address()
 
     def _check(self, refs: Sequence[ObjectRef[T]]) -> list[T]:
-        """What other ranks came to; what one failed with is raised."""
-        try:
-            return list(ray.get(list(refs)))
-        except RayTaskError as error:
-            if isinstance(error.cause, RexragError):
-                raise error.cause from None
-            raise RunFailure(f"a rank of the learner failed: {error.cause!r}") from error
-        except RayActorError as error:
-            raise PartDiedError(f"a rank of the learner died: {error}") from error
+        """What other ranks came to; what one failed with is raised, before what the others have failed with for it."""
+        values, errors = [], list[RexragError]()
+        for ref in refs:
+            try:
+                values.append(ray.get(ref))
+            except RayTaskError as error:
+                known = error.cause if isinstance(error.cause, RexragError) else None
+                errors.append(known or RunFailure(f"a rank of the learner failed: {error.cause!r}"))
+            except RayActorError as error:
+                errors.append(PartDiedError(f"a rank of the learner died: {error}"))
+        if errors:
+            raise min(errors, key=lambda error: type(error) is RunFailure)
+        return values
+
+
+def _own_address() -> str:
+    """Of this node, as Ray knows it."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _ended(refs: Sequence[ObjectRef[T]], *, timeout_s: float = 0.0) -> list[ObjectRef[T]]:
+    return ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)[0] if refs else []
 
 
 def start_learner(spec: LearnerSpec, *, share: Share) -> ActorHandle[LearnerActor]:

@@ -203,7 +203,9 @@ class Passes:
 
     def _autocast(self) -> torch.autocast:
         enabled = self._precision == "bfloat16"
-        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled)
+        # What is gathered for a layer goes again; a cache would keep its narrow copy on every rank.
+        keeps = self._ranks.num == 1
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=keeps)
 
 
 def _nothing(logprob: Tensor, _: Tensor, chunk: slice) -> Tensor:

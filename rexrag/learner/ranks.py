@@ -7,9 +7,12 @@ say.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import math
 import os
 import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +28,8 @@ from rexrag.model.loading import Device
 T = TypeVar("T")
 
 LOOPBACK: Final = "127.0.0.1"
+_ADDRESS_OF_INTERFACE: Final = 0x8915
+"""SIOCGIFADDR of Linux."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,18 +110,19 @@ def open_meeting(*, num_ranks: int, host: str, timeout_s: float) -> tuple[Meetin
     return Meeting(host=host, port=port, num_ranks=num_ranks, timeout_s=timeout_s), store
 
 
-def join(meeting: Meeting, *, rank: int, device: Device, store: TCPStore | None = None) -> Ranks:
+def join(meeting: Meeting, *, rank: int, device: Device, host: str = LOOPBACK, store: TCPStore | None = None) -> Ranks:
     """Become one of the ranks; returns when all have.
 
     Args:
+        host: the address of this machine at which the others reach it.
         store: the first rank's own, from `open_meeting`.
 
     Raises:
         RuntimeError: the others did not come in time.
     """
     timeout = timedelta(seconds=meeting.timeout_s)
-    if meeting.host == LOOPBACK:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if (interface := _interface_of(host)) is not None:  # by itself gloo takes that of the host's name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if store is None:
         store = TCPStore(meeting.host, meeting.port, is_master=False, timeout=timeout)
     dist.init_process_group(
@@ -129,3 +135,13 @@ def join(meeting: Meeting, *, rank: int, device: Device, store: TCPStore | None 
     )
     group = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank=rank, num=meeting.num_ranks, group=group)
+
+
+def _interface_of(host: str) -> str | None:
+    """The network interface of this machine that has an IPv4 address; None: it cannot be told."""
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            answer = fcntl.ioctl(probe.fileno(), _ADDRESS_OF_INTERFACE, struct.pack("256s", name.encode()))
+            if socket.inet_ntoa(answer[20:24]) == host:
+                return name
+    return None

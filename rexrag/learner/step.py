@@ -113,7 +113,8 @@ class LearnerCore:
         self._evidence_folder = evidence_folder
         wanted = settings.autocast
         device: Device = "cuda" if next(model.parameters()).device.type == "cuda" else "cpu"
-        self.precision = fastest_dtype(device) if wanted == "auto" else wanted
+        fastest = {fastest_dtype(device)} if self._ranks.num == 1 else {*self._ranks.gather(fastest_dtype(device))}
+        self.precision = wanted if wanted != "auto" else "float32" if "float32" in fastest else "bfloat16"
         self._success = INITIAL_SUCCESS
         self._bad_steps = 0
         self._rates = BranchRates()

@@ -65,7 +65,7 @@ def release(model: PreTrainedModel) -> None:
         for parameter in model.parameters():
             if not isinstance(parameter, DTensor):
                 parameter.grad = None
-        model.reshard()
+        model.reset_iter_state()  # and of what is noted of a pass until its backward pass
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import fcntl
 import glob
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -21,6 +23,7 @@ from rexrag.files import sha256_file, sync_folder, write_atomic
 from rexrag.retrieval.encoder_settings import EncoderSettings
 
 MANIFEST_NAME: Final = "index.json"
+_LOCK: Final = "build.lock"
 FORMAT: Final = "rexrag-index"
 FORMAT_VERSION: Final = 1
 
@@ -280,15 +283,15 @@ def new_index_folder(out: Path, *, made_from: Sequence[Path]) -> Iterator[Path]:
                 f"--out {out}: {source}, of which the index is made, lies in it and would be removed with the old "
                 "index; move it, or choose another --out"
             )
-    building = target.parent / f"{_building(target)}{os.getpid()}"
+    building = target.parent / f"{_building(target)}{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     try:
         _refuse_other_content(out)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(building, ignore_errors=True)
+        _remove_abandoned(target)
         building.mkdir()
         with _held(building):
-            _remove_abandoned(target)
             yield building
+            (building / _LOCK).unlink(missing_ok=True)
             _replace_folder(building, target)
     except OSError as error:
         raise RetrievalIndexError(
@@ -309,7 +312,7 @@ def _remove_abandoned(target: Path) -> None:
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[bool]:
     """Hold a folder while this process builds in it; false: another one does, or the file system cannot say."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # NFS locks only what may be written
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_held = True

@@ -10,6 +10,7 @@ detached: it ends with the run.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +91,7 @@ def run_name(run_folder: Path) -> str:
 def is_short_for(words: str, name: str) -> bool:
     """Whether a run's name ends with these words of its folder."""
     end = f"-{words.strip('/').replace('/', '-')}"
-    return name.endswith(end) or name[: -_HASH_LENGTH - 1].endswith(end)
+    return name.endswith(end) or re.sub(rf"-[0-9a-f]{{{_HASH_LENGTH}}}$", "", name).endswith(end)
 
 
 def start_control(run_folder: Path) -> ActorHandle[RunControl]:

@@ -50,6 +50,7 @@ LOG = logging.getLogger(__name__)
 ASSIGN_POLL_S: Final = 2.0
 PROGRESS_WAIT_S: Final = 5.0
 MAX_EVAL_ATTEMPTS: Final = 3
+EVAL_PAUSE_S: Final = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +283,7 @@ class Controller:
                     )
                     return
                 LOG.warning("the evaluation at step %d begins again: %s", step, error)
+                self._supervisor.look_for(EVAL_PAUSE_S)  # an actor whose engine broke says so soon, and is replaced
         self._reporter.evaluation(scores, split=split, step=step, seconds=time.monotonic() - started)
 
     def _scores(self, split: str, questions: Sequence[Question]) -> list[EpisodeScore]:

@@ -67,7 +67,7 @@ def plan_job(
         root = (working_dir or found.parent).resolve()
         if not found.is_relative_to(root):
             raise ConfigError(f"RECIPE = {recipe}: must be in --working-dir = {root}, which is what the cluster gets")
-        if root == Path.home():
+        if Path.home().resolve().is_relative_to(root):
             raise ConfigError(f"RECIPE = {recipe}: all of {root} would be uploaded with it; put it into a folder")
         named, working_dir = found.relative_to(root), root
     return Job(

@@ -17,7 +17,7 @@ from rexrag.errors import RunFailure
 from rexrag.run.control import Desk
 from rexrag.run.fleet import Fleet
 from rexrag.run.nodes import draining_nodes
-from rexrag.run.remote import Handle, Ref, T, result_of
+from rexrag.run.remote import Ref, T, result_of
 from rexrag.run.search_pool import SearchPool
 from rexrag.run.signals import StopSignal
 
@@ -33,6 +33,7 @@ class Supervisor:
     A pending ping per part tells of its death at once; a busy part answers late, which is no fault.
 
     Args:
+        parts: what each is asked again and again; it answers, sooner or later, or raises what it has failed with.
         stall_timeout_s: seconds without progress that end a wait.
         desk: where those outside ask for the run; None: nobody does.
         learner_nodes: where the learner is, by Ray's ids; none: on this machine, as all else, and no node can go.
@@ -43,7 +44,7 @@ class Supervisor:
         self,
         *,
         fleet: Fleet,
-        parts: Mapping[str, Handle[Any]],
+        parts: Mapping[str, Callable[[], Ref[Any]]],
         stop: StopSignal,
         stall_timeout_s: float,
         desk: Desk | None = None,
@@ -110,6 +111,13 @@ class Supervisor:
                     )
                 time.sleep(pause_s)
 
+    def look_for(self, seconds: float) -> None:
+        """Look after the parts for a while."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.look()
+            time.sleep(min(POLL_S, seconds))
+
     def look(self, *, interruptible: bool = True) -> None:
         """Replace dead rollout actors, notice a dead buffer or learner, hear a stop signal and what else is wanted."""
         self._hear()
@@ -143,12 +151,12 @@ class Supervisor:
 
     def _ping(self) -> None:
         due = time.monotonic() - self._last_ping >= PING_EVERY_S
-        for name, handle in self._parts.items():
+        for name, ask in self._parts.items():
             pending = self._pings.get(name)
             if pending is not None and ray.wait([pending], timeout=0)[0]:
                 result_of(self._pings.pop(name), what=f"the {name}")
             if name not in self._pings and due:
-                self._pings[name] = handle.__ray_ready__.remote()
+                self._pings[name] = ask()
         if due:
             self._last_ping = time.monotonic()
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -22,7 +23,7 @@ from rexrag.buffer.status import BufferPosition
 from rexrag.config import Config
 from rexrag.errors import CollapsedError, ConfigError, Interrupted, RexragError, RunFailure, counted, first_line
 from rexrag.files import write_atomic
-from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, start_learner
+from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, ask_progress, start_learner
 from rexrag.model.fetching import is_hub_id
 from rexrag.preparation.prepare import prepare
 from rexrag.processes import num_cores
@@ -145,7 +146,7 @@ def _train(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, board: Bo
     )
     supervisor = Supervisor(
         fleet=fleet,
-        parts={"replay buffer": buffer, "learner": learner},
+        parts={"replay buffer": buffer.__ray_ready__.remote, "learner": partial(ask_progress, learner)},
         stop=stop,
         stall_timeout_s=bound_s,
         desk=desk,

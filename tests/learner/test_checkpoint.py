@@ -183,7 +183,7 @@ def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
     (ours, proof), (theirs, their_proof) = exported(actor), exported(other)
     assert len(ours) == len(theirs) == loaded.num_buckets > 2
     assert bit_sum([array for bucket in ours for array in bucket.values()]) == proof.bits == their_proof.bits
-    assert {name for bucket in ours for name in bucket} == actor._core.weight_sizes.keys()
+    assert {name for bucket in ours for name in bucket} == actor._ready_core.weight_sizes.keys()
     for mine, other_bucket in zip(ours, theirs, strict=True):
         assert all((mine[name] == other_bucket[name]).all() for name in mine)
 

@@ -227,7 +227,7 @@ def test_what_a_killed_build_left_goes_and_what_another_holds_stays(index: Path,
     for folder in (killed, at_work):
         folder.mkdir()
         (folder / "words").write_text("half of them")
-    descriptor = os.open(at_work, os.O_RDONLY)
+    descriptor = os.open(at_work / "build.lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         build_bm25(corpus, tmp_path / "index")

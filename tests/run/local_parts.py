@@ -220,6 +220,9 @@ class LocalSupervisor:
             self.look(interruptible=interruptible)
         raise AssertionError(f"never: {what if isinstance(what, str) else what()}")
 
+    def look_for(self, seconds: float) -> None:
+        self.look()
+
     def look(self, *, interruptible: bool = True) -> None:
         if interruptible:
             self._stop.heed()

@@ -27,3 +27,7 @@ def test_the_end_of_a_folder_names_its_run(folder: str) -> None:
     short = path.name.replace(" ", "-")
     assert is_short_for(short, run_name(path))
     assert not is_short_for(f"x{short}", run_name(path))
+
+
+def test_a_folder_above_a_runs_own_does_not_name_it() -> None:
+    assert not is_short_for("sweep", run_name(Path("/shared/runs/sweep/seed_1")))
