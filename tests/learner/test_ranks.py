@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen2Config
 
 import rexrag.metrics as keys
-from rexrag.errors import PartDiedError
+from rexrag.errors import ModelError, PartDiedError
 from rexrag.learner.checkpoint import COMMIT, load_checkpoint
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, Published, start_export, start_learner
 from rexrag.learner.ranks import LOOPBACK, Meeting, Ranks, join, open_meeting
@@ -279,6 +279,32 @@ def kill_a_rank(learner: ActorHandle[LearnerActor]) -> None:
 
     first: Any = learner
     os.kill(ray.get(first.__ray_call__.remote(pid_of), timeout=BOUND_S), signal.SIGKILL)
+
+
+def test_what_a_rank_fails_with_is_heard_before_its_collective_is_missed(ray_session: None, tmp_path: Path) -> None:
+    """Asked for its progress while it loads, the first rank tells the cause, and not what the others make of it."""
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    remote: Any = ray.remote(num_cpus=0, max_retries=0)(fail)
+    spec = LearnerSpec(
+        model=tmp_path,
+        settings=REX,
+        hints=[],
+        kept=[],
+        threads=1,
+        device="cpu",
+        seed=0,
+        evidence_folder=tmp_path,
+        num_ranks=3,
+    )
+    first = LearnerActor(spec, share=Share(threads=1))
+    assert first.progress() == (0, 0), "it has nothing to wait for yet"
+    first._pending = [remote.remote(RuntimeError("connection closed by peer")), remote.remote(ModelError("no model"))]
+    ray.wait(first._pending, num_returns=2, timeout=BOUND_S)
+    with pytest.raises(ModelError, match="no model"):
+        first.progress()
 
 
 def test_rows_are_shared_out_in_stretches_of_like_cost() -> None:
