@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import shutil
 import subprocess
@@ -20,6 +19,8 @@ from pathlib import Path
 import pytest
 from ray_heads import end_with_children, free_ports
 from system_runs import assert_books_balance, read_lines
+
+from rexrag.run.control_actor import run_name
 
 pytestmark = pytest.mark.system
 
@@ -105,8 +106,7 @@ def test_a_job_is_watched_stopped_and_found_again_over_the_cluster(
         assert "rollout-0" in told.stdout, told.stderr
         told = control("status", "--address", cluster["RAY_ADDRESS"])
         assert "rollout-0" in told.stdout, told.stdout + told.stderr
-        name = re.sub(r"[^A-Za-z0-9_-]", "-", f"rexrag{run}")
-        subprocess.run(["ray", "job", "stop", name], env=cluster, check=True, capture_output=True, timeout=90)
+        subprocess.run(["ray", "job", "stop", run_name(run)], env=cluster, check=True, capture_output=True, timeout=90)
         done = job.result(timeout=90)
     assert done.returncode == 130, done.stdout + done.stderr
     assert "submitted" in done.stdout
