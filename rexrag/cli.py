@@ -167,7 +167,6 @@ def train(
 
 def _print_layout(config: Config) -> None:
     """Which part gets which share of this machine, as comments of the recipe; what a cluster has only Ray knows."""
-
     import torch
 
     from rexrag.run.cluster import cluster_address
@@ -326,10 +325,7 @@ def evaluate(
     step = named_step(path)
     started = time.monotonic()
     scores: list[EpisodeScore] = []
-    with (
-        Progress() as progress,
-        _kept_as_they_come(predictions) as kept,
-    ):
+    with Progress() as progress, _kept_as_they_come(predictions) as kept:
         progress.stage(f"evaluating {path}", total=len(asked))
 
         def show(score: EpisodeScore) -> None:

@@ -20,10 +20,12 @@ from transformers import (
 
 from rexrag.arrow import group_to_ipc
 from rexrag.hints import HintPool
+from rexrag.learner.learner_actor import LearnerSpec
 from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.model.attention import use_packed_attention
 from rexrag.model.logprobs import token_logprobs
 from rexrag.model.packing import PackRow, pack
+from rexrag.model.saving import save_model
 from rexrag.types import EndReason, Kind, Origin, StepBatch, Trajectory, TrajectoryGroup
 
 VOCABULARY = 64
@@ -142,6 +144,23 @@ def small_model(architecture: Callable[..., PretrainedConfig], *, seed: int = 0,
     assert isinstance(model, PreTrainedModel)
     model.train(False)
     return model
+
+
+def learner_spec(folder: Path, *, settings: LearnerSettings, **fields: object) -> LearnerSpec:
+    """Of a learner over the model in `folder`/model, which is a tiny one unless there is one."""
+    if not (folder / "model").exists():
+        save_model(tiny_model(), tokenizer(), folder / "model")
+    spec = LearnerSpec(
+        model=folder / "model",
+        settings=settings,
+        hints=[POOL.ids(i) for i in range(len(POOL))],
+        kept=[0] * len(POOL),
+        threads=1,
+        device="cpu",
+        seed=0,
+        evidence_folder=folder,
+    )
+    return replace(spec, **fields)  # type: ignore[arg-type]
 
 
 def core(

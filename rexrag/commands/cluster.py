@@ -104,14 +104,14 @@ def board(
             raise RunFolderError(f"{path}: is no run folder and holds none; name one, such as runs/latest")
         for folder in folders:
             name = folder.resolve().name
-            if {",", ":"} & {*name, *str(folder.resolve())} and len(runs) + len(folders) > 2:
-                raise ConfigError(f"{folder}: TensorBoard cannot tell it apart, for its comma or colon; show it alone")
             known = found.setdefault(name, folder)
             if known.resolve() != folder.resolve():
                 raise ConfigError(f"{folder}: has the name of {known}; TensorBoard tells runs apart by theirs")
     logs = {name: str(RunFolder(folder).tensorboard) for name, folder in found.items()}
     if len(logs) == 1:
         where = ["--logdir", *logs.values()]
+    elif odd := next((path for name, path in logs.items() if {",", ":"} & {*name, *path}), None):
+        raise ConfigError(f"{odd}: TensorBoard cannot tell it apart, for its comma or colon; show it alone")
     else:
         where = ["--logdir_spec", ",".join(f"{name}:{path}" for name, path in logs.items())]
     words = [sys.executable, "-m", "tensorboard.main", *where, "--host", host, "--port", str(port)]

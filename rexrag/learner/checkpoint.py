@@ -157,14 +157,19 @@ def prune(folder: Path, *, keep_last: int, needed: Collection[Path]) -> list[Pat
     }
     deleted = [path for path in committed if path.name not in kept]
     for path in deleted:
-        (path / COMMIT).unlink()
-        sync_folder(path)
+        uncommit(path)
     newest = committed[-1].name if committed else ""
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         is_leftover = _NAME.fullmatch(path.name) and not (path / COMMIT).exists() and path.name < newest
         if is_leftover or _TEMPORARY.fullmatch(path.name):
             shutil.rmtree(path)
     return deleted
+
+
+def uncommit(folder: Path) -> None:
+    """Let a checkpoint count no more, durably, before what is in it is deleted."""
+    (folder / COMMIT).unlink()
+    sync_folder(folder)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

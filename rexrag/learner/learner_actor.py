@@ -135,7 +135,7 @@ class LearnerActor:
 
     def node_ids(self) -> list[str]:
         """Its node, then those of the other ranks: all have a place then."""
-        others = self._check(self._call_others("node_ids"))
+        others = _values_of(self._call_others("node_ids"))
         return [str(ray.get_runtime_context().get_node_id()), *(node for nodes in others for node in nodes)]
 
     def ready(self, meeting: Meeting | None = None) -> Loaded:
@@ -249,7 +249,7 @@ class LearnerActor:
         Raises:
             RexragError: another rank has failed, for which this one would wait.
         """
-        self._check(_ended(self._pending))
+        _values_of(_ended(self._pending))
         saved = 0 if self._saving is None else folder_bytes(self._saving)
         return 0 if self._core is None else self._core.num_passes, saved
 
@@ -259,10 +259,10 @@ class LearnerActor:
         self._pending = self._call_others("follow", name, argument)
         try:
             yield
-            self._check(self._pending)
+            _values_of(self._pending)
         except RuntimeError:
             # What one rank fails with the others see as a collective that does not come about.
-            self._check(_ended(self._pending, timeout_s=_LAST_WORDS_S))
+            _values_of(_ended(self._pending, timeout_s=_LAST_WORDS_S))
             raise
         finally:
             self._pending = []
@@ -286,25 +286,26 @@ class LearnerActor:
         """Where the other ranks find this one: nobody else's business where all are on this machine."""
         return LOOPBACK if len(set(self.node_ids())) == 1 else _own_address()
 
-    def _check(self, refs: Sequence[ObjectRef[T]]) -> list[T]:
-        """What other ranks came to; what one failed with is raised, before what the others have failed with for it."""
-        values, errors = [], list[RexragError]()
-        for ref in refs:
-            try:
-                values.append(ray.get(ref))
-            except RayTaskError as error:
-                known = error.cause if isinstance(error.cause, RexragError) else None
-                errors.append(known or RunFailure(f"a rank of the learner failed: {error.cause!r}"))
-            except RayActorError as error:
-                errors.append(PartDiedError(f"a rank of the learner died: {error}"))
-        if errors:
-            raise min(errors, key=lambda error: type(error) is RunFailure)
-        return values
-
 
 def _own_address() -> str:
     """Of this node, as Ray knows it."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _values_of(refs: Sequence[ObjectRef[T]]) -> list[T]:
+    """What other ranks came to; what one failed with is raised, before what the others have failed with for it."""
+    values, errors = [], list[RexragError]()
+    for ref in refs:
+        try:
+            values.append(ray.get(ref))
+        except RayTaskError as error:
+            known = error.cause if isinstance(error.cause, RexragError) else None
+            errors.append(known or RunFailure(f"a rank of the learner failed: {error.cause!r}"))
+        except RayActorError as error:
+            errors.append(PartDiedError(f"a rank of the learner died: {error}"))
+    if errors:
+        raise min(errors, key=lambda error: type(error) is RunFailure)
+    return values
 
 
 def _ended(refs: Sequence[ObjectRef[T]], *, timeout_s: float = 0.0) -> list[ObjectRef[T]]:

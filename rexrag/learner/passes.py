@@ -104,7 +104,6 @@ class Passes:
                 done.num_micro_batches += 1
                 done.num_packed_tokens += len(micro.token_ids)
                 done.num_row_tokens += micro.num_row_tokens
-            self.num_made += 1
             if not math.isfinite(done.loss):
                 break
         return self._of_all(done, rows=rows, indices=indices)
@@ -131,7 +130,6 @@ class Passes:
                 return self._loss.preserve * lost.sum() / num_tokens
 
             total += self._backward(micro, penalty)
-            self.num_made += 1
         done.preserve_cosine = join_gradients(parameters, objective=objective, ranks=self._ranks)
         done.preserve_loss = total
         done.loss += total
@@ -166,7 +164,9 @@ class Passes:
 
     def _backward(self, batch: PackedBatch, chunk_loss: ChunkLoss) -> float:
         with self._autocast():
-            return backward_in_chunks(self._model, batch, chunk_loss=chunk_loss, total_of=self._ranks.sum)
+            total = backward_in_chunks(self._model, batch, chunk_loss=chunk_loss, total_of=self._ranks.sum)
+        self.num_made += 1
+        return total
 
     def _of_all(self, done: Passed, *, rows: Sequence[PreparedRow], indices: Sequence[Sequence[int]]) -> Passed:
         """What all ranks have done; the loss is that already."""

@@ -76,7 +76,7 @@ class Ranks:
 
     def sum(self, value: float) -> float:
         """Sum of all ranks' values, in float64 and in their order."""
-        return sum(self.gather(value)) if self.num > 1 else value
+        return sum(self.gather(value))
 
     def norm(self, value: float) -> float:
         """Euclidean norm of what the ranks hold parts of, from that of each part."""

@@ -113,7 +113,7 @@ class LearnerCore:
         self._evidence_folder = evidence_folder
         wanted = settings.autocast
         device: Device = "cuda" if next(model.parameters()).device.type == "cuda" else "cpu"
-        fastest = {fastest_dtype(device)} if self._ranks.num == 1 else {*self._ranks.gather(fastest_dtype(device))}
+        fastest = self._ranks.gather(fastest_dtype(device))
         self.precision = wanted if wanted != "auto" else "float32" if "float32" in fastest else "bfloat16"
         self._success = INITIAL_SUCCESS
         self._bad_steps = 0
@@ -305,8 +305,7 @@ class LearnerCore:
         self._bad_steps = self._bad_steps + 1 if is_bad else 0
         if self._bad_steps < self._settings.max_bad_steps:
             return
-        path = self._evidence_folder
-        kept = f"the last batch is in {path}"
+        kept = "the first rank keeps the last batch"
         if self._ranks.is_first:
             try:
                 path = save_evidence(self._evidence_folder, batch=batch, loss=loss, grad_norm=grad_norm)

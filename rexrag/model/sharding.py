@@ -80,10 +80,9 @@ def gather_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Te
     """
     gathered = {}
     for name, tensor in tensors.items():
-        is_shard = isinstance(tensor, DTensor)
-        all_of_it = whole(tensor)
+        full = whole(tensor)
         if keep:
-            gathered[name] = all_of_it.detach().cpu() if is_shard else tensor
+            gathered[name] = tensor if full is tensor else full.detach().cpu()
     return gathered
 
 

@@ -39,7 +39,7 @@ from rexrag.run.autoscale import Autoscaler, StepLoad
 from rexrag.run.fleet import Fleet
 from rexrag.run.guard import WINDOW, Guard
 from rexrag.run.identity import note_precision
-from rexrag.run.remote import Handle, Ref, T, call, is_done, result_of, value_of
+from rexrag.run.remote import Handle, Ref, T, call, peek, value_of
 from rexrag.run.rewind import note_collapse
 from rexrag.run.supervisor import Supervisor
 from rexrag.run_folder import RunFolder, read_jsonl
@@ -48,7 +48,6 @@ from rexrag.types import EpisodeScore, Question, StepBatch, StepResult, WeightVe
 LOG = logging.getLogger(__name__)
 
 ASSIGN_POLL_S: Final = 2.0
-PROGRESS_WAIT_S: Final = 5.0
 MAX_EVAL_ATTEMPTS: Final = 3
 EVAL_PAUSE_S: Final = 1.0
 
@@ -330,9 +329,7 @@ class Controller:
         )
 
     def _learner_progress(self) -> object:
-        """As far as it tells at once; what it has failed with is raised."""
-        progress = ask_progress(self._learner)
-        return result_of(progress, what="the learner") if is_done(progress, timeout_s=PROGRESS_WAIT_S) else None
+        return peek(ask_progress(self._learner))
 
     def _wait(
         self, ref: Ref[T], *, what: str, progress: Callable[[], object] | None = None, interruptible: bool = False

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Final, Literal
 
 from rexrag.errors import CollapsedError, RunFailure, counted
-from rexrag.files import append_line, sync_folder
-from rexrag.learner.checkpoint import COMMIT
+from rexrag.files import append_line
+from rexrag.learner.checkpoint import uncommit
 from rexrag.run.guard import Trip
 from rexrag.run.identity import first_step_of, origin_of
 from rexrag.run.plan import TrainRequest
@@ -61,8 +61,7 @@ def go_back(request: TrainRequest, collapse: CollapsedError) -> TrainRequest:
     origin = None if good in committed else origin_of(run)[0]
     broken = [folder for step, folder in sorted(committed.items(), reverse=True) if step > good]
     for folder in broken:  # first none of them counts any more, the newest first, then what is in them goes
-        (folder / COMMIT).unlink()
-        sync_folder(folder)
+        uncommit(folder)
     for folder in broken:
         shutil.rmtree(folder)
     run.cut_after(good)

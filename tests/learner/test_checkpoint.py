@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from learner_builders import POOL, core, random_groups, solved_group, step_batch, tiny_model, tokenizer
+from learner_builders import core, learner_spec, random_groups, solved_group, step_batch, tiny_model, tokenizer
 from plain_settings import correction_settings, learner_settings, loss_settings, optimizer_settings, probe_settings
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from rexrag.errors import RunFailure, RunFolderError
 from rexrag.learner.checkpoint import COMMIT, list_checkpoints, load_checkpoint, prune, save_checkpoint
-from rexrag.learner.learner_actor import LearnerActor, LearnerSpec
+from rexrag.learner.learner_actor import LearnerActor
 from rexrag.learner.probe_filter import INITIAL_SUCCESS
 from rexrag.learner.step import LearnerCore, LearnerSettings
-from rexrag.model.saving import save_model
 from rexrag.model.weight_proof import bit_sum
 from rexrag.processes import Share
 
@@ -161,18 +160,7 @@ def exported(actor: LearnerActor) -> tuple[list[Any], Any]:
 
 
 def test_the_shell_trains_saves_and_goes_on(tmp_path: Path) -> None:
-    save_model(tiny_model(), tokenizer(), tmp_path / "model")
-    spec = LearnerSpec(
-        model=tmp_path / "model",
-        settings=SETTINGS,
-        hints=[POOL.ids(i) for i in range(len(POOL))],
-        kept=[0] * len(POOL),
-        threads=1,
-        device="cpu",
-        seed=0,
-        evidence_folder=tmp_path,
-        bucket_bytes=20_000,
-    )
+    spec = learner_spec(tmp_path, settings=SETTINGS, bucket_bytes=20_000)
     actor = LearnerActor(spec, share=Share(threads=1))
     loaded = actor.ready()
     assert actor.step(step_batch(random_groups())).updated

@@ -20,12 +20,12 @@ import torch.multiprocessing as mp
 from learner_builders import (
     POOL,
     core,
+    learner_spec,
     random_groups,
     small_model,
     solved_group,
     step_batch,
     tiny_model,
-    tokenizer,
 )
 from plain_settings import correction_settings, learner_settings, loss_settings, optimizer_settings, probe_settings
 from ray import ObjectRef
@@ -37,10 +37,9 @@ from transformers import PreTrainedModel, Qwen2Config
 import rexrag.metrics as keys
 from rexrag.errors import ModelError, PartDiedError
 from rexrag.learner.checkpoint import COMMIT, load_checkpoint
-from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, Published, start_export, start_learner
+from rexrag.learner.learner_actor import LearnerActor, Published, start_export, start_learner
 from rexrag.learner.ranks import LOOPBACK, Meeting, Ranks, join, open_meeting
 from rexrag.learner.step import LearnerCore
-from rexrag.model.saving import save_model
 from rexrag.model.sharding import shard_model
 from rexrag.processes import Share
 from rexrag.run.remote import call
@@ -196,22 +195,9 @@ Start = Callable[..., ActorHandle[LearnerActor]]
 
 @pytest.fixture
 def start(ray_session: None, tmp_path: Path) -> Start:
-    save_model(tiny_model(), tokenizer(), tmp_path / "model")
-
     def begin(**fields: object) -> ActorHandle[LearnerActor]:
-        spec = LearnerSpec(
-            model=tmp_path / "model",
-            settings=REX,
-            hints=[POOL.ids(i) for i in range(len(POOL))],
-            kept=[0] * len(POOL),
-            threads=1,
-            device="cpu",
-            seed=0,
-            evidence_folder=tmp_path,
-            canary=CANARY,
-            rank_timeout_s=BOUND_S,
-        )
-        learner = start_learner(replace(spec, **fields), share=Share(threads=1))  # type: ignore[arg-type]
+        spec = learner_spec(tmp_path, settings=REX, canary=CANARY, rank_timeout_s=BOUND_S, **fields)
+        learner = start_learner(spec, share=Share(threads=1))
         assert wait(call(learner, LearnerActor.ready)).num_buckets == 1
         return learner
 
@@ -242,20 +228,7 @@ def test_a_checkpoint_goes_from_some_ranks_to_others(start: Start, tmp_path: Pat
         name: moment.shape for name, moment in moments.items()
     }
     expected = one.step(batch(3))
-    alone = LearnerActor(
-        LearnerSpec(
-            model=saved,
-            settings=REX,
-            hints=[POOL.ids(i) for i in range(len(POOL))],
-            kept=[0] * len(POOL),
-            threads=1,
-            device="cpu",
-            seed=0,
-            evidence_folder=tmp_path,
-            checkpoint=saved,
-        ),
-        share=Share(threads=1),
-    )
+    alone = LearnerActor(learner_spec(tmp_path, settings=REX, model=saved, checkpoint=saved), share=Share(threads=1))
     alone.ready()
     assert_same_result(alone.step(batch(3)), expected)
     three = start(num_ranks=3, model=saved, checkpoint=saved)
@@ -288,17 +261,7 @@ def test_what_a_rank_fails_with_is_heard_before_its_collective_is_missed(ray_ses
         raise error
 
     remote: Any = ray.remote(num_cpus=0, max_retries=0)(fail)
-    spec = LearnerSpec(
-        model=tmp_path,
-        settings=REX,
-        hints=[],
-        kept=[],
-        threads=1,
-        device="cpu",
-        seed=0,
-        evidence_folder=tmp_path,
-        num_ranks=3,
-    )
+    spec = learner_spec(tmp_path, settings=REX, num_ranks=3)
     first = LearnerActor(spec, share=Share(threads=1))
     assert first.progress() == (0, 0), "it has nothing to wait for yet"
     first._pending = [remote.remote(RuntimeError("connection closed by peer")), remote.remote(ModelError("no model"))]
