@@ -207,6 +207,16 @@ class LearnerConfig(Section):
         le=1024,
         description="Processes that hold model, gradients and optimizer in shards (FSDP2), each with `num_gpus`.",
     )
+    lora: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Rank of the low-rank adapters that are trained in place of the weights, beside each linear layer "
+        "of the model's blocks; 0: the weights are.",
+    )
+    lora_alpha: int = Field(
+        32, ge=1, le=65536, description="What the adapters add is scaled by it, divided by their rank."
+    )
     autocast: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Precision of the linear layers; master weights are float32."
     )

@@ -16,7 +16,9 @@ _NO_CUT: Final = (
 )
 _NO_SAMPLING: Final = "there is none: training samples at 1 from the whole distribution, evaluation is greedy"
 _MICRO: Final = "it is `learner.micro_batch_tokens`, in tokens"
-_NO_OFFLOAD: Final = "there is none: `learner.num_ranks` shares weights and optimizer out over GPUs"
+_NO_OFFLOAD: Final = (
+    "there is none: `learner.num_ranks` shares weights and optimizer out over GPUs, `learner.lora` trains few of them"
+)
 _GPUS: Final = "it is `learner.num_ranks`, and `rollout.num_gpus` and `rollout.num_actors` for the actors' own GPUs"
 _CLOSE: Final = 0.9
 
@@ -33,6 +35,9 @@ FOREIGN_KEYS: Final[Mapping[str, str]] = MappingProxyType(
         "max_turns": "it is `env.max_turns`",
         "retriever.topk": "it is `env.top_k`",
         "actor_rollout_ref.model.path": "it is `model.path`",
+        "actor_rollout_ref.model.lora_rank": "it is `learner.lora`",
+        "actor_rollout_ref.model.lora_alpha": "it is `learner.lora_alpha`",
+        "actor_rollout_ref.model.target_modules": "there is none: always all linear layers of the blocks",
         "actor_rollout_ref.model.enable_gradient_checkpointing": "it is `learner.gradient_checkpointing`",
         f"{_ROLLOUT}.n": "it is `rollout.group_size`",
         f"{_ROLLOUT}.n_agent": "it is `rollout.group_size`",

@@ -2,6 +2,7 @@
 
     step-000020/
         model.safetensors, config.json, tokenizer files       loadable by transformers as they are
+        adapter/                                              where adapters are trained: they, in PEFT's format
         trainer/optimizer.safetensors, trainer/state.json     all that resuming bit for bit needs beside the weights
         COMMIT                                                size and SHA-256 of every other file, written last
 
@@ -26,10 +27,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rexrag.errors import RunFailure, RunFolderError
 from rexrag.files import sha256_file, sync_folder, write_atomic
 from rexrag.learner.trainer_state import TrainerState
+from rexrag.model.adapters import load_adapters, save_adapters
 
 COMMIT: Final = "COMMIT"
 _OPTIMIZER: Final = "trainer/optimizer.safetensors"
 _STATE: Final = "trainer/state.json"
+_ADAPTER: Final = "adapter"
 _RNG: Final = "rng"
 _OPTIMIZER_PREFIX: Final = "optimizer/"
 _PRESERVED_PREFIX: Final = "preserved/"
@@ -58,7 +61,7 @@ def save_checkpoint(
     a crashed attempt at the same step are replaced; a committed checkpoint of the step is left alone.
 
     Args:
-        weights: of the model by name, where it is in shards; None: its own.
+        weights: of the model by name, where it is in shards or has adapters; None: its own.
 
     Raises:
         RunFailure: the disk is full or broken; nothing of the attempt is left, and older checkpoints are as they were.
@@ -91,13 +94,15 @@ def _build(
     (temporary / "trainer").mkdir(parents=True)
     model.save_pretrained(temporary, max_shard_size=_MAX_SHARD, state_dict=weights)  # type: ignore[arg-type]
     tokenizer.save_pretrained(temporary)
+    if trainer_state.adapters:
+        save_adapters(temporary / _ADAPTER, model=model, tensors=trainer_state.adapters)
     _save_trainer(temporary, trainer_state)
     manifest = {}
     for path in _files(temporary):
         _sync_file(path)
         name = path.relative_to(temporary).as_posix()
         manifest[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    for inside in (temporary / "trainer", temporary):
+    for inside in (*(path for path in temporary.iterdir() if path.is_dir()), temporary):
         sync_folder(inside)
     temporary.rename(final)
     sync_folder(final.parent)
@@ -128,6 +133,7 @@ def load_checkpoint(folder: Path, *, verify: bool = True) -> TrainerState:
             mean_tokens=state["mean_tokens"],
             branch_counts=[(turn, token, seen, forked) for turn, token, seen, forked in state["branch_counts"]],
             optimizer=_part(tensors, _OPTIMIZER_PREFIX),
+            adapters=load_adapters(folder / _ADAPTER),
             preserved=_part(tensors, _PRESERVED_PREFIX),
             rng=tensors[_RNG],
         )

@@ -26,6 +26,7 @@ from rexrag.hints import HintPool
 from rexrag.learner.checkpoint import load_checkpoint, save_checkpoint
 from rexrag.learner.ranks import LOOPBACK, Meeting, Ranks, join, open_meeting
 from rexrag.learner.step import LearnerCore, LearnerSettings
+from rexrag.model.adapters import AdapterSettings, add_adapters, check_base
 from rexrag.model.loading import Device, load_model, load_tokenizer
 from rexrag.model.sharding import shard_model
 from rexrag.model.weight_proof import (
@@ -59,7 +60,8 @@ class LearnerSpec:
         seed: of torch's generator, where no checkpoint sets it.
         evidence_folder: where a run that fails on non-finite values leaves its last batch.
         checkpoint: folder to go on from; None begins at step 0.
-        reference: folder of the reference model, needed where `loss.kl_coef` is above 0.
+        adapters: to train in place of the weights of `model`, which a checkpoint does not replace then.
+        reference: folder of the reference model, needed where `loss.kl_coef` is above 0 and there are no adapters.
         canary: prompts by whose log-probs engines prove that they hold what was exported.
         log_file: the run's `log.jsonl`.
         num_ranks: processes that hold the model together; each has the actor's share.
@@ -76,6 +78,7 @@ class LearnerSpec:
     seed: int
     evidence_folder: Path
     checkpoint: Path | None = None
+    adapters: AdapterSettings | None = None
     reference: Path | None = None
     canary: Canary = ()
     log_file: Path | None = None
@@ -169,7 +172,7 @@ class LearnerActor:
             resumed = load_checkpoint(spec.checkpoint, verify=self._rank == 0)
         self._tokenizer = load_tokenizer(spec.model)
         core = LearnerCore(
-            self._placed(load_model(spec.checkpoint or spec.model, dtype="float32")),
+            self._placed(self._policy()),
             settings=spec.settings,
             hints=HintPool(spec.hints, kept=spec.kept),
             evidence_folder=spec.evidence_folder,
@@ -186,6 +189,16 @@ class LearnerActor:
     def _ready_core(self) -> LearnerCore:
         assert self._core is not None, "it is ready"
         return self._core
+
+    def _policy(self) -> PreTrainedModel:
+        spec = self._spec
+        if spec.adapters is None:
+            return load_model(spec.checkpoint or spec.model, dtype="float32")
+        model = load_model(spec.model, dtype="float32")
+        if spec.checkpoint is not None:
+            check_base(model, spec.checkpoint)
+        add_adapters(model, spec.adapters)
+        return model
 
     def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
         device = torch.device(self._spec.device)

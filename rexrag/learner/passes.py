@@ -23,6 +23,7 @@ from rexrag.learner.prepared_step import PreparedRow
 from rexrag.learner.preserving import PreservedRow, decrease_penalty, join_gradients, pack_rows, take_gradients
 from rexrag.learner.ranks import Ranks
 from rexrag.learner.token_metrics import TokenRecord
+from rexrag.model.adapters import without_adapters
 from rexrag.model.logprobs import ChunkLoss, backward_in_chunks, token_logprobs
 from rexrag.model.packing import PackedBatch, PackRow, pack
 from rexrag.model.weight_proof import Canary, Precision
@@ -189,10 +190,13 @@ class Passes:
         )
 
     def _reference_logprob(self, micro: PackedBatch) -> Tensor | None:
-        if self._reference is None:
+        if not self._loss.kl_coef:
             return None
         with self._autocast():
-            return token_logprobs(self._reference, micro)
+            if self._reference is not None:
+                return token_logprobs(self._reference, micro)
+            with without_adapters(self._model):
+                return token_logprobs(self._model, micro)
 
     def _proximal_logprob(self, micro: PackedBatch) -> Tensor | None:
         """Where one staleness weight is the product over a row, it must be known before the backward pass."""

@@ -38,6 +38,7 @@ from rexrag.learner.ranks import Ranks
 from rexrag.learner.samples import pick_samples
 from rexrag.learner.step_metrics import StepReport, step_metrics
 from rexrag.learner.trainer_state import TrainerState
+from rexrag.model.adapters import adapter_tensors, full_weight, has_adapters, narrow_frozen, own_names, set_adapters
 from rexrag.model.comparison import prepare_model
 from rexrag.model.loading import Device, fastest_dtype
 from rexrag.model.sharding import gather_tensors
@@ -95,16 +96,21 @@ class LearnerCore:
     ) -> None:
         """
         Args:
-            model: float32; its attention is replaced by the packed one.
+            model: float32; its attention is replaced by the packed one. Where it has adapters, these alone are trained.
             evidence_folder: where the batch of a run that fails on non-finite values is written.
-            reference: π_ref of the KL term, needed where `loss.kl_coef` is above 0.
+            reference: π_ref of the KL term, needed where `loss.kl_coef` is above 0; with adapters it is the model
+                without them, and must be None.
             ranks: those that hold both models in shards; None: this process has them alone.
 
         Raises:
             ModelError: an architecture whose log-probs packed passes do not reproduce.
         """
-        if (settings.loss.kl_coef > 0.0) != (reference is not None):
-            raise ValueError(f"loss.kl_coef is {settings.loss.kl_coef}: above 0 it needs a reference model, at 0 none")
+        adapted = has_adapters(model)
+        if (settings.loss.kl_coef > 0.0 and not adapted) != (reference is not None):
+            raise ValueError(
+                f"loss.kl_coef is {settings.loss.kl_coef}: above 0 it needs a reference model, "
+                "at 0 and with adapters none"
+            )
         self.model = model
         self.num_steps = 0
         self._settings = settings
@@ -123,6 +129,9 @@ class LearnerCore:
         for network in (model, reference):
             if network is not None:
                 prepare_model(network, length=settings.max_length)
+        # Of a model in shards the weights are float32: what one holds at once is little.
+        if adapted and self.precision == "bfloat16" and self._ranks.num == 1:
+            narrow_frozen(model, torch.bfloat16)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable()
             model.train()
@@ -206,8 +215,9 @@ class LearnerCore:
 
     @property
     def weight_sizes(self) -> dict[str, int]:
-        """Bytes of each parameter by its name, a tied head once."""
-        return {name: parameter.nbytes for name, parameter in self.model.named_parameters()}
+        """Bytes, in float32, of each of the model's weights by its name, a tied head once."""
+        float32 = torch.float32.itemsize
+        return {name: float32 * self.model.get_parameter(own).numel() for name, own in own_names(self.model).items()}
 
     def export_weights(self, names: Iterable[str], *, dtype: Precision) -> dict[str, npt.NDArray[np.generic]]:
         """Arrays by parameter name; bfloat16 as its bits in uint16. Of several ranks the first has them, others none.
@@ -215,15 +225,19 @@ class LearnerCore:
         On CPU float32 arrays are views of the weights, which the next step changes: copy or publish them first.
         """
         narrow = getattr(torch, dtype)
-        parts = {name: self.model.get_parameter(name).detach().to(narrow) for name in names}
+        own = own_names(self.model)
+        parts = {name: full_weight(self.model, own[name]).to(narrow) for name in names}
         tensors = gather_tensors(parts, keep=self._ranks.is_first)
         return {name: _as_numpy(tensor) for name, tensor in tensors.items()}
 
     def stored_weights(self) -> dict[str, Tensor] | None:
-        """What a checkpoint stores of a model in shards, on the first rank; None: the model's own tensors."""
-        if self._ranks.num == 1:
+        """What a checkpoint stores of a model in shards or with adapters, on the first rank; None: its own tensors."""
+        if self._ranks.num == 1 and not has_adapters(self.model):
             return None
-        return gather_tensors(dict(self.model.named_parameters()), keep=self._ranks.is_first)
+        weights: dict[str, Tensor] = {}
+        for name, own in own_names(self.model).items():
+            weights |= gather_tensors({name: full_weight(self.model, own).float()}, keep=self._ranks.is_first)
+        return weights
 
     def score(self, sequences: Canary) -> tuple[FloatArray, ...]:
         """Log-probs of each sequence's tokens from the second on, under the current weights."""
@@ -243,12 +257,14 @@ class LearnerCore:
             mean_tokens=self._mean_tokens,
             branch_counts=self._rates.table(),
             optimizer=gather_tensors(self._optimizer.state(), keep=self._ranks.is_first),
+            adapters=gather_tensors(adapter_tensors(self.model), keep=self._ranks.is_first),
             preserved=self._preserving.tensors(),
             rng=torch.get_rng_state(),
         )
 
     def load_trainer_state(self, state: TrainerState) -> None:
-        """Go on where `trainer_state` was taken; the model's weights are loaded apart from it."""
+        """Go on where `trainer_state` was taken; the model's weights are loaded apart from it, adapters are in it."""
+        set_adapters(self.model, state.adapters)
         self._optimizer.load_state(state.optimizer, num_updates=state.num_updates)
         self.num_steps = state.step
         self._success = state.success

@@ -21,6 +21,7 @@ class TrainerState:
         num_solved: solved groups that the preserving set has seen; preserved: its rows.
         branch_counts: (turn, token, seen, forked) of §4's φ.
         optimizer: moments by `<moment>/<parameter>`.
+        adapters: as PEFT's files name them; empty where the weights themselves are trained.
         rng: state of torch's CPU generator.
     """
 
@@ -32,5 +33,6 @@ class TrainerState:
     mean_tokens: float | None
     branch_counts: Sequence[tuple[int, int, float, float]]
     optimizer: Mapping[str, Tensor]
+    adapters: Mapping[str, Tensor]
     preserved: Mapping[str, Tensor]
     rng: Tensor

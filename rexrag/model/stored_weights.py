@@ -15,6 +15,7 @@ from rexrag.errors import ModelError, counted
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+ADAPTER: Final = "adapter_config.json"
 _FLOATS: Final = ("F64", "F32", "F16", "BF16")
 _LFS_MARK: Final = b"version https://git-lfs"
 _MAX_HEADER_BYTES: Final = 100_000_000
@@ -61,14 +62,16 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    if (folder / ADAPTER).exists():  # transformers would put it over the weights, or fetch those that it names
+        raise ModelError(
+            f"{folder} has an adapter ({ADAPTER}): merge it into its model (PEFT's merge_and_unload), or remove that "
+            "file if the weights are meant without it"
+        )
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        adapter = (
-            " (it has an adapter: merge it into its model first)" if (folder / "adapter_config.json").exists() else ""
-        )
         raise ModelError(
-            f"no model could be loaded from {folder}: it has no {WEIGHTS}{adapter}; name a folder with config.json, "
+            f"no model could be loaded from {folder}: it has no {WEIGHTS}; name a folder with config.json, "
             "safetensors and tokenizer.json"
         )
     try:

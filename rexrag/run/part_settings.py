@@ -16,6 +16,7 @@ from rexrag.learner.loss import LossSettings
 from rexrag.learner.mixture_weights import ProbeSettings
 from rexrag.learner.optimizer import OptimizerSettings
 from rexrag.learner.step import LearnerSettings
+from rexrag.model.adapters import AdapterSettings
 from rexrag.model.loading import Device
 from rexrag.retrieval.settings import RetrieverSettings, SearchActorSettings
 from rexrag.run.controller import LoopSettings
@@ -115,6 +116,12 @@ def learner_settings(config: Config, *, rate_factor: float = 1.0) -> LearnerSett
         max_staleness=config.replay.max_staleness,
         max_length=config.env.max_trajectory_tokens,
     )
+
+
+def adapter_settings(config: Config) -> AdapterSettings | None:
+    """Those of the adapters that are trained in place of the weights; None: the weights are."""
+    learner = config.learner
+    return AdapterSettings(rank=learner.lora, alpha=learner.lora_alpha) if learner.lora else None
 
 
 def replay_settings(

@@ -72,6 +72,8 @@ FREE: Final = (
     "learner.max_bad_steps",
 )
 """Settings that a resume may change, beside [eval]: none changes what a step is meant to compute."""
+ADAPTED: Final = ("model.path", "learner.lora", "learner.lora_alpha")
+"""Settings that a checkpoint with adapters cannot go on without."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +275,7 @@ def _plan_from_checkpoint(
     if step == max(source.committed_checkpoints()) and (run_dir is None or run_dir.resolve() == source.root):
         return _plan_resume(source, recipe=None, overrides=overrides)
     loaded = _without_prepare(load_recipe(source.config, overrides=overrides))
+    _refuse_other_adapters(load_recipe(source.config).config, loaded)
     loaded = replace(loaded, name=source.record().recipe)
     check_runnable(loaded)
     if loaded.config.train.steps < step:
@@ -291,6 +294,21 @@ def _plan_from_checkpoint(
         checkpoint=checkpoint.resolve(),
         unnamed=loaded if run_dir is None else None,
     )
+
+
+def _refuse_other_adapters(stored: Config, wanted: Recipe) -> None:
+    """Adapters go on over the model that they are of; without them a checkpoint's weights are all there is."""
+    if not (stored.learner.lora or wanted.config.learner.lora):
+        return
+    old, new = flatten(stored), flatten(wanted.config)
+    changed = [
+        f"{key} = {new[key]!r}: the checkpoint's run has {old[key]!r}" for key in ADAPTED if old[key] != new[key]
+    ]
+    if changed:
+        raise ConfigError(
+            "\n".join(changed) + "\nWhat is trained stays: leave these keys as they are, or start a new run with "
+            "model.path = the checkpoint."
+        )
 
 
 def _run_and_step(checkpoint: Path) -> tuple[RunFolder, int]:

@@ -44,6 +44,7 @@ from rexrag.run.inputs import Inputs, model_path_of, read_inputs
 from rexrag.run.layout import Layout, plan_machine
 from rexrag.run.nodes import probe_paths, wait_for_layout
 from rexrag.run.part_settings import (
+    adapter_settings,
     device_of,
     learner_settings,
     loop_settings,
@@ -321,7 +322,7 @@ def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> L
     assert config.model.path is not None, "the recipe was checked: a run has a model"
     device = device_of(layout.learner.gpus)
     return LearnerSpec(
-        model=Path(config.model.path) if request.checkpoint is None else request.checkpoint,
+        model=Path(config.model.path) if request.checkpoint is None or config.learner.lora else request.checkpoint,
         settings=learner_settings(config, rate_factor=rate_factor(request.run)),
         device=device,
         hints=[inputs.hints.ids(index) for index in range(len(inputs.hints))],
@@ -330,7 +331,8 @@ def _learner_spec(request: TrainRequest, *, layout: Layout, inputs: Inputs) -> L
         seed=config.train.seed,
         evidence_folder=request.run.root,
         checkpoint=request.checkpoint,
-        reference=Path(config.model.path) if config.loss.kl_coef > 0 else None,
+        adapters=adapter_settings(config),
+        reference=Path(config.model.path) if config.loss.kl_coef > 0 and not config.learner.lora else None,
         canary=inputs.canary,
         log_file=request.run.log,
         num_ranks=config.learner.num_ranks,

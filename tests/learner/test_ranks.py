@@ -40,6 +40,7 @@ from rexrag.learner.checkpoint import COMMIT, load_checkpoint
 from rexrag.learner.learner_actor import LearnerActor, Published, start_export, start_learner
 from rexrag.learner.ranks import LOOPBACK, Meeting, Ranks, join, open_meeting
 from rexrag.learner.step import LearnerCore
+from rexrag.model.adapters import AdapterSettings, add_adapters
 from rexrag.model.sharding import shard_model
 from rexrag.processes import Share
 from rexrag.run.remote import call
@@ -65,7 +66,15 @@ EXACT: Final = replace(
     gradient_checkpointing=True,
 )
 WITH_KL: Final = learner_settings(optimizer=OPTIMIZER, loss=loss_settings(kl_coef=0.1), micro_batch_tokens=40)
-CASES: Final = {"rex": REX, "exact, activations made again": EXACT, "token, with KL, untied": WITH_KL}
+CASES: Final = {
+    "rex": REX,
+    "exact, activations made again": EXACT,
+    "token, with KL, untied": WITH_KL,
+    "adapters, with KL, activations made again": replace(
+        REX, loss=replace(REX.loss, kl_coef=0.1), gradient_checkpointing=True
+    ),
+}
+ADAPTERS: Final = AdapterSettings(rank=2, alpha=32)
 NUM_STEPS: Final = 4
 BROKEN_STEP: Final = 3
 UNEQUAL_BY_NATURE: Final = {keys.TIME_STEP, keys.TIME_UPDATE, keys.LEARNER_TOKENS_PER_S}
@@ -75,8 +84,16 @@ BY_PACKING: Final = {keys.LEARNER_MICRO_BATCHES, keys.LEARNER_SHARED_SHARE}
 def model_of(case: str) -> PreTrainedModel:
     """With a tied head, or as larger models are: one of its own, biases in attention."""
     if "untied" not in case:
-        return tiny_model()
+        model = tiny_model()
+        if "adapters" in case:
+            add_adapters(model, ADAPTERS)
+        return model
     return small_model(Qwen2Config, max_position_embeddings=256, tie_word_embeddings=False)
+
+
+def needs_reference(case: str) -> bool:
+    """With adapters it is the model without them."""
+    return "KL" in case and "adapters" not in case
 
 
 def batch(step: int) -> StepBatch:
@@ -145,7 +162,7 @@ def run_rank(rank: int, meeting: Meeting, folder: Path) -> None:
             settings=settings,
             hints=POOL,
             evidence_folder=folder,
-            reference=sharded(model_of(name)) if settings.loss.kl_coef else None,
+            reference=sharded(model_of(name)) if needs_reference(name) else None,
             ranks=ranks,
         )
         held = sum(shard.nbytes for shard in map(local_of, learner.model.parameters()))
@@ -176,7 +193,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Outcome
 def test_two_ranks_do_as_one(case: str, outcomes: list[dict[str, Outcome]], tmp_path: Path) -> None:
     """In the third step a pass of the second rank alone is not finite: all skip it, and the fourth is as it should."""
     settings = CASES[case]
-    reference = model_of(case) if settings.loss.kl_coef else None
+    reference = model_of(case) if needs_reference(case) else None
     one = core(tmp_path, settings=settings, model=model_of(case), reference=reference)
     expected, first, second = outcome_of(one, breaks=True), outcomes[0][case], outcomes[1][case]
     assert [result.updated for result in first.results] == [True, True, False, True]

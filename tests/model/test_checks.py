@@ -122,6 +122,10 @@ def adapter_alone(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
+def adapter_beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+
+
 def quantized(method: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         change_json(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
@@ -141,7 +145,8 @@ BROKEN_WEIGHTS: list[tuple[Callable[[Path], None], str]] = [
     (empty, r"\(0 bytes\)"),
     (lfs_pointer, r"Git LFS pointer.*git lfs pull"),
     (missing_shard, r"lacks 1 of 2 files of its weights, such as model-00002"),
-    (adapter_alone, r"merge it into its model"),
+    (adapter_alone, r"has an adapter.*merge it into its model"),
+    (adapter_beside, r"has an adapter.*or remove that file"),
     *((quantized(method), f"is quantised.*{method}") for method in ("bitsandbytes", "gptq", "awq", "fp8")),
 ]  # fmt: skip
 
@@ -256,7 +261,7 @@ def test_invalid_generation_settings_do_not_keep_a_model_from_being_saved(
     assert "generation_config.json is invalid" in caplog.text
     state = TrainerState(
         step=1, num_updates=0, success=0.1, bad_steps=0, num_solved=0, mean_tokens=None, branch_counts=[],
-        optimizer={}, preserved={}, rng=torch.get_rng_state(),
+        optimizer={}, adapters={}, preserved={}, rng=torch.get_rng_state(),
     )  # fmt: skip
     saved = save_checkpoint(tmp_path, model=model, tokenizer=TOKENIZER, trainer_state=state)
     assert load_codec(saved).eos_ids == {2, 7}

@@ -200,6 +200,25 @@ def test_a_fork_that_is_resumed_before_its_first_checkpoint_begins_where_it_bega
         assert request.checkpoint == own, "where it began is needed no more"
 
 
+def test_a_fork_keeps_what_is_trained_where_that_is_adapters(recipe: Path, tmp_path: Path) -> None:
+    root, full = tmp_path / "run", tmp_path / "full"
+    train_to(plan(recipe, "learner.lora=8", run_dir=root), 4, 8, interrupt=True)
+    train_to(plan(recipe, run_dir=full), 4, 8, interrupt=True)
+    older, other = (str(folder / "checkpoints" / "step-000004") for folder in (root, full))
+    assert plan(None, "optimizer.learning_rate=1e-3", resume=older).recipe.config.learner.lora == 8
+    for checkpoint, words, message in [
+        (older, ["learner.lora=0"], "learner.lora = 0: the checkpoint's run has 8"),
+        (older, ["learner.lora_alpha=8"], "learner.lora_alpha = 8: the checkpoint's run has 32"),
+        (older, ["model.path=other"], "model.path = '.*other': the checkpoint's run has '.*warmstart'"),
+        (other, ["learner.lora=8"], "learner.lora = 8: the checkpoint's run has 0"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            plan(None, *words, resume=checkpoint)
+    assert plan(None, "model.path=other", resume=other).is_new
+    with pytest.raises(ConfigError, match=r"learner\.lora = 16 .*: the run has 8"):
+        plan(None, "learner.lora=16", run_dir=root)
+
+
 def test_a_run_is_resumed_from_a_recipe_that_is_unpacked_elsewhere(tmp_path: Path) -> None:
     """As a job's working directory is: what lies beside the recipe is the same, its place is not."""
     for place in ("first", "second"):
