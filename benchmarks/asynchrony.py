@@ -26,10 +26,10 @@ from typing import Final
 from machine import origin
 
 from rexrag import metrics as keys
+from rexrag.files import read_jsonl
 from rexrag.preparation.prepare import prepare
 from rexrag.recipe import Recipe, flatten, load_recipe, make_config, prepared_values, resolved_toml
 from rexrag.reporting.terminal import Progress
-from rexrag.run_folder import read_jsonl
 
 RECIPE: Final = Path(__file__).resolve().parents[1] / "recipes" / "synthetic.toml"
 STALENESS: Final = (0, 1, 2, 4)

@@ -44,11 +44,10 @@ from estimators_tables import (
 )
 from machine import commit, machine
 
-from rexrag.files import write_atomic
+from rexrag.files import read_jsonl, write_atomic
 from rexrag.preparation.prepare import prepare
 from rexrag.recipe import Recipe, flatten, load_recipe, make_config, prepared_values, resolved_toml
 from rexrag.reporting.terminal import Progress
-from rexrag.run_folder import read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)

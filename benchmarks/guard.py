@@ -14,8 +14,8 @@ from pathlib import Path
 
 from machine import commit
 
+from rexrag.files import read_jsonl
 from rexrag.run.guard import Guard
-from rexrag.run_folder import read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 from estimators import think_of
 from machine import origin
 
+from rexrag.files import read_jsonl
 from rexrag.recipe import load_recipe
-from rexrag.run_folder import RunFolder, read_jsonl
+from rexrag.run_folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)

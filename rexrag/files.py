@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 _HASH_BLOCK_BYTES: Final = 1 << 20
+_TEMPORARY: Final = re.compile(r"\..+\.\d+-[0-9a-f]+\.tmp")
+"""Names that `write_atomic` gives."""
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -58,6 +62,11 @@ def append_line(path: Path, text: str) -> None:
             os.close(descriptor)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what `write_atomic` leaves where it is killed."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def _write_atomic(path: Path, data: bytes | str) -> None:
     content = data.encode("utf-8") if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -90,6 +99,19 @@ def lines_of(text: str) -> list[str]:
     """
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a jsonl file of our own; a torn last line is left out, no file is no line."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in lines_of(path.read_text(encoding="utf-8", errors="replace")):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
 
 
 def sync_folder(folder: Path) -> None:

@@ -211,11 +211,18 @@ def _resolve_paths(key: str, value: object, *, base: Path) -> object:
     if not value.strip():
         raise ConfigError(f'{key} = "{value}": names no path; name one, or leave the key out.')
     path = (base / Path(value).expanduser()).resolve()
-    if key.startswith("data.") and has_magic(value):
-        return [str(file.resolve()) for file in matching_files(value, base=base)]
+    if key.startswith("data."):
+        if has_magic(value):
+            return [str(_located(file)) for file in matching_files(value, base=base)]
+        return str(_located(base / Path(value).expanduser()))
     if key == "model.path" and not value.startswith((".", "/", "~")) and not path.exists():
         return value  # a hub id
     return str(path)
+
+
+def _located(file: Path) -> Path:
+    """Where a data file is, by its own name: that of the file behind a link may say nothing of its source."""
+    return file.parent.resolve() / file.name
 
 
 def _explain(problem: Mapping[str, object], *, sources: Mapping[str, str]) -> str:

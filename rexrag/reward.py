@@ -42,15 +42,20 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, golds: Sequence[str]) -> float:
-    """1.0 if the prediction equals any gold answer after normalisation, else 0.0."""
+    """1.0 if the prediction equals any gold answer after normalisation, else 0.0.
+
+    Of a gold answer that normalisation leaves nothing of, such as the letter A, the text itself is compared.
+    """
     normalized = normalize_answer(prediction)
-    return float(any(normalized == normalize_answer(gold) for gold in golds))
+    return float(
+        any(normalized == kept if (kept := normalize_answer(gold)) else _alike(prediction, gold) for gold in golds)
+    )
 
 
 def f1_score(prediction: str, golds: Sequence[str]) -> float:
-    """F1 of the bags of normalised words, best gold answer, in [0, 1]. Two texts without words are equal."""
+    """F1 of the bags of normalised words, best gold answer, in [0, 1]; of a gold answer without words, EM."""
     words = normalize_answer(prediction).split()
-    return max((_word_f1(words, normalize_answer(gold).split()) for gold in golds), default=0.0)
+    return max((_word_f1(words, gold, prediction=prediction) for gold in golds), default=0.0)
 
 
 def is_correct(em: float, f1: float, kind: str) -> bool:
@@ -87,9 +92,14 @@ def load_reward(kind: str, *, format_weight: float = 0.0, never_negative: bool =
     raise ConfigError(f"reward.kind = {kind!r} is unknown; it is em, f1, em + format, or module:function")
 
 
-def _word_f1(words: Sequence[str], gold_words: Sequence[str]) -> float:
-    if not words or not gold_words:
-        return float(words == gold_words)
+def _alike(prediction: str, gold: str) -> bool:
+    return prediction.strip().casefold() == gold.strip().casefold()
+
+
+def _word_f1(words: Sequence[str], gold: str, *, prediction: str) -> float:
+    gold_words = normalize_answer(gold).split()
+    if not gold_words:
+        return float(_alike(prediction, gold))
     num_common = (Counter(words) & Counter(gold_words)).total()
     return 2 * num_common / (len(words) + len(gold_words))
 

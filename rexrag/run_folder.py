@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 from rexrag.errors import Interrupted, ModelError, RunFolderError
-from rexrag.files import lines_of, naming, write_atomic
+from rexrag.files import is_temporary, lines_of, naming, read_jsonl, write_atomic
 
 LOG = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class RunFolder:
         others = [
             path
             for path in self.root.iterdir()
-            if not (path in own or path.suffix == ".tmp" or (path in skeleton and not any(path.iterdir())))
+            if not (path in own or is_temporary(path) or (path in skeleton and not any(path.iterdir())))
         ]
         if others and not self.is_run(self.root):
             raise RunFolderError(f"run folder {self.root}: is not empty and holds no run; name another --run-dir.")
@@ -183,13 +183,15 @@ class RunFolder:
     def best_checkpoint(self) -> Path:
         """The checkpoint with the highest EM on dev (the later one of equals), else the last.
 
+        Evaluations of another number of questions than the newest one's, from before a resume, are passed over.
+
         Raises:
             RunFolderError: the run has no committed checkpoint.
         """
         committed = self.committed_checkpoints()
         if not committed:
             raise RunFolderError(f"run {self.root}: has no checkpoint yet; wait for one, or name a model folder.")
-        scores = {line["step"]: line["em"] for line in read_jsonl(self.eval) if line.get("split") == "dev"}
+        scores = {line["step"]: line["em"] for line in comparable(read_jsonl(self.eval), split="dev")}
         scored = [(scores[step], step) for step in committed if step in scores]
         return committed[max(scored)[1] if scored else max(committed)]
 
@@ -357,17 +359,10 @@ def run_of(path: Path) -> RunFolder | None:
     return None
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's own jsonl file; a torn last line is left out, no file is no line."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in lines_of(path.read_text(encoding="utf-8", errors="replace")):
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+def comparable(evaluations: Sequence[dict[str, Any]], *, split: str) -> list[dict[str, Any]]:
+    """The evaluations of a split, of as many questions as the newest: `eval.max_questions` may change on a resume."""
+    lines = [line for line in evaluations if line.get("split") == split]
+    return [line for line in lines if line["n"] == lines[-1]["n"]]
 
 
 def _step_of(line: str) -> float:

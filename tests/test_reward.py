@@ -33,6 +33,15 @@ def test_any_gold_answer_matches() -> None:
     assert exact_match("Paris", []) == 0.0
 
 
+def test_a_gold_answer_without_words_is_compared_as_it_stands() -> None:
+    """An article by itself, or a sign: no other text that normalisation leaves nothing of is the same."""
+    for gold, right, wrong in [("A", "a ", "."), ("?", "?", "the"), ("The The", "the the", "")]:
+        for score in (exact_match, f1_score):
+            assert score(right, [gold]) == 1.0
+            assert score(wrong, [gold]) == 0.0
+    assert exact_match("the", ["A", "the"]) == 1.0
+
+
 def test_f1_by_hand() -> None:
     # words {george, washington} against {george, w, bush}: 1 common of 2 and 3
     assert f1_score("George Washington", ["George W. Bush"]) == pytest.approx(2 * 1 / 5)

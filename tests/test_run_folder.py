@@ -13,12 +13,12 @@ import pytest
 
 import rexrag.run_folder
 from rexrag.errors import Interrupted, ModelError, RunFailure, RunFolderError
+from rexrag.files import read_jsonl
 from rexrag.run.plan import link_latest
 from rexrag.run_folder import (
     RunFolder,
     claim,
     new_run_path,
-    read_jsonl,
     resolve_model_or_run,
     run_of,
 )
@@ -138,6 +138,10 @@ def test_a_start_that_died_before_run_json_leaves_a_folder_that_can_be_begun(tmp
             (root / name).rmdir() if (root / name).is_dir() else (root / name).unlink()
         with make_run(root) as run:
             assert run.record().starts == 1
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.tmp").touch()
+    with pytest.raises(RunFolderError, match="not empty and holds no run"):
+        make_run(tmp_path / "mine")
     (whole / "run.json").unlink()
     (whole / "buffer" / "segment-000001.log").touch()
     with pytest.raises(RunFolderError, match="not empty and holds no run"):
@@ -236,9 +240,12 @@ def test_best_is_by_dev_among_what_is_there_else_the_last(tmp_path: Path) -> Non
         commit(run, step)
     assert run.best_checkpoint().name == "step-000012"
     append(run.eval, {"split": "test", "step": 12, "em": 1.0})
-    append(run.eval, {"split": "dev", "step": 0, "em": 0.9}, {"split": "dev", "step": 4, "em": 0.5})
-    append(run.eval, {"split": "dev", "step": 8, "em": 0.5}, {"split": "dev", "step": 12, "em": 0.4})
+    append(run.eval, {"split": "dev", "step": 0, "em": 0.9, "n": 9}, {"split": "dev", "step": 4, "em": 0.5, "n": 9})
+    append(run.eval, {"split": "dev", "step": 8, "em": 0.5, "n": 9}, {"split": "dev", "step": 12, "em": 0.4, "n": 9})
     assert run.best_checkpoint().name == "step-000008"
+    commit(run, 16)
+    append(run.eval, {"split": "dev", "step": 16, "em": 0.3, "n": 200})
+    assert run.best_checkpoint().name == "step-000016", "of other questions than before"
 
 
 def test_names_of_models_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

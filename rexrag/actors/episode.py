@@ -237,13 +237,14 @@ class Episode:
             draft.search_s += time.monotonic() - began
         self._parts.searches.empty += not passages
         codec = self._parts.codec
-        ids = render_observation(passages, codec=codec, max_tokens=settings.max_observation_tokens)
+        ids, num_shown = render_observation(passages, codec=codec, max_tokens=settings.max_observation_tokens)
         end_reason = self._append_env(draft, ids)
         if end_reason is None:
             draft.num_searches += 1
             if draft.gold_hits is not None:
                 shown = codec.decode(ids)
-                draft.gold_hits.append(self._parts.scorer.shows_gold(self.question, passages=passages, shown=shown))
+                is_gold = self._parts.scorer.shows_gold(self.question, passages=passages[:num_shown], shown=shown)
+                draft.gold_hits.append(is_gold)
         return end_reason
 
     def _append_env(self, draft: Draft, ids: list[int]) -> EndReason | None:

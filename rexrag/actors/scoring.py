@@ -55,7 +55,7 @@ class Scorer:
         return Scores(reward=reward, em=em, f1=f1, correct=is_correct(em, f1, self._kind))
 
     def shows_gold(self, question: Question, *, passages: Sequence[Passage], shown: str) -> bool:
-        """Whether a gold passage was retrieved, or without ids a gold answer stands in the shown text.
+        """Whether a gold passage is among those shown, or without ids a gold answer stands in the shown text.
 
         Answers are compared as whole normalised words, so that "Oman" is not found in "Romania"; scripts without
         spaces have none.

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from glob import has_magic
+from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
@@ -20,6 +21,8 @@ FileFormat = Literal["jsonl", "array", "objects", "parquet"]
 _HEAD_BYTES: Final = 1 << 16
 _LINES_LOOKED_AT: Final = 8
 _SHOWN_FILES: Final = 5
+_LOOKED_AT: Final = 2000
+"""Entries of a folder that was named in place of a file: the tree below it may be a whole disk."""
 
 _FOREIGN: Final[tuple[tuple[bytes, str], ...]] = (
     (b"\x1f\x8b", "is compressed with gzip; unpack it first: gunzip --keep {path}"),
@@ -75,12 +78,15 @@ def open_data(path: Path) -> BinaryIO:
     """
     if path.is_dir():
         raise DataError(f"{path}: {folder_advice(path)}")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is a pipe or a device, and rows are read more than once; write them into a file")
     try:
         return path.open("rb")
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         if has_magic(str(path)):
-            reason += ", and none that this pattern matches"
+            matched = ", and none that this pattern matches", "; patterns are for questions: name one file"
+            reason += matched[bool(glob(str(path)))]
         raise DataError(f"{path}: cannot be read ({reason}); give the path of a jsonl or parquet file") from error
 
 
@@ -125,14 +131,17 @@ def _binary(head: bytes) -> str:
 
 def folder_advice(path: Path) -> str:
     """What to do where a folder was named and a file is needed."""
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".parquet", ".jsonl", ".json"))
+    found = list(islice(path.rglob("*"), _LOOKED_AT))
+    files = sorted(p for p in found if p.suffix.lower() in (".parquet", ".jsonl", ".json"))
     files = [p for p in files if p.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
-    if not files and any(path.rglob("*.arrow")):
+    if not files and any(p.suffix == ".arrow" for p in found):
         return f"is a folder of Arrow files (datasets.save_to_disk); {_ARROW.replace('FOLDER', str(path))}"
     if not files:
         return "is a folder without jsonl or parquet files; name the file"
     names = ", ".join(str(p.relative_to(path)) for p in files[:_SHOWN_FILES])
     more = f" and {len(files) - _SHOWN_FILES} more" if len(files) > _SHOWN_FILES else ""
+    if len(found) == _LOOKED_AT:
+        more = ", ..."
     return (
         f"is a folder; name the files in it that are meant ({names}{more}), each by itself or with a pattern such as "
         f"{path}/*{files[0].suffix}"

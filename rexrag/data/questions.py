@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -173,8 +174,16 @@ def default_source(path: Path) -> str:
     """The source of rows without one: the file's name, or its folder's where the name only says split or shard."""
     stem = _SHARD.sub("", path.stem)
     dull = _SPLIT_NAMES | _SHARD_FOLDERS if stem != path.stem else _SPLIT_NAMES
-    names = (stem, *(folder.name for folder in path.resolve().parents))
-    return next((name for name in names if name and name.lower() not in dull), path.stem)
+    # A file may be a link into a store, whose names say nothing.
+    folder = path.parent.resolve()
+    names = (stem, *takewhile(_is_the_users, (one.name for one in (folder, *folder.parents))))
+    found = next((name for name in names if name and name.lower() not in dull), path.stem)
+    return found.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_the_users(folder: str) -> bool:
+    """Where a job's files are unpacked, the folder is named by their content and changes with any of them."""
+    return not folder.startswith("_ray_pkg_")
 
 
 def _question_text(values: Mapping[str, object]) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Final
+from itertools import islice
+from typing import Final, NamedTuple
 
 from rexrag.env.actions import Malformed
 from rexrag.env.codec import Codec
@@ -72,8 +73,15 @@ def render_refusal(*, codec: Codec) -> list[int]:
     return codec.encode(REFUSAL)
 
 
-def render_observation(passages: Sequence[Passage], *, codec: Codec, max_tokens: int) -> list[int]:
-    """Token ids of an observation: `Doc i(Title: …) text` per passage, in `<information>`, at most `max_tokens`.
+class Observation(NamedTuple):
+    """Token ids, and how many passages, from the first on, have any text in them."""
+
+    ids: list[int]
+    num_shown: int
+
+
+def render_observation(passages: Sequence[Passage], *, codec: Codec, max_tokens: int) -> Observation:
+    """`Doc i(Title: …) text` per passage, in `<information>`, in at most `max_tokens` tokens.
 
     As many whole passages as fit, then as many words of the next one as fit (at least one word of its text, else
     it is left out; of the first passage anything that fits is shown). The closing tag always survives.
@@ -81,25 +89,36 @@ def render_observation(passages: Sequence[Passage], *, codec: Codec, max_tokens:
     Raises:
         ConfigError: `max_tokens` does not hold the tags alone.
     """
-    pieces = _passage_pieces(passages, special_tokens=codec.special_tokens)
-    for num_whole in range(len(pieces), -1, -1):
-        shown = [header + text for header, text in pieces[:num_whole]]
-        ids = codec.encode(_wrap(shown))
-        if len(ids) > max_tokens:
-            continue
-        if num_whole == len(pieces):
-            return ids
-        return _longest_cut(shown, *pieces[num_whole], codec=codec, max_tokens=max_tokens) or ids
-    raise ConfigError(
-        f"env.max_observation_tokens = {max_tokens} does not hold the <information> tags alone, "
-        f"{counted(len(codec.encode(_wrap([]))), 'token')} with this tokenizer; raise it"
-    )
+    ids = codec.encode(_wrap([]))
+    if len(ids) > max_tokens:
+        raise ConfigError(
+            f"env.max_observation_tokens = {max_tokens} does not hold the <information> tags alone, "
+            f"{counted(len(ids), 'token')} with this tokenizer; raise it"
+        )
+    shown: list[str] = []
+    # One passage after the other: of a hundred of them, or a whole book, only what fits is ever tokenised.
+    for header, text in _passage_pieces(passages, special_tokens=codec.special_tokens):
+        longer = None
+        if next(islice(_WORD.finditer(text), _most_words(max_tokens), None), None) is None:
+            longer = codec.encode(_wrap([*shown, header + text]))
+        if longer is None or len(longer) > max_tokens:
+            cut = _longest_cut(shown, header, text, codec=codec, max_tokens=max_tokens)
+            return Observation(ids, len(shown)) if cut is None else Observation(cut, len(shown) + 1)
+        shown.append(header + text)
+        ids = longer
+    return Observation(ids, len(shown))
+
+
+def _most_words(max_tokens: int) -> int:
+    """Words that certainly do not fit: a token seldom spans two."""
+    return 2 * max_tokens
 
 
 def _longest_cut(shown: Sequence[str], header: str, text: str, *, codec: Codec, max_tokens: int) -> list[int] | None:
     """Token ids of `shown` and as many words of one more passage as fit; None where nothing does."""
     passage = header + text
-    ends = [word.end() for word in _WORD.finditer(passage) if word.end() > len(header) or not shown]
+    words = (word.end() for word in _WORD.finditer(passage) if word.end() > len(header) or not shown)
+    ends = list(islice(words, _most_words(max_tokens)))
 
     def encode(num_words: int) -> list[int]:
         return codec.encode(_wrap([*shown, passage[: ends[num_words - 1]]]))

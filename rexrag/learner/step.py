@@ -107,10 +107,8 @@ class LearnerCore:
         """
         adapted = has_adapters(model)
         if (settings.loss.kl_coef > 0.0 and not adapted) != (reference is not None):
-            raise ValueError(
-                f"loss.kl_coef is {settings.loss.kl_coef}: above 0 it needs a reference model, "
-                "at 0 and with adapters none"
-            )
+            needs = "above 0 it needs a reference model, at 0 and with adapters none"
+            raise ValueError(f"loss.kl_coef is {settings.loss.kl_coef}: {needs}")
         self.model = model
         self.num_steps = 0
         self._settings = settings

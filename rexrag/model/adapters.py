@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import torch
 from safetensors import safe_open
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _NAME: Final = "default"
 """Of the adapter, as PEFT has it."""
 _PART_OF_LAYER: Final = ".base_layer."
+_ADAPTED: Final = f"{_PART_OF_LAYER}weight"
+"""Ends of names: of what stands in a layer beside its adapter, and of the weight there."""
 _WEIGHTS: Final = "adapter_model.safetensors"
 _PREFIX: Final = "base_model.model."
 """Before each name in PEFT's files."""
@@ -95,8 +97,9 @@ def check_base(model: PreTrainedModel, checkpoint: Path) -> None:
 
 def narrow_frozen(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Keep the linear weights beside the adapters in `dtype` alone: autocast to it would multiply with no others."""
-    for layer in _layers(model):
-        cast("nn.Module", layer.base_layer).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(_ADAPTED):
+            parameter.data = parameter.data.to(dtype)
 
 
 def own_names(model: PreTrainedModel) -> dict[str, str]:
@@ -111,10 +114,11 @@ def full_weight(model: PreTrainedModel, name: str) -> Tensor:
     Of a model in shards that is a collective.
     """
     parameter = model.get_parameter(name).detach()
-    if not name.endswith(f"{_PART_OF_LAYER}weight"):
+    if not name.endswith(_ADAPTED):
         return parameter
-    layer: LoraLayer = model.get_submodule(name.partition(_PART_OF_LAYER)[0])  # type: ignore[assignment]
-    low, high = (whole(part[_NAME].weight.detach()) for part in (layer.lora_A, layer.lora_B))
+    place = name.removesuffix(_ADAPTED)
+    layer: LoraLayer = model.get_submodule(place)  # type: ignore[assignment]
+    low, high = (whole(model.get_parameter(f"{place}.lora_{part}.{_NAME}.weight").detach()) for part in "AB")
     return torch.addmm(whole(parameter).float(), high, low, alpha=layer.scaling[_NAME])
 
 

@@ -15,8 +15,9 @@ from rich.text import Text
 
 import rexrag.metrics as keys
 from rexrag.errors import counted
+from rexrag.files import read_jsonl
 from rexrag.reporting.trace import coloured_trace
-from rexrag.run_folder import RunFolder, read_jsonl
+from rexrag.run_folder import RunFolder, comparable
 
 Line = dict[str, Any]
 
@@ -33,7 +34,7 @@ def print_report(run: RunFolder, *, console: Console) -> None:
 def _parts(run: RunFolder) -> Iterator[RenderableType]:
     evaluations, steps = read_jsonl(run.eval), read_jsonl(run.metrics)
     for split in ("test", "dev"):
-        lines = [line for line in evaluations if line["split"] == split]
+        lines = comparable(evaluations, split=split)
         if len(lines) > 1:
             yield em_table(lines[0], lines[-1], split=split)
     rates = [

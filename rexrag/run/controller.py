@@ -32,17 +32,18 @@ from rexrag.errors import (
     RetrieverError,
     counted,
 )
+from rexrag.files import read_jsonl
 from rexrag.learner.checkpoint import prune
 from rexrag.learner.learner_actor import LearnerActor, ask_progress, start_export
 from rexrag.reporting.reporter import Reporter
 from rexrag.run.autoscale import Autoscaler, StepLoad
 from rexrag.run.fleet import Fleet
 from rexrag.run.guard import WINDOW, Guard
-from rexrag.run.identity import note_precision
+from rexrag.run.identity import first_step_of, note_precision
 from rexrag.run.remote import Handle, Ref, T, call, peek, value_of
 from rexrag.run.rewind import note_collapse
 from rexrag.run.supervisor import Supervisor
-from rexrag.run_folder import RunFolder, read_jsonl
+from rexrag.run_folder import RunFolder
 from rexrag.types import EpisodeScore, Question, StepBatch, StepResult, WeightVersion
 
 LOG = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Controller:
         )
         self._tell_precision(precision)
         self._fleet.run()
-        if first == 0:
+        if first == first_step_of(self._run_folder):
             self._evaluate("test")
         if self._has_evaluation(first):
             self._evaluate("dev")
@@ -201,7 +202,8 @@ class Controller:
     def _has_evaluation(self, step: int) -> bool:
         """Whether the dev questions are evaluated at this step: first, last, and every so often."""
         every = self._settings.eval_every
-        return step in (0, self._settings.num_steps) or (every > 0 and step % every == 0)
+        ends = (first_step_of(self._run_folder), self._settings.num_steps)
+        return step in ends or (every > 0 and step % every == 0)
 
     def _take(self, step: int) -> Ref[StepBatch]:
         """The step's batch, once the buffer has assigned it: a reference, since its data goes to the learner alone."""

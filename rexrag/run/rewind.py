@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Final, Literal
 
 from rexrag.errors import CollapsedError, RunFailure, counted
-from rexrag.files import append_line
+from rexrag.files import append_line, read_jsonl
 from rexrag.learner.checkpoint import uncommit
 from rexrag.run.guard import Trip
 from rexrag.run.identity import first_step_of, origin_of
 from rexrag.run.plan import TrainRequest
-from rexrag.run_folder import RunFolder, read_jsonl
+from rexrag.run_folder import RunFolder
 
 LOG = logging.getLogger(__name__)
 

@@ -93,8 +93,11 @@ def plan_demonstrations(
     """`count` chains with the kinds in their shares, in random order; chains recur where there are too few."""
     plan: list[tuple[Chain, DemonstrationKind]] = []
     pools = {True: cycle(one_hop), False: cycle(multi_hop)}
+    left = 1.0
     for kind, share in KIND_SHARES.items():
+        num = round((count - len(plan)) * share / left)  # of what is left, so that all are planned
         pool = pools[kind == "right"]
-        plan += [(next(pool), kind) for _ in range(round(count * share))]
+        plan += [(next(pool), kind) for _ in range(num)]
+        left -= share
     rng.shuffle(plan)
-    return plan[:count]
+    return plan

@@ -16,6 +16,14 @@ def test_a_gold_answer_is_found_beside_the_tags() -> None:
     assert Scorer(load_reward("em"), kind="em").shows_gold(question, passages=[], shown=shown)
 
 
+def test_with_ids_a_gold_passage_is_one_that_was_shown() -> None:
+    question = Question(id="1", data_source="test", question="q", golden_answers=("Paris",), gold_passage_ids=("7",))
+    passages = [Passage(id=str(number), title="T", text="Paris") for number in (3, 7)]
+    scorer = Scorer(load_reward("em"), kind="em")
+    assert scorer.shows_gold(question, passages=passages, shown="")
+    assert not scorer.shows_gold(question, passages=passages[:1], shown="Paris")
+
+
 @pytest.mark.parametrize(
     ("gold", "shown", "found"),
     [

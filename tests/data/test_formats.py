@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from rexrag.data import json_values as stream
 from rexrag.data.check import check_file
+from rexrag.data.formats import open_data
 from rexrag.data.questions import load_questions
 from rexrag.errors import DataError
 
@@ -113,6 +114,14 @@ def test_a_folder_names_its_files(tmp_path: Path) -> None:
         (tmp_path / f"part{number}.jsonl").write_text(LINES)
     with pytest.raises(DataError, match=r"is a folder; name the files .*part0\.jsonl.* and 4 more"):
         load_questions(tmp_path)
+    with pytest.raises(DataError, match="patterns are for questions: name one file"):
+        open_data(tmp_path / "part*.jsonl")
+    many = tmp_path / "many"
+    many.mkdir()
+    for number in range(2500):
+        (many / f"{number}.jsonl").touch()
+    with pytest.raises(DataError, match=r"is a folder; name the files .*, \.\.\.\), each"):
+        load_questions(many)
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / "data-00000-of-00001.arrow").write_bytes(arrow(stream=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from rexrag.data.questions import load_questions, parse_question
 from rexrag.data.rows import Row, RowError
 from rexrag.errors import DataError
+from rexrag.recipe import load_recipe
 from rexrag.types import Question
 
 GOOD = {"id": "1", "question": "Capital of France?", "golden_answers": ["Paris"]}
@@ -119,12 +121,34 @@ def test_source_is_the_file_or_the_folder_of_a_split(tmp_path: Path) -> None:
         ("nq-00001-of-00002.jsonl", "nq"),
         ("trivia_2017.jsonl", "trivia_2017"),
         ("mine/data/train.jsonl", "data"),
+        ("_ray_pkg_0f1e2d3c/train.jsonl", "train"),
+        ("_ray_pkg_0f1e2d3c/nq/train.jsonl", "nq"),
+        ("donn\udce9es/train.jsonl", "donn\\udce9es"),
     ],
 )
 def test_a_shard_is_no_source(tmp_path: Path, name: str, source: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     assert load_questions(write_jsonl(path, [GOOD])).questions[0].data_source == source
+
+
+def test_a_link_into_a_store_has_its_own_source(tmp_path: Path) -> None:
+    """As a hub's cache has them: files by their hashes, and links to them under their names."""
+    (tmp_path / "blobs").mkdir()
+    for source in ("nq", "hotpotqa"):
+        blob = write_jsonl(tmp_path / "blobs" / f"hash-of-{source}", [GOOD])
+        link = tmp_path / "snapshots" / source / "train.jsonl"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(blob)
+    named = str(tmp_path / "snapshots" / "*" / "train.jsonl")
+    by_command = load_questions(named)
+    assert [q.data_source for q in by_command.questions] == ["hotpotqa", "nq"]
+    (tmp_path / "recipes").mkdir()
+    recipe = tmp_path / "recipes" / "r.toml"
+    recipe.write_text(f'data.train = "{named}"\ndata.dev = "../snapshots/nq/train.jsonl"\n')
+    data = load_recipe(recipe).config.data
+    assert data.dev == [tmp_path / "snapshots" / "nq" / "train.jsonl"]
+    assert load_questions(data.train).questions == by_command.questions
 
 
 def test_repeated_question_with_another_id_is_kept_and_the_same_id_is_an_error(tmp_path: Path) -> None:
@@ -282,6 +306,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_questions(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="is a folder"):
         load_questions(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match=r"pipe: is a pipe or a device, .*write them into a file"):
+        load_questions(tmp_path / "pipe")
     path = tmp_path / "not.parquet"
     path.write_text(json.dumps(GOOD))
     with pytest.raises(DataError, match=r"not\.parquet: not a readable parquet file"):

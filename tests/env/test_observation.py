@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rexrag.env import Malformed, neutralize
 from rexrag.env.codec import Codec
-from rexrag.env.observation import format_observation, render_feedback, render_observation
+from rexrag.env.observation import Observation, format_observation, render_feedback, render_observation
 from rexrag.errors import ConfigError
 from rexrag.types import Passage
 
@@ -73,20 +73,25 @@ PASSAGES = [
 
 
 def test_an_observation_that_fits_is_whole(codec: Codec) -> None:
-    ids = render_observation(PASSAGES, codec=codec, max_tokens=500)
+    ids, num_shown = render_observation(PASSAGES, codec=codec, max_tokens=500)
+    assert num_shown == 3
     assert codec.decode(ids) == format_observation(PASSAGES) == (
         "\n\n<information>Doc 1(Title: Gabon) its capital is Libreville\n"
         "Doc 2(Title: Libreville) a city\nDoc 3(Title: Homs) is in Syria</information>\n\n"
     )  # fmt: skip
-    assert render_observation(PASSAGES, codec=codec, max_tokens=len(ids)) == ids
+    assert render_observation(PASSAGES, codec=codec, max_tokens=len(ids)) == (ids, 3)
 
 
 def test_a_cut_observation_loses_last_passages_first_then_words(codec: Codec) -> None:
     def shown(num_tokens: int) -> str:
-        return codec.decode(render_observation(PASSAGES, codec=codec, max_tokens=num_tokens))
+        return codec.decode(observe(num_tokens).ids)
 
-    whole = len(render_observation(PASSAGES, codec=codec, max_tokens=500))
-    two = len(render_observation(PASSAGES[:2], codec=codec, max_tokens=500))
+    def observe(num_tokens: int) -> Observation:
+        return render_observation(PASSAGES, codec=codec, max_tokens=num_tokens)
+
+    whole = len(observe(500).ids)
+    two = len(render_observation(PASSAGES[:2], codec=codec, max_tokens=500).ids)
+    assert [observe(num).num_shown for num in (whole, whole - 1, two + 1, two - 1)] == [3, 3, 2, 2]
     assert shown(whole - 1).endswith("Doc 3(Title: Homs) is in</information>\n\n")
     assert shown(two) == format_observation(PASSAGES[:2])
     assert shown(two + 1) == format_observation(PASSAGES[:2]), "no header without a word of text"
@@ -95,11 +100,29 @@ def test_a_cut_observation_loses_last_passages_first_then_words(codec: Codec) ->
 @pytest.mark.parametrize("words", ["Doc", "Doc 1(Title:", "Doc 1(Title: Gabon)", "Doc 1(Title: Gabon) its"])
 def test_of_the_first_passage_anything_that_fits_is_shown(codec: Codec, words: str) -> None:
     text = f"\n\n<information>{words}</information>\n\n"
-    assert codec.decode(render_observation(PASSAGES, codec=codec, max_tokens=len(codec.encode(text)))) == text
+    assert codec.decode(render_observation(PASSAGES, codec=codec, max_tokens=len(codec.encode(text))).ids) == text
 
 
 def test_no_passage_is_an_empty_block(codec: Codec) -> None:
-    assert codec.decode(render_observation([], codec=codec, max_tokens=50)) == "\n\n<information></information>\n\n"
+    ids, num_shown = render_observation([], codec=codec, max_tokens=50)
+    assert codec.decode(ids) == "\n\n<information></information>\n\n"
+    assert num_shown == 0
+
+
+@pytest.mark.parametrize("passages", [[_passage("Book", "long story " * 5000)], [_passage("Short", "one")] * 1000])
+def test_what_cannot_fit_is_never_tokenised(passages: list[Passage], tokenizer: PreTrainedTokenizerFast) -> None:
+    class Counting(Codec):
+        num_encoded = 0
+
+        def encode(self, text: str) -> list[int]:
+            self.num_encoded += len(text)
+            return super().encode(text)
+
+    codec = Counting(tokenizer)
+    ids, num_shown = render_observation(passages, codec=codec, max_tokens=100)
+    assert 0 < len(ids) <= 100
+    assert 0 < num_shown < 20
+    assert codec.num_encoded < 30_000, "of 55,000 characters, or a thousand passages"
 
 
 def test_a_budget_below_the_tags_is_refused(codec: Codec) -> None:
@@ -115,8 +138,9 @@ passages = st.lists(st.builds(_passage, hostile_texts, hostile_texts | st.text("
 def test_observation_budget(
     codec: Codec, tokenizer: PreTrainedTokenizerFast, passages: list[Passage], extra: int
 ) -> None:
-    frame = len(render_observation([], codec=codec, max_tokens=500))
-    ids = render_observation(passages, codec=codec, max_tokens=frame + extra)
+    frame = len(render_observation([], codec=codec, max_tokens=500).ids)
+    ids, num_shown = render_observation(passages, codec=codec, max_tokens=frame + extra)
+    assert num_shown <= len(passages)
     text = codec.decode(ids)
     assert len(ids) <= frame + extra
     assert not set(ids) & set(tokenizer.all_special_ids)

@@ -9,9 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from rexrag.files import read_jsonl
 from rexrag.reporting.board import Board
 from rexrag.reporting.log_file import log_to
-from rexrag.run_folder import RunFolder, read_jsonl
+from rexrag.run_folder import RunFolder
 from rexrag.types import Sample
 
 

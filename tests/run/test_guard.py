@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 import rexrag.metrics as keys
 from rexrag.config import Config
 from rexrag.errors import CollapsedError, RunFailure
+from rexrag.files import read_jsonl
 from rexrag.run.guard import LEAST_HISTORY, WINDOW, Guard, Trip
 from rexrag.run.plan import TrainRequest
 from rexrag.run.rewind import MAX_REWINDS, go_back, note_collapse, rate_factor
-from rexrag.run_folder import RunFolder, read_jsonl
+from rexrag.run_folder import RunFolder
 
 HEALTHY: dict[str, float | None] = {
     keys.TARGET_REWARD: 0.6,

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from rexrag.errors import ConfigError, Interrupted, RunFolderError
+from rexrag.files import read_jsonl
 from rexrag.recipe import load_recipe
 from rexrag.run.identity import first_step_of, note_precision, origin_of
 from rexrag.run.plan import Plan, open_run, plan_run
-from rexrag.run_folder import RunFolder, read_jsonl
+from rexrag.run_folder import RunFolder
 
 RECIPE = """
 [prepare]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import tomllib
 from pathlib import Path
 
 import psutil
@@ -182,6 +183,27 @@ def test_exact_weights_of_hint_free_probes(recipe: Path, tmp_path: Path) -> None
     assert_books_balance(run)
     run_rexrag("train", "--run-dir", run, "--set", "learner.num_ranks=1", "--set", "train.steps=3")
     assert num_steps(run) == 3
+
+
+def test_a_run_that_trains_adapters_goes_on_from_them(recipe: Path, tmp_path: Path) -> None:
+    """Actors and readers of checkpoints get whole weights, a resume the adapters; both are of the same policy."""
+    run = tmp_path / "run"
+    words = ["learner.lora=4", "optimizer.learning_rate=1e-2", "loss.kl_coef=0.01", "train.steps=2", "eval.every=0"]
+    run_rexrag("train", recipe, "--run-dir", run, *(part for word in words for part in ("--set", word)))
+    saved = run / "checkpoints" / "step-000002"
+    base = Path(tomllib.loads((run / "config.toml").read_text())["model"]["path"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, saved))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not (before[name] == after[name]).all()}
+    assert changed == {name for name in before if name.endswith("proj.weight")}
+    assert (saved / "adapter" / "adapter_config.json").exists()
+    run_rexrag("train", "--run-dir", run, "--set", "train.steps=3")
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0][keys.POLICY_KL_REF] == pytest.approx(0.0, abs=1e-6)
+    assert (lines[2][keys.POLICY_KL_REF] or 0) > 0
+    assert all((line[keys.ENGINE_CANARY_KL] or 0) < 1e-3 for line in lines)
+    assert_books_balance(run)
 
 
 def test_refilling_gives_the_learner_informative_groups_alone(recipe: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +18,8 @@ from rexrag.env.observation import render_observation
 from rexrag.errors import ConfigError
 from rexrag.preparation.tiny_model import make_word_tokenizer
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
+from rexrag.worlds.chains import Chain
+from rexrag.worlds.dead_end_demonstrations import KIND_SHARES, plan_demonstrations
 from rexrag.worlds.world import WorldFiles
 from rexrag.worlds.write import WorldKind, world_texts, write_world
 
@@ -103,7 +106,16 @@ def test_observations_are_tokenised_as_in_a_rollout(files: WorldFiles, tmp_path:
         action = parse_action(one.segments[0].text)
         assert isinstance(action, Search)
         passages = asyncio.run(retriever.search(action.query, top_k=2))
-        assert codec.encode(one.segments[1].text) == render_observation(passages, codec=codec, max_tokens=500)
+        assert codec.encode(one.segments[1].text) == render_observation(passages, codec=codec, max_tokens=500).ids
+
+
+def test_as_many_demonstrations_are_planned_as_were_asked_for() -> None:
+    chain = Chain(path=("a", "b"), relations=("r",))
+    for count in range(1, 60):
+        plan = plan_demonstrations(one_hop=[chain], multi_hop=[chain], count=count, rng=Random(0))
+        assert len(plan) == count
+        for kind, share in KIND_SHARES.items():
+            assert abs(sum(one == kind for _, one in plan) - count * share) <= 1
 
 
 def test_every_word_of_a_world_is_in_its_vocabulary(files: WorldFiles) -> None:
