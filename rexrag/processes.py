@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -82,6 +83,16 @@ def _quota(cgroup: Path) -> float:
             continue
         return int(quota) / int(period) if quota not in ("max", "-1") else math.inf
     return math.inf
+
+
+def memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process may use: the machine's, or what its container's bound leaves of it."""
+    bound = math.inf
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no bound
+            bound = int((cgroup / name).read_text())
+            break
+    return int(min(bound, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
 
 
 def process_environment(num_threads: int) -> dict[str, str]:

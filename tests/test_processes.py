@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rexrag.errors import ConfigError, RunFailure
-from rexrag.processes import num_cores, run_in_child
+from rexrag.processes import memory_bytes, num_cores, run_in_child
 
 
 def counts(*, progress: Callable[[int], None]) -> str:
@@ -65,6 +65,23 @@ def test_cores_are_those_that_affinity_and_container_leave(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert num_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(
+    ("files", "bound"),
+    [
+        ({}, None),
+        ({"memory.max": "max\n"}, None),
+        ({"memory.max": "1000000\n"}, 1_000_000),
+        ({"memory/memory.limit_in_bytes": "2000000\n"}, 2_000_000),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+    ],
+)
+def test_memory_is_what_the_container_leaves(files: dict[str, str], bound: int | None, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory_bytes(tmp_path) == (bound or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def test_result_and_states_arrive_and_the_environment_is_the_childs_alone() -> None:

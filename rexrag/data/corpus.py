@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
+import os
 import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -167,35 +167,35 @@ def _is_quoted(title: str) -> bool:
 
 
 class Corpus:
-    """Random access to the passages of a jsonl file, memory-mapped: opens at once, a passage in microseconds.
+    """Random access to the passages of a jsonl file: opens at once, a passage in microseconds.
 
         with Corpus.open(jsonl, offsets=offsets) as corpus:
             passage = corpus.get(17)
 
-    The offsets file holds the byte at which each row starts, as little-endian u64.
+    The offsets file holds the byte at which each row starts, as little-endian u64. The file is read, not mapped: of one
+    that is written anew in place a map would end the process.
     """
 
-    def __init__(self, data: mmap.mmap, *, path: Path, starts: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
-        self._data = data
+    def __init__(self, file: BinaryIO, *, path: Path, starts: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+        self._file = file
         self._path = path
         self._starts = starts
 
     @classmethod
     def open(cls, path: Path, *, offsets: Path) -> Corpus:
-        """Map a corpus.
+        """Open a corpus.
 
         Raises:
             RetrievalIndexError: one of the files is missing, empty, or of an impossible size.
         """
         try:
             starts = np.asarray(np.memmap(offsets, dtype="<u8", mode="r"))
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            file = path.open("rb")
         except (OSError, ValueError) as error:
             raise RetrievalIndexError(
                 f"{path} with {offsets}: cannot be opened ({error}); build the index again"
             ) from error
-        return cls(data, path=path, starts=starts)
+        return cls(file, path=path, starts=starts)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -207,12 +207,13 @@ class Corpus:
             RetrievalIndexError: the file no longer holds a passage there: it changed after it was indexed.
         """
         start = int(self._starts[row])
-        end = self._data.find(b"\n", start)
-        line = self._data[start : end if end >= 0 else len(self._data)]
+        descriptor = self._file.fileno()
+        end = int(self._starts[row + 1]) if row + 1 < len(self) else os.fstat(descriptor).st_size
         try:
+            line = os.pread(descriptor, max(0, end - start), start).partition(b"\n")[0]
             values = json.loads(line)
             passage = passage_of(values, identity=id_of(values) or "")
-        except (ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise self._changed(row, start) from error
         if passage is None:
             raise self._changed(row, start)
@@ -224,7 +225,7 @@ class Corpus:
         )
 
     def close(self) -> None:
-        self._data.close()
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self

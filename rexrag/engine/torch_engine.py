@@ -39,7 +39,7 @@ from rexrag.engine.protocol import (
 from rexrag.engine.requests import Endings, check_request
 from rexrag.engine.scheduler import LiveSequence, Scheduler
 from rexrag.engine.settings import EngineSettings
-from rexrag.errors import EnginePassError
+from rexrag.errors import EngineBrokenError, EnginePassError
 from rexrag.types import WeightVersion
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class TorchEngine:
         self._wake = asyncio.Event()
         self._pass_lock = asyncio.Lock()
         self._closed = False
+        self._broken: str | None = None
         self._sampled_tokens = 0
 
     @property
@@ -108,10 +109,10 @@ class TorchEngine:
                 `score_from` is not within it.
             EngineClosedError: the engine is closed, or was before the end.
             EnginePassError: the pass that computed it failed, for all its requests.
+            EngineBrokenError: new weights could not all be loaded.
         """
         check_request(request, max_length=self._settings.max_length, vocab_size=self._pass.weights.shape.vocab_size)
-        if self._closed:
-            raise EngineClosedError("the engine is closed")
+        self._refuse_if_over()
         sequence = LiveSequence.of(request)
         future: asyncio.Future[Generation] = asyncio.get_running_loop().create_future()
         self._futures[sequence] = future
@@ -136,19 +137,33 @@ class TorchEngine:
         Raises:
             ValueError: a name is missing or unknown, or an array has another shape or type. Nothing has changed then.
             EngineClosedError: the engine is closed.
+            EngineBrokenError: they could not all be loaded, and the engine is of no use any more.
         """
         if weights is not None:
             self._pass.weights.check(weights)
-        if self._closed:
-            raise EngineClosedError("the engine is closed")
+        self._refuse_if_over()
         async with self._pass_lock:
             began = time.monotonic()
             if weights is not None:
-                await self._in_thread(self._pass.weights.load, weights)
+                await self._load(weights, version)
             self._version = version
             if weights is not None and self._settings.inflight == "recompute":
                 self._scheduler.invalidate()
             return time.monotonic() - began
+
+    async def _load(self, weights: Mapping[str, npt.NDArray[np.generic]], version: WeightVersion) -> None:
+        try:
+            await self._in_thread(self._pass.weights.load, weights)
+        except Exception as error:  # fault boundary: they are loaded one after the other, some of them are the new ones
+            self._broken = f"the engine failed to load {version}, and holds a mixture of weights: {error!r}"
+            self._fail_all(EngineBrokenError(self._broken))
+            raise EngineBrokenError(self._broken) from error
+
+    def _refuse_if_over(self) -> None:
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
+        if self._broken is not None:
+            raise EngineBrokenError(self._broken)
 
     async def bit_sum(self) -> int | None:
         """Read between two passes."""

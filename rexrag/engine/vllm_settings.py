@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,6 +14,7 @@ from rexrag.engine.settings import EngineSettings
 from rexrag.engine.vllm_types import CoreSettings
 from rexrag.errors import ModelError, first_line
 from rexrag.model.loading import Device
+from rexrag.processes import memory_bytes
 
 CPU_HEAD_SIZES: Final = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes for which vLLM has an attention on CPUs; it says so only at the first pass."""
@@ -53,7 +54,7 @@ def core_settings(
         max_sequences=settings.max_sequences,
         max_length=settings.max_length,
         dtype=settings.dtype,
-        cache_bytes=_cache_bytes(config, settings) // place.tensor_parallel if settings.device == "cpu" else None,
+        cache_bytes=_cache_bytes(config, settings, place),
         gpu_share=place.gpu_share * _GPU_MARGIN,
         tensor_parallel=place.tensor_parallel,
         prefill_tokens=_PREFILL_TOKENS[settings.device],
@@ -89,13 +90,47 @@ def parameter_sizes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _cache_bytes(config: PreTrainedConfig, settings: EngineSettings) -> int:
-    """Memory in which all sequences fit at their longest, within a part of the machine's; never less than one."""
+def _cache_bytes(config: PreTrainedConfig, settings: EngineSettings, place: Place) -> int | None:
+    """Of each process; None: all that the model leaves of a GPU, which vLLM finds out where nobody else is on it."""
+    if settings.device == "cpu":
+        one = _sequence_bytes(config, settings)
+        most = min(one * settings.max_sequences, memory_bytes() // _CACHE_SHARE)
+        return max(one, most) // place.tensor_parallel
+    if place.gpu_share == 1.0:
+        return None
+    total = int(torch.cuda.get_device_properties(0).total_memory)
+    return shared_gpu_cache_bytes(config, settings, memory=int(place.gpu_share * _GPU_MARGIN * total))
+
+
+def shared_gpu_cache_bytes(config: PreTrainedConfig, settings: EngineSettings, *, memory: int) -> int:
+    """What the model and its passes leave of an engine's part of a GPU.
+
+    vLLM would measure it, and take what other processes allocate meanwhile for its own.
+
+    Raises:
+        ModelError: not even one sequence fits.
+    """
+    width = _value_bytes(settings)
+    weights = width * sum(math.prod(shape) for shape in parameter_sizes(config).values())
+    # A pass has some sixteen rows of the model's width for each token, and a request for scores float32 logits.
+    passes = _PREFILL_TOKENS["cuda"] * (16 * width * int(config.hidden_size) + 4 * int(config.vocab_size))
+    left = memory - weights - passes
+    if left < _sequence_bytes(config, settings):
+        raise ModelError(
+            f"rollout.num_gpus: an actor's part of its GPU, {memory / 1e9:.1f} GB, has no room for the model "
+            f"({weights / 1e9:.1f} GB), its passes ({passes / 1e9:.1f} GB) and one sequence; raise it"
+        )
+    return left
+
+
+def _sequence_bytes(config: PreTrainedConfig, settings: EngineSettings) -> int:
+    """Keys and values of a sequence at its longest."""
     values = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_size(config)
-    per_token = values * torch.empty(0, dtype=getattr(torch, settings.dtype)).element_size()
-    one = per_token * (settings.max_length + 64)  # the last block is never full
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(max(one, min(one * settings.max_sequences, memory // _CACHE_SHARE)))
+    return int(values) * _value_bytes(settings) * (settings.max_length + 64)  # the last block is never full
+
+
+def _value_bytes(settings: EngineSettings) -> int:
+    return torch.empty(0, dtype=getattr(torch, settings.dtype)).element_size()
 
 
 def reason_of(error: BaseException) -> str:

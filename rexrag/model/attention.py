@@ -148,10 +148,14 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, sca
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and query.device.type == "cuda":
+        # There grouped heads and float32 together have the kernel alone that keeps all scores for the backward pass.
+        key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
+        repeats = 1
     return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=repeats > 1
+    )
 
 
 def _blockwise(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

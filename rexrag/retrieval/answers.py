@@ -157,12 +157,19 @@ def _passage(entry: object) -> tuple[Passage | None, float | None]:
         document = {"contents": document}  # servers that rank again answer with plain texts
     if not isinstance(document, Mapping):
         raise RowError(f"expected an object or a text for each passage, got {shown(document)}")
-    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float) or math.isnan(score)):
+    document = {name: _whole(value) if isinstance(value, str) else value for name, value in document.items()}
+    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
         raise RowError(f'expected a number as "score", got {shown(score)}')
-    score = None if score is None else float(score)
+    # The order is the server's, so that a score that is no number does no harm.
+    score = None if score is None or math.isnan(score) else float(score)
     passage = passage_of(document, identity=id_of(document) or "", score=score)
     # Servers in front of web search give no ids; what a passage says identifies it there.
     return (passage if passage is None or passage.id else _with_content_id(passage)), score
+
+
+def _whole(text: str) -> str:
+    """A text without the half characters that a server leaves which cuts between two units of UTF-16."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _with_content_id(passage: Passage) -> Passage:

@@ -23,7 +23,7 @@ class RetryableError(Exception):
     Attributes:
         retry_after_s: seconds after which the back end wants to be asked again, where it says so.
         is_busy: it answers, but has no room for this query now: no outage.
-        is_elsewhere: another part of it may answer at once: no outage, and the next attempt needs no pause.
+        is_elsewhere: another part of it answers: no outage, and the next attempt needs no pause.
     """
 
     def __init__(

@@ -12,7 +12,6 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -25,6 +24,7 @@ from rexrag.data.formats import format_of
 from rexrag.errors import DataError, RetrievalIndexError, counted
 from rexrag.processes import num_cores
 from rexrag.retrieval.analysers import ANALYSERS, choose_analyser
+from rexrag.retrieval.answer_cache import AnswerCache
 from rexrag.retrieval.manifest import (
     Manifest,
     check_sizes,
@@ -42,7 +42,7 @@ POSTINGS_NAME: Final = "tantivy"
 
 _MAX_QUERY_TERMS: Final = 256
 _HEAP_BYTES: Final = 128_000_000
-_CACHED_QUERIES: Final = 4096
+_CACHE_CHARS: Final = 16_000_000
 _MAX_THREADS: Final = 4
 _FIRST_TIES: Final = 61
 _MAX_TIES: Final = 4096
@@ -195,23 +195,29 @@ class BM25Retriever:
     def __init__(self, folder: str | Path) -> None:
         """Errors are those of `BM25Index`."""
         self._index = BM25Index(folder)
-        self._lookup = lru_cache(maxsize=_CACHED_QUERIES)(self._index.find_one)
+        self._cache = AnswerCache[tuple[str, int]](_CACHE_CHARS)
         num_threads = min(_MAX_THREADS, num_cores())
         self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="bm25")
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
         """As `BM25Index.find`, for one query."""
         assert top_k >= 1, f"top_k must be at least 1, got {top_k}"
+        if (known := self._cache.get((query, top_k))) is not None:
+            return known
         if self._index.num_passages <= INLINE_PASSAGES:
-            return self._lookup(query, top_k)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._lookup, query, top_k)
+            found = self._index.find_one(query, top_k)
+        else:
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._threads, self._index.find_one, query, top_k)
+        self._cache.put((query, top_k), found)
+        return found
 
     def state(self) -> RetrieverState:
         return RetrieverState()
 
     async def close(self) -> None:
         self._threads.shutdown()
-        self._lookup.cache_clear()
+        self._cache.clear()
         self._index.close()
 
 

@@ -69,7 +69,8 @@ class Outages:
         if self._breaker.failed(time.monotonic()):
             LOG.warning("%s does not answer: searches wait, and no new questions are begun (%s)", self._name, error)
             self._is_up.clear()
-            self._probing = asyncio.create_task(self._probe_until_up())
+            if self._probing is None or self._probing.done():  # it may still sleep, from an outage just before
+                self._probing = asyncio.create_task(self._probe_until_up())
 
     def succeeded(self) -> None:
         """A call was answered, with whatever."""

@@ -30,16 +30,20 @@ class Member(Protocol):
 
 @dataclass(kw_only=True, eq=False)
 class _Place:
+    """A member; `is_out` from a failure to the next answer."""
+
     member: Member
     outstanding: int = 0
     shunned_until: float = 0.0
+    is_out: bool = False
 
 
 class PoolRetriever:
     """A `Retriever` over the members of a pool.
 
-    A member that dies costs a search an attempt, which the others answer at once; when all are gone searches wait for
-    the first that comes back, as `Attempts` has it. One instance belongs to one event loop.
+    What a member that dies was asked for the others answer in the same attempt; one that hangs costs the attempt. When
+    all are gone searches wait for the first that comes back, as `Attempts` has it. One instance belongs to one event
+    loop.
 
     Args:
         timeout_s: bound of one attempt, seconds.
@@ -71,32 +75,49 @@ class PoolRetriever:
         await self._attempts.close()
 
     async def _attempt(self, query: str, top_k: int) -> Sequence[Passage]:
-        place = self._choose()
-        place.outstanding += 1
+        asked: list[_Place] = []
+        failures: list[RetryableError] = []
         try:
             async with asyncio.timeout(self._timeout_s):
-                found = await place.member.search(query, top_k)
+                while (place := self._choose(besides=asked)) is not None:
+                    asked.append(place)
+                    try:
+                        return await self._ask(place, query, top_k)
+                    except RetryableError as error:
+                        failures.append(error)
         except TimeoutError as error:
-            raise self._shun(place, RetryableError(f"no answer within {self._timeout_s:g} s")) from error
+            _shun(asked[-1], is_out=True)
+            raise RetryableError(
+                f"no answer within {self._timeout_s:g} s", is_elsewhere=not all(place.is_out for place in self._places)
+            ) from error
+        # One that has no room does answer: the pool is not gone.
+        raise next((failure for failure in failures if failure.is_busy), failures[-1])
+
+    async def _ask(self, place: _Place, query: str, top_k: int) -> Sequence[Passage]:
+        place.outstanding += 1
+        try:
+            found = await place.member.search(query, top_k)
         except RetryableError as error:
-            raise self._shun(place, error) from error
+            _shun(place, is_out=not error.is_busy)
+            raise
         finally:
             place.outstanding -= 1
-        place.shunned_until = 0.0
+        place.shunned_until, place.is_out = 0.0, False
         return found
 
-    def _choose(self) -> _Place:
-        """The member with the fewest outstanding queries, any of several."""
+    def _choose(self, *, besides: Sequence[_Place]) -> _Place | None:
+        """The member with the fewest outstanding queries, any of several; after the first that asks again none that
+        has failed lately."""
         now = time.monotonic()
+        places = [place for place in self._places if place not in besides]
+        if besides:
+            places = [place for place in places if place.shunned_until <= now]
         return min(
-            self._places,
+            places,
             key=lambda place: (place.shunned_until > now, place.outstanding, self._order.random()),
+            default=None,
         )
 
-    def _shun(self, place: _Place, error: RetryableError) -> RetryableError:
-        now = time.monotonic()
-        place.shunned_until = now + _SHUNNED_S
-        has_others = any(other.shunned_until <= now for other in self._places)
-        return RetryableError(
-            str(error), retry_after_s=error.retry_after_s, is_busy=error.is_busy, is_elsewhere=has_others
-        )
+
+def _shun(place: _Place, *, is_out: bool) -> None:
+    place.shunned_until, place.is_out = time.monotonic() + _SHUNNED_S, is_out

@@ -18,6 +18,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import uvicorn
@@ -47,6 +48,8 @@ _BROKEN: Final = 500
 _UNAVAILABLE: Final = 503
 _IDLE_CONNECTION_S: Final = 60
 _PENDING_CONNECTIONS: Final = 2048
+_RENDERED_AT_ONCE: Final = 1000
+"""Passages of an answer that are written in the event loop, a few milliseconds; of more others would wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +150,9 @@ class SearchApp:
         top_k = min(asked.top_k, self._service.num_passages)
         left_s = max(0.0, deadline_s - (time.monotonic() - began))
         found = await self._service.search_many(asked.queries, top_k=top_k, timeout_s=left_s)
-        return Response(render_result(found, with_scores=asked.with_scores), media_type=_JSON)
+        render = partial(render_result, found, with_scores=asked.with_scores)
+        is_long = sum(map(len, found)) > _RENDERED_AT_ONCE
+        return Response(await asyncio.to_thread(render) if is_long else render(), media_type=_JSON)
 
     async def _body(self, request: Request) -> bytes:
         """The whole body, of which no more than the limit is ever held."""

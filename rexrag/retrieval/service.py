@@ -13,25 +13,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, Generic, NamedTuple, TypeAlias
 
 from rexrag.errors import Overloaded, SearchTimeoutError, counted
+from rexrag.retrieval.answer_cache import AnswerCache, Passages
 from rexrag.retrieval.protocol import BatchIndex, PreparedT, RetrieverState
 from rexrag.types import Passage
-
-Passages: TypeAlias = tuple[Passage, ...]
 
 _LEAST_RETRY_S: Final = 0.05
 _FIRST_SECONDS_PER_QUERY: Final = 0.01
 _SMOOTHING: Final = 0.2
 _WAIT_SHARE: Final = 0.05
 """Of the seconds of a batch, for those who come back: more queries in one pass over the vectors cost little more."""
-_ENTRY_CHARS: Final = 256
-"""What an entry of the cache weighs beside its texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +111,7 @@ class SearchService(Generic[PreparedT]):
         self._index = index
         self._settings = settings or ServiceSettings()
         self._counters = ServiceCounters()
-        self._cache = _Cache(self._settings.cache_chars)
+        self._cache = AnswerCache[_Key](self._settings.cache_chars)
         self._waiting: deque[_Entry] = deque()
         self._on_way: dict[_Key, _Entry] = {}
         self._changed = asyncio.Event()
@@ -358,31 +355,3 @@ def _bound_find(
     index: BatchIndex[PreparedT], prepared: Sequence[PreparedT], top_k: int
 ) -> Callable[[], list[Passages]]:
     return lambda: [tuple(passages) for passages in index.find(prepared, top_k=top_k)]
-
-
-class _Cache:
-    """The answers given last, as long as their texts have at most `max_chars` together."""
-
-    def __init__(self, max_chars: int) -> None:
-        self._left = max_chars
-        self._entries: OrderedDict[_Key, Passages] = OrderedDict()
-
-    def get(self, key: _Key) -> Passages | None:
-        if (passages := self._entries.get(key)) is not None:
-            self._entries.move_to_end(key)
-        return passages
-
-    def put(self, key: _Key, passages: Passages) -> None:
-        assert key not in self._entries, "what is known is not searched for"
-        self._entries[key] = passages
-        self._left -= _weight(key, passages)
-        while self._left < 0:
-            self._left += _weight(*self._entries.popitem(last=False))
-
-    def clear(self) -> None:
-        while self._entries:
-            self._left += _weight(*self._entries.popitem())
-
-
-def _weight(key: _Key, passages: Passages) -> int:
-    return _ENTRY_CHARS + len(key.query) + sum(_ENTRY_CHARS + len(p.title) + len(p.text) for p in passages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from rexrag.files import write_atomic
 from rexrag.retrieval.encoder import Encoder, Vectors
 from rexrag.retrieval.encoder_settings import EncoderSettings
 from rexrag.retrieval.faiss_files import FaissIndex
+
+LOG = logging.getLogger(__name__)
 
 Rows = npt.NDArray[np.int64]
 Decode: TypeAlias = Callable[[int, Vectors], object]
@@ -201,9 +204,11 @@ def _lock(folder: Path) -> int:
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(descriptor)
         raise RetrievalIndexError(
             f"{folder}: another build is at work there; wait for it, or choose another --out"
         ) from error
+    except OSError:  # some file systems have no locks
+        LOG.warning("%s: this file system has no locks; let no other build write there", folder)
     return descriptor

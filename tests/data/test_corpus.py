@@ -35,7 +35,7 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-def open_mapped(path: Path) -> Corpus:
+def open_corpus(path: Path) -> Corpus:
     starts = [row.offset for row, _ in iter_corpus_rows(path)]
     np.array(starts, dtype="<u8").tofile(path.with_suffix(".u64"))
     return Corpus.open(path, offsets=path.with_suffix(".u64"))
@@ -102,7 +102,7 @@ def test_bad_rows(tmp_path: Path, row: dict[str, object], expected: str) -> None
 def test_titles_beside_contents(tmp_path: Path, row: dict[str, object], title: str, text: str) -> None:
     path = write(tmp_path / "c.jsonl", [{"_id": 3.0, **row}])
     assert list(iter_corpus(path)) == [Passage(id="3", title=title, text=text)]
-    with open_mapped(path) as corpus:
+    with open_corpus(path) as corpus:
         assert corpus.get(0) == Passage(id="3", title=title, text=text)
 
 
@@ -124,7 +124,7 @@ def test_an_empty_corpus_is_an_error(tmp_path: Path) -> None:
 
 
 def test_mapped_passages_equal_those_read(tmp_path: Path) -> None:
-    with open_mapped(write(tmp_path / "c.jsonl", ROWS)) as corpus:
+    with open_corpus(write(tmp_path / "c.jsonl", ROWS)) as corpus:
         assert len(corpus) == 3
         assert [corpus.get(i) for i in (2, 0, 1)] == [PASSAGES[2], PASSAGES[0], PASSAGES[1]]
 
@@ -137,7 +137,7 @@ def test_mapped_passages_equal_those_read(tmp_path: Path) -> None:
     mark=st.sampled_from(["", "\ufeff"]),
     last_newline=st.booleans(),
 )
-def test_mapping_finds_every_row_in_any_layout(
+def test_every_row_is_found_in_any_layout(
     tmp_path_factory: pytest.TempPathFactory,
     texts: list[str], ascii_only: bool, blank: str, mark: str, last_newline: bool,
 ) -> None:  # fmt: skip
@@ -145,20 +145,30 @@ def test_mapping_finds_every_row_in_any_layout(
     lines = [json.dumps({"id": i, "text": text}, ensure_ascii=ascii_only) for i, text in enumerate(texts)]
     content = mark + blank.join(line + "\n" for line in lines)
     path.write_bytes((content if last_newline else content.rstrip("\n")).encode("utf-8"))
-    with open_mapped(path) as corpus:
+    with open_corpus(path) as corpus:
         assert [corpus.get(i) for i in range(len(corpus))] == list(iter_corpus(path))
         assert [corpus.get(i).text for i in range(len(corpus))] == [text.strip() for text in texts]
 
 
 def test_a_corpus_that_changed_is_an_error_not_another_passage(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", ROWS)
-    open_mapped(path).close()
+    open_corpus(path).close()
     path.write_bytes(b" " * 5 + path.read_bytes()[:-5])
     with (
         Corpus.open(path, offsets=path.with_suffix(".u64")) as corpus,
         pytest.raises(RetrievalIndexError, match="no passage at byte"),
     ):
         corpus.get(1)
+
+
+def test_a_corpus_that_is_written_anew_in_place_is_an_error_too(tmp_path: Path) -> None:
+    """Shorter than it was, while it is open: what was mapped would end the process."""
+    path = write(tmp_path / "c.jsonl", [{"id": i, "text": "word " * 2000} for i in range(20)])
+    with open_corpus(path) as corpus:
+        assert corpus.get(19).id == "19"
+        path.write_text('{"id": "0", "text": "new"}\n')
+        with pytest.raises(RetrievalIndexError, match=r"no passage at byte .*index it again"):
+            corpus.get(19)
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:
@@ -169,7 +179,7 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
 
 def test_a_passage_takes_microseconds(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", [{"id": i, "contents": f'"T{i}"\n{"word " * 100}'} for i in range(2_000)])
-    with open_mapped(path) as corpus:
+    with open_corpus(path) as corpus:
         start = time.process_time()
         for i in range(2_000):
             corpus.get(i)

@@ -12,8 +12,10 @@ import torch
 from tiny_engines import V0, V1, make_engine, make_model, prompt, reference_of, weights_of
 from transformers import DynamicCache, PreTrainedModel
 
+from rexrag.engine.packed_linear import PackedLinear
 from rexrag.engine.protocol import EngineClosedError, GenerateRequest, Generation
 from rexrag.engine.torch_engine import TorchEngine
+from rexrag.errors import EngineBrokenError
 
 OLD, NEW = 0, 1
 
@@ -39,6 +41,33 @@ async def run_across_a_change(
     results = await asyncio.gather(*tasks)
     await engine.close()
     return list(results)
+
+
+def test_an_engine_that_has_loaded_some_of_the_weights_is_of_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a GPU's memory ends half-way: nobody knows which weights a pass would have."""
+    models = [make_model("llama", seed=seed) for seed in range(2)]
+
+    async def run() -> None:
+        engine = make_engine(models[OLD])
+        request = GenerateRequest(prompt_ids=prompt(9), max_tokens=40)
+        pending = asyncio.create_task(engine.generate(request))
+        while not engine.stats().sampled_tokens:
+            await asyncio.sleep(0)
+        load = PackedLinear.load
+
+        def fail(linear: PackedLinear, weight: torch.Tensor) -> None:
+            monkeypatch.setattr(PackedLinear, "load", load)
+            raise torch.OutOfMemoryError("out of memory")
+
+        monkeypatch.setattr(PackedLinear, "load", fail)
+        with pytest.raises(EngineBrokenError, match=r"holds a mixture of weights.*out of memory"):
+            await engine.update_weights(V1, weights_of(models[NEW]))
+        for work in (pending, engine.generate(request), engine.update_weights(V1, weights_of(models[NEW]))):
+            with pytest.raises(EngineBrokenError, match="mixture"):
+                await work
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def incremental_logprobs(models: dict[int, PreTrainedModel], prompt_ids: list[int], result: Generation) -> list[float]:

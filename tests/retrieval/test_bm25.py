@@ -222,13 +222,13 @@ def test_a_search_does_not_hold_up_the_event_loop(countries: BM25Retriever, monk
         return ()
 
     async def run() -> None:
-        searching = asyncio.create_task(countries.search("currency", top_k=1))
+        searching = asyncio.create_task(countries.search("currency of nowhere", top_k=1))
         while not in_search.is_set():
             await asyncio.sleep(0.001)
         go_on.set()
         assert await searching == ()
 
-    monkeypatch.setattr(countries, "_lookup", slow)
+    monkeypatch.setattr(countries._index, "find_one", slow)
     asyncio.run(run())
 
 

@@ -105,6 +105,26 @@ def test_those_who_wait_are_let_go_together_and_one_probe_at_a_time_asks(
     assert second.startswith("the server answers again, after 0.")
 
 
+def test_an_outage_soon_after_another_is_probed_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe of the first still sleeps when a search that was under way is answered, and the next ones are not."""
+    monkeypatch.setattr(backoff, "FIRST_S", 10.0)
+
+    async def scenario() -> None:
+        outages = Outages(
+            "x", breaker=Breaker(max_failures=1), probe=lambda: asyncio.sleep(60), is_silence=lambda _: True
+        )
+        before = asyncio.all_tasks()
+        for _ in range(3):
+            outages.failed(ConnectionError())
+            await asyncio.sleep(0)
+            assert len(asyncio.all_tasks()) == len(before) + 1
+            outages.succeeded()
+        await outages.close()
+        assert asyncio.all_tasks() == before
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
 def test_an_end_in_an_outage_leaves_no_probe_behind() -> None:
     async def scenario() -> None:
         outages = Outages(

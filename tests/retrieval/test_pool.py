@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rexrag.errors import RetrievalIndexError, RetrieverError
 from rexrag.retrieval import backoff
+from rexrag.retrieval import pool as pool_module
 from rexrag.retrieval.attempts import RetryableError
 from rexrag.retrieval.pool import Member, PoolRetriever
 from rexrag.types import Passage
@@ -105,6 +106,53 @@ def test_a_pool_that_is_gone_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
         found = await asyncio.gather(*searches)
         assert [tuple(passages) for passages in found] == [answer_to(str(i), 1) for i in range(32)]
         assert pool.state().outages == 1
+        await pool.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_lone_search_waits_for_a_large_pool_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not use up its attempts at members that say at once that they are gone."""
+    monkeypatch.setattr(backoff, "FIRST_S", 0.05)
+    members = [Echo() for _ in range(8)]
+    for member in members:
+        member.is_dead = True
+
+    async def scenario() -> None:
+        pool = pool_of(*members, max_retries=2)
+        search = asyncio.create_task(pool.search("q", top_k=1))
+        while sum(member.num_asked for member in members) < 8:
+            await asyncio.sleep(0)
+        for member in members:
+            member.is_dead = False
+        assert tuple(await search) == answer_to("q", 1)
+        for member in members:
+            member.is_dead = True
+        with pytest.raises(RetrieverError, match="failed 3 times"):
+            await pool.search("q", top_k=1)
+        search = asyncio.create_task(pool.search("r", top_k=1))
+        while not pool.state().is_down:  # five attempts in a row have failed
+            await asyncio.sleep(0.001)
+        for member in members:
+            member.is_dead = False
+        assert tuple(await search) == answer_to("r", 1)
+        await pool.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_a_pool_whose_members_all_hang_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backoff, "FIRST_S", 0.001)
+    monkeypatch.setattr(pool_module, "_SHUNNED_S", 0.0)
+
+    async def scenario() -> None:
+        pool = pool_of(Echo(seconds=60), Echo(seconds=60), timeout_s=0.02, max_retries=0)
+        for _ in range(20):
+            if pool.state().is_down:
+                break
+            with pytest.raises(RetrieverError):
+                await pool.search("q", top_k=1)
+        assert pool.state().is_down
         await pool.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 30))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import signal
 import subprocess
@@ -51,6 +53,18 @@ class Told:
 
     def advance_to(self, done: float) -> None:
         self.done[list(self.done)[-1]].append(done)
+
+
+def test_a_file_system_without_locks_is_built_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    corpus = write_rows(tmp_path / "c.jsonl", passage_rows(3))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    build_dense(corpus, tmp_path / "i", encoder=make_encoder(tmp_path / "encoder"))
+    assert "has no locks; let no other build write there" in caplog.text
 
 
 def test_a_build_that_was_killed_goes_on(tmp_path: Path) -> None:

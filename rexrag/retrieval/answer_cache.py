@@ -1,0 +1,47 @@
+"""Answers to queries that were given last, as long as their texts are not too long together."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Final, Generic, TypeAlias, TypeVar
+
+from rexrag.types import Passage
+
+KeyT = TypeVar("KeyT", bound=Hashable)
+Passages: TypeAlias = tuple[Passage, ...]
+
+_ENTRY_CHARS: Final = 256
+"""What an entry, and each of its passages, weighs beside its texts."""
+
+
+class AnswerCache(Generic[KeyT]):
+    """The least recently used go first, from `max_chars` of passages on; with 0 nothing is kept.
+
+    One instance belongs to one event loop.
+    """
+
+    def __init__(self, max_chars: int) -> None:
+        self._left = max_chars
+        self._entries: OrderedDict[KeyT, Passages] = OrderedDict()
+
+    def get(self, key: KeyT) -> Passages | None:
+        if (passages := self._entries.get(key)) is not None:
+            self._entries.move_to_end(key)
+        return passages
+
+    def put(self, key: KeyT, passages: Passages) -> None:
+        if key in self._entries:  # two have asked at once
+            return
+        self._entries[key] = passages
+        self._left -= _weight(passages)
+        while self._left < 0:
+            self._left += _weight(self._entries.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        while self._entries:
+            self._left += _weight(self._entries.popitem()[1])
+
+
+def _weight(passages: Passages) -> int:
+    return _ENTRY_CHARS + sum(_ENTRY_CHARS + len(p.title) + len(p.text) for p in passages)
