@@ -12,7 +12,7 @@ from typing import Final
 
 from rexrag.data.corpus import passage_of
 from rexrag.data.rows import RowError, id_of, shown
-from rexrag.errors import QueryRefusedError, RetrieverSetupError
+from rexrag.errors import QueryRefusedError, RetrieverSetupError, counted
 from rexrag.retrieval.attempts import RetryableError
 from rexrag.types import Passage
 
@@ -94,8 +94,8 @@ async def read_bounded(chunks: AsyncIterator[bytes], *, encoding: str) -> tuple[
     return bytes(content), True
 
 
-def passages_of(body: Body, *, top_k: int) -> tuple[tuple[Passage, ...], int]:
-    """The passages of an answer to one query, at most `top_k`, and the number of those left out for want of a text.
+def passages_of(body: Body, *, top_k: int, num_queries: int = 1) -> tuple[list[tuple[Passage, ...]], int]:
+    """The passages of each query, at most `top_k`, and the number of those left out for want of a text.
 
     Raises:
         RetryableError: 5xx, 408 or 429, or an answer that may have been cut off.
@@ -114,7 +114,7 @@ def passages_of(body: Body, *, top_k: int) -> tuple[tuple[Passage, ...], int]:
             "or lower env.top_k"
         )
     try:
-        return parse(_decoded(body), top_k=top_k)
+        return parse(_decoded(body), top_k=top_k, num_queries=num_queries)
     except (ValueError, RecursionError) as error:
         raise RetrieverSetupError(f"{body.url}: malformed answer: {error}; {body.described}") from error
 
@@ -129,24 +129,26 @@ def _decoded(body: Body) -> object:
         raise RetryableError(f"no JSON, perhaps cut off ({error}): {body.described}") from error
 
 
-def parse(value: object, *, top_k: int) -> tuple[tuple[Passage, ...], int]:
-    """The passages of an answer's JSON, without filler and repeats, and the number of those without text.
+def parse(value: object, *, top_k: int, num_queries: int) -> tuple[list[tuple[Passage, ...]], int]:
+    """The passages of each query in an answer's JSON, without filler and repeats, and the number of those without text.
 
     Raises:
         RowError: another form.
     """
     result = value.get("result") if isinstance(value, dict) else None
-    if not isinstance(result, list) or len(result) != 1 or not isinstance(result[0], list):
-        raise RowError(f'expected {{"result": [[…]]}} with one list, got {shown(value)}')
-    kept: dict[tuple[str, str], Passage] = {}
-    num_empty = 0
-    for entry in result[0]:
-        passage, score = _passage(entry)
-        if passage is None:
-            num_empty += 1
-        elif score is None or abs(score) < _FILLER_SCORE:
-            kept.setdefault((passage.title, passage.text), passage)
-    return tuple(kept.values())[:top_k], num_empty
+    if not isinstance(result, list) or len(result) != num_queries or not all(isinstance(one, list) for one in result):
+        raise RowError(f'expected {{"result": [[…]]}} with {counted(num_queries, "list")}, got {shown(value)}')
+    found, num_empty = [], 0
+    for entries in result:
+        kept: dict[tuple[str, str], Passage] = {}
+        for entry in entries:
+            passage, score = _passage(entry)
+            if passage is None:
+                num_empty += 1
+            elif score is None or abs(score) < _FILLER_SCORE:
+                kept.setdefault((passage.title, passage.text), passage)
+        found.append(tuple(kept.values())[:top_k])
+    return found, num_empty
 
 
 def _passage(entry: object) -> tuple[Passage | None, float | None]:

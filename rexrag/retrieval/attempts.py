@@ -24,6 +24,8 @@ class RetryableError(Exception):
         retry_after_s: seconds after which the back end wants to be asked again, where it says so.
         is_busy: it answers, but has no room for this query now: no outage.
         is_elsewhere: another part of it answers: no outage, and the next attempt needs no pause.
+        is_late: it did not answer in time.
+        is_told: another search has failed with it, in the same request: it counts once.
     """
 
     def __init__(
@@ -33,11 +35,21 @@ class RetryableError(Exception):
         retry_after_s: float | None = None,
         is_busy: bool = False,
         is_elsewhere: bool = False,
+        is_late: bool = False,
+        is_told: bool = False,
     ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.is_busy = is_busy
         self.is_elsewhere = is_elsewhere
+        self.is_late = is_late
+        self.is_told = is_told
+
+    def of_another(self) -> RetryableError:
+        """The same, for another search of the same request."""
+        return RetryableError(
+            str(self), retry_after_s=self.retry_after_s, is_busy=self.is_busy, is_late=self.is_late, is_told=True
+        )
 
 
 class Attempts:
@@ -125,7 +137,7 @@ class Attempts:
     def _note(self, error: RetryableError) -> None:
         if error.is_busy:
             self._outages.succeeded()
-        elif not error.is_elsewhere:
+        elif not (error.is_elsewhere or error.is_told):
             self._outages.failed(error)
 
     async def _pause(self, attempt: int, *, until: float, wanted_s: float | None) -> None:

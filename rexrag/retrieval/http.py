@@ -1,7 +1,7 @@
 """A search server with the /retrieve API, over HTTP. Every wait is bounded, and a failure is never a result.
 
-POST /retrieve {"queries": [str], "topk": int, "return_scores": true}
-  -> {"result": [[{"document": {"id", "contents"}, "score"} …]]}  or  {"result": [[{"id", "contents"} …]]}
+POST /retrieve {"queries": [str …], "topk": int, "return_scores": true}
+  -> {"result": [[{"document": {"id", "contents"}, "score"} …] …]}  or  {"result": [[{"id", "contents"} …] …]}
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 import httpx
@@ -17,6 +18,7 @@ import httpx
 from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError, counted
 from rexrag.retrieval.answers import Body, passages_of, read_bounded
 from rexrag.retrieval.attempts import PROBE_QUERY, Attempts, RetryableError
+from rexrag.retrieval.batching import Batcher
 from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import Passage
 
@@ -32,7 +34,7 @@ _INLINE_BYTES: Final = 1 << 16
 class HttpRetriever:
     """Asks a server for passages, again with back-off where a failure may pass.
 
-        retriever = HttpRetriever("http://127.0.0.1:8000", timeout_s=10, max_retries=5)
+        retriever = HttpRetriever("http://127.0.0.1:8000", timeout_s=10, max_retries=5, batch_size=16)
         retriever.check(top_k=3)
         passages = await retriever.search("currency of Gabon", top_k=3)
         await retriever.close()
@@ -45,7 +47,14 @@ class HttpRetriever:
     """
 
     def __init__(
-        self, url: str, *, timeout_s: float, max_retries: int, token: str | None = None, is_patient: bool = True
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        max_retries: int,
+        batch_size: int,
+        token: str | None = None,
+        is_patient: bool = True,
     ) -> None:
         """Nothing is sent yet.
 
@@ -53,6 +62,7 @@ class HttpRetriever:
             url: base of the server, or its /retrieve.
             timeout_s: bound of one attempt as a whole, seconds.
             max_retries: attempts after the first.
+            batch_size: most queries of one request.
             token: sent as a bearer token.
             is_patient: whether searches wait for a server that is down; else they have their attempts, and that is it.
 
@@ -78,6 +88,7 @@ class HttpRetriever:
             max_retries=max_retries,
             is_patient=is_patient,
         )
+        self._batcher = Batcher(self._endpoint, send=self._ask, max_batch=batch_size)
 
     @property
     def max_wait_s(self) -> float:
@@ -127,6 +138,7 @@ class HttpRetriever:
             self._url,
             timeout_s=self._timeout_s,
             max_retries=self._max_retries,
+            batch_size=1,
             token=self._token,
             is_patient=False,
         )
@@ -140,14 +152,20 @@ class HttpRetriever:
 
     async def close(self) -> None:
         await self._attempts.close()
+        await self._batcher.close()
         await self._client.aclose()
 
     async def _attempt(self, query: str, top_k: int) -> tuple[Passage, ...]:
-        body = await self._send("POST", self._endpoint, json=_request(query, top_k))
-        if len(body.content) <= _INLINE_BYTES:
-            passages, num_empty = passages_of(body, top_k=top_k)
-        else:
-            passages, num_empty = await asyncio.to_thread(passages_of, body, top_k=top_k)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._batcher.ask(query, top_k)
+        except TimeoutError as error:
+            raise RetryableError(f"no answer within {self._timeout_s:g} s") from error
+
+    async def _ask(self, queries: Sequence[str], top_k: int) -> list[tuple[Passage, ...]]:
+        body = await self._send("POST", self._endpoint, json=_request(queries, top_k))
+        read = partial(passages_of, body, top_k=top_k, num_queries=len(queries))
+        passages, num_empty = read() if len(body.content) <= _INLINE_BYTES else await asyncio.to_thread(read)
         if num_empty and not self._has_told_empty:
             self._has_told_empty = True
             LOG.warning("%s: passages without text are left out, %d in this answer", self._endpoint, num_empty)
@@ -170,7 +188,7 @@ class HttpRetriever:
                     url = self._redirected(url, location)
                 raise RetrieverSetupError(f"{url}: more than {_MAX_REDIRECTS} redirects; correct retriever.url")
         except (TimeoutError, httpx.TimeoutException) as error:
-            raise RetryableError(f"no answer within {self._timeout_s:g} s") from error
+            raise RetryableError(f"no answer within {self._timeout_s:g} s", is_late=True) from error
         except httpx.TransportError as error:
             raise RetryableError(_described(error)) from error
         except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
@@ -204,10 +222,10 @@ class HttpRetriever:
         return str(target)
 
 
-def _request(query: str, top_k: int) -> dict[str, object]:
+def _request(queries: Sequence[str], top_k: int) -> dict[str, object]:
     # Half a surrogate pair cannot be sent.
-    text = query.encode("utf-8", "replace").decode("utf-8")
-    return {"queries": [text], "topk": top_k, "return_scores": True}
+    texts = [query.encode("utf-8", "replace").decode("utf-8") for query in queries]
+    return {"queries": texts, "topk": top_k, "return_scores": True}
 
 
 def _base_url(url: str) -> str:

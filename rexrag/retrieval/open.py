@@ -76,7 +76,13 @@ def _open_http(settings: RetrieverSettings) -> HttpRetriever:
     if settings.url is None:
         raise ConfigError('retriever.url is not set, but retriever.kind = "http" needs the address of a server')
     token = None if settings.token_file is None else read_token(settings.token_file, name="retriever.token_file")
-    return HttpRetriever(settings.url, timeout_s=settings.timeout_s, max_retries=settings.max_retries, token=token)
+    return HttpRetriever(
+        settings.url,
+        timeout_s=settings.timeout_s,
+        max_retries=settings.max_retries,
+        batch_size=settings.batch_size,
+        token=token,
+    )
 
 
 def is_server(target: str) -> bool:

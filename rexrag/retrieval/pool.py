@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from rexrag.retrieval.attempts import Attempts, RetryableError
@@ -57,6 +57,7 @@ class PoolRetriever:
         self._attempts = Attempts(
             "the pool of search actors", attempt=self._attempt, timeout_s=timeout_s, max_retries=max_retries
         )
+        self._num_elsewhere = 0
         self._order = random.Random()
 
     async def search(self, query: str, *, top_k: int) -> Sequence[Passage]:
@@ -69,7 +70,8 @@ class PoolRetriever:
         return await self._attempts.search(query, top_k)
 
     def state(self) -> RetrieverState:
-        return self._attempts.state()
+        state = self._attempts.state()
+        return replace(state, retried=state.retried + self._num_elsewhere)
 
     async def close(self) -> None:
         await self._attempts.close()
@@ -80,6 +82,7 @@ class PoolRetriever:
         try:
             async with asyncio.timeout(self._timeout_s):
                 while (place := self._choose(besides=asked)) is not None:
+                    self._num_elsewhere += bool(asked)
                     asked.append(place)
                     try:
                         return await self._ask(place, query, top_k)

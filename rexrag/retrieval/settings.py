@@ -36,6 +36,13 @@ class RetrieverConfig(BaseModel):
     max_retries: int = Field(
         5, ge=0, le=100, description="Attempts after the first before the episode is masked as `env_error`."
     )
+    batch_size: int = Field(
+        16,
+        ge=1,
+        le=4096,
+        description="Most queries of one request to a server (kind `http`), of those that wait at the same time; 1: "
+        "each by itself.",
+    )
     num_actors: int = Field(1, ge=1, le=1024, description="Search actors (kind `ray`).")
     num_cpus: float = Field(1.0, gt=0, le=1024, description="Cores that Ray reserves for each search actor.")
     num_gpus: float = Field(
@@ -66,6 +73,7 @@ class RetrieverSettings:
     token_file: Path | None
     timeout_s: float
     max_retries: int
+    batch_size: int
     num_actors: int
 
 

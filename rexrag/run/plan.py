@@ -47,6 +47,7 @@ FREE: Final = (
     "retriever.url",
     "retriever.timeout_s",
     "retriever.max_retries",
+    "retriever.batch_size",
     "retriever.token_file",
     "retriever.encoder",
     "retriever.num_actors",

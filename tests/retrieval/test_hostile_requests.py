@@ -193,7 +193,7 @@ def test_a_kill_and_a_restart_under_load_lose_no_search(index: Path) -> None:
         return count
 
     async def scenario(url: str, port: int, stack: contextlib.ExitStack, kill: contextlib.ExitStack) -> None:
-        retriever = HttpRetriever(url, timeout_s=5.0, max_retries=6)
+        retriever = HttpRetriever(url, batch_size=4, timeout_s=5.0, max_retries=6)
         stop = asyncio.Event()
         callers = [asyncio.create_task(ask(number, retriever, stop)) for number in range(num_callers)]
         await asyncio.sleep(0.5)

@@ -34,7 +34,7 @@ def search(
     url: str, *, query: str = "q", top_k: int = 3, timeout_s: float = 5.0, retries: int = 3
 ) -> Sequence[Passage]:
     async def run() -> Sequence[Passage]:
-        retriever = HttpRetriever(url, timeout_s=timeout_s, max_retries=retries)
+        retriever = HttpRetriever(url, batch_size=4, timeout_s=timeout_s, max_retries=retries)
         try:
             return await retriever.search(query, top_k=top_k)
         finally:
@@ -169,7 +169,7 @@ def test_a_passage_without_text_is_left_out_and_told_once(caplog: pytest.LogCapt
     ]
 
     async def run(url: str) -> list[Sequence[Passage]]:
-        retriever = HttpRetriever(url, timeout_s=5, max_retries=0)
+        retriever = HttpRetriever(url, batch_size=4, timeout_s=5, max_retries=0)
         found = [await retriever.search("q", top_k=3) for _ in range(2)]
         await retriever.close()
         return found
@@ -199,7 +199,7 @@ def test_a_redirect_on_the_same_server_is_followed_and_remembered(status: int) -
         return 200, passages(str(request.body["queries"]))
 
     async def run(url: str) -> list[Sequence[Passage]]:
-        retriever = HttpRetriever(url, timeout_s=5, max_retries=0)
+        retriever = HttpRetriever(url, batch_size=4, timeout_s=5, max_retries=0)
         found = [await retriever.search(query, top_k=1) for query in "ab"]
         await retriever.close()
         return found
@@ -233,7 +233,7 @@ def test_other_redirects_are_told(location: str, told: str) -> None:
     ],
 )
 def test_a_redirect_leads_a_query_and_its_token_to_no_other_service(url: str, location: str, is_followed: bool) -> None:
-    retriever = HttpRetriever(url, timeout_s=5, max_retries=0)
+    retriever = HttpRetriever(url, batch_size=4, timeout_s=5, max_retries=0)
     if is_followed:
         assert retriever._redirected(url, location) == str(httpx.URL(url).join(location))
         return
@@ -280,7 +280,7 @@ def test_a_server_that_refuses_so_many_passages_is_told_before_a_run() -> None:
         return (422, b"topk is 30, at most 20") if request.body.get("topk", 0) == 30 else (200, passages("a"))
 
     with serve(answer) as server:
-        retriever = HttpRetriever(server.url, timeout_s=5, max_retries=0)
+        retriever = HttpRetriever(server.url, batch_size=4, timeout_s=5, max_retries=0)
         retriever.check(top_k=20)
         with pytest.raises(ConfigError, match=r"refuses a query for 30 passages \(env.top_k\).*at most 20"):
             retriever.check(top_k=30)
@@ -323,9 +323,9 @@ def test_a_long_answer_is_parsed_beside_the_event_loop() -> None:
     threads: list[str] = []
     parse = answers.parse
 
-    def parse_and_note(value: object, *, top_k: int) -> tuple[tuple[Passage, ...], int]:
+    def parse_and_note(value: object, **bounds: int) -> tuple[list[tuple[Passage, ...]], int]:
         threads.append(threading.current_thread().name)
-        return parse(value, top_k=top_k)
+        return parse(value, **bounds)
 
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -350,7 +350,7 @@ JSON_VALUES = st.recursive(
 @given(entries=st.lists(JSON_VALUES, max_size=3))
 def test_parsing_gives_usable_passages_or_one_kind_of_error(entries: list[object]) -> None:
     try:
-        parsed, _ = answers.parse({"result": [entries]}, top_k=3)
+        (parsed,), _ = answers.parse({"result": [entries]}, top_k=3, num_queries=1)
     except ValueError:
         return
     assert len(parsed) <= len(entries)
@@ -368,7 +368,7 @@ def test_a_hanging_server_is_left_after_the_time_out() -> None:
             search(server.url, timeout_s=0.2, retries=1)
         assert 0.4 <= time.monotonic() - start < 5
         with pytest.raises(ConfigError, match="no usable search server"):
-            HttpRetriever(server.url, timeout_s=0.2, max_retries=0).check(top_k=1)
+            HttpRetriever(server.url, batch_size=4, timeout_s=0.2, max_retries=0).check(top_k=1)
 
 
 def test_a_trickling_server_is_left_after_the_time_out() -> None:
@@ -389,7 +389,7 @@ def test_a_trickling_server_is_left_after_the_time_out() -> None:
 
         async with await asyncio.start_server(trickle, sock=listener):
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            retriever = HttpRetriever(url, timeout_s=0.3, max_retries=0)
+            retriever = HttpRetriever(url, batch_size=4, timeout_s=0.3, max_retries=0)
             with pytest.raises(RetrieverError, match=r"no answer within 0\.3 s"):
                 await asyncio.wait_for(retriever.search("q", top_k=1), timeout=5)
             await retriever.close()
@@ -399,8 +399,10 @@ def test_a_trickling_server_is_left_after_the_time_out() -> None:
 
 def test_the_whole_wait_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backoff, "FIRST_S", 0.25)
-    assert HttpRetriever("http://x", timeout_s=10, max_retries=5).max_wait_s == 60 + 0.25 + 0.5 + 1 + 2 + 4
-    assert HttpRetriever("http://x", timeout_s=1, max_retries=100).max_wait_s < 101 + 100 * 10
+    assert (
+        HttpRetriever("http://x", batch_size=4, timeout_s=10, max_retries=5).max_wait_s == 60 + 0.25 + 0.5 + 1 + 2 + 4
+    )
+    assert HttpRetriever("http://x", batch_size=4, timeout_s=1, max_retries=100).max_wait_s < 101 + 100 * 10
 
 
 def test_searches_run_at_once() -> None:
@@ -411,7 +413,7 @@ def test_searches_run_at_once() -> None:
         return 200, passages(str(request.body["queries"]))
 
     async def run(url: str) -> list[Sequence[Passage]]:
-        retriever = HttpRetriever(url, timeout_s=30, max_retries=0)
+        retriever = HttpRetriever(url, batch_size=1, timeout_s=30, max_retries=0)
         results = await asyncio.gather(*(retriever.search(str(i), top_k=1) for i in range(16)))
         await retriever.close()
         return results
@@ -421,10 +423,27 @@ def test_searches_run_at_once() -> None:
         assert [r[0].id for r in results] == [f"['{i}']" for i in range(16)]
 
 
+def test_searches_that_wait_together_travel_together() -> None:
+    def answer(request: Request) -> Answer:
+        queries = request.body["queries"]
+        assert isinstance(queries, list)
+        return 200, json.dumps({"result": [json.loads(passages(query))["result"][0] for query in queries]}).encode()
+
+    async def run(url: str) -> None:
+        retriever = HttpRetriever(url, batch_size=16, timeout_s=30, max_retries=0)
+        results = await asyncio.gather(*(retriever.search(str(i), top_k=1) for i in range(64)))
+        assert [r[0].id for r in results] == [str(i) for i in range(64)]
+        await retriever.close()
+
+    with serve(answer) as server:
+        asyncio.run(run(server.url))
+        assert len(server.requests) == 4
+
+
 @pytest.mark.parametrize("health", [200, 404])
 def test_check_asks_health_and_a_query(health: int) -> None:
     with serve(lambda r: (health, b"") if r.path == "/health" else (200, passages("a"))) as server:
-        HttpRetriever(server.url, timeout_s=5, max_retries=0).check(top_k=1)
+        HttpRetriever(server.url, batch_size=4, timeout_s=5, max_retries=0).check(top_k=1)
         assert [r.path for r in server.requests] == ["/health", "/retrieve"]
 
 
@@ -434,7 +453,7 @@ def test_check_finds_a_server_of_another_api_behind_good_health(status: int) -> 
         serve(lambda r: (200, b"ok") if r.path == "/health" else (status, b"no such")) as server,
         pytest.raises(ConfigError, match=rf"/retrieve: status {status} \(no such\)"),
     ):
-        HttpRetriever(server.url, timeout_s=5, max_retries=0).check(top_k=1)
+        HttpRetriever(server.url, batch_size=4, timeout_s=5, max_retries=0).check(top_k=1)
 
 
 def test_check_has_the_time_out_and_the_retries_of_the_retriever() -> None:
@@ -444,17 +463,17 @@ def test_check_has_the_time_out_and_the_retries_of_the_retriever() -> None:
         return (502, b"<html>\n Bad gateway") if len(server.requests) < 4 else (200, passages("a"))
 
     with serve(answer) as server:
-        HttpRetriever(server.url, timeout_s=5, max_retries=2).check(top_k=1)
+        HttpRetriever(server.url, batch_size=4, timeout_s=5, max_retries=2).check(top_k=1)
     with (
         serve(lambda r: (404, b"") if r.path == "/health" else (502, b"<html>\n Bad gateway")) as server,
         pytest.raises(ConfigError, match=r"failed 3 times, at last with: status 502 \(<html> Bad gateway\)"),
     ):
-        HttpRetriever(server.url, timeout_s=5, max_retries=2).check(top_k=1)
+        HttpRetriever(server.url, batch_size=4, timeout_s=5, max_retries=2).check(top_k=1)
 
 
 def test_check_works_inside_an_event_loop() -> None:
     async def run(url: str) -> Sequence[Passage]:
-        retriever = HttpRetriever(url, timeout_s=5, max_retries=0)
+        retriever = HttpRetriever(url, batch_size=4, timeout_s=5, max_retries=0)
         retriever.check(top_k=1)
         found = await retriever.search("q", top_k=1)
         await retriever.close()
@@ -471,26 +490,26 @@ def test_check_works_inside_an_event_loop() -> None:
 def test_check_refuses_what_is_no_search_server(answer: object) -> None:
     assert callable(answer)
     with serve(answer) as server, pytest.raises(ConfigError, match=rf"retriever\.url = {server.url}: no usable search"):
-        HttpRetriever(server.url, timeout_s=5, max_retries=0).check(top_k=1)
+        HttpRetriever(server.url, batch_size=4, timeout_s=5, max_retries=0).check(top_k=1)
 
 
 def test_check_of_an_unreachable_address() -> None:
     url = unused_url()
     with pytest.raises(ConfigError, match=f"{url}: no usable search server there .*; start it, or correct"):
-        HttpRetriever(url, timeout_s=5, max_retries=0).check(top_k=1)
+        HttpRetriever(url, batch_size=4, timeout_s=5, max_retries=0).check(top_k=1)
 
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://x", "http://", "http://x:port", "http://[::1"])
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ConfigError, match=r"retriever\.url"):
-        HttpRetriever(url, timeout_s=1, max_retries=0)
+        HttpRetriever(url, batch_size=4, timeout_s=1, max_retries=0)
 
 
 def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", unused_url())
     monkeypatch.setenv("http_proxy", unused_url())
     with serve(lambda _: (200, passages("a"))) as server:
-        HttpRetriever(server.url, timeout_s=5, max_retries=0).check(top_k=1)
+        HttpRetriever(server.url, batch_size=4, timeout_s=5, max_retries=0).check(top_k=1)
         assert len(search(server.url, retries=0)) == 1
 
 
@@ -505,7 +524,7 @@ def test_an_outage_is_waited_for_without_using_up_attempts() -> None:
         return 200, passages(queries[0])
 
     async def run(url: str) -> int:
-        retriever = HttpRetriever(url, timeout_s=10.0, max_retries=5)
+        retriever = HttpRetriever(url, batch_size=4, timeout_s=10.0, max_retries=5)
         await retriever.search("first", top_k=1)
         is_down.set()
         searches = [asyncio.create_task(retriever.search(str(i), top_k=1)) for i in range(64)]
@@ -532,7 +551,7 @@ def test_an_outage_is_waited_for_without_using_up_attempts() -> None:
 
 def test_an_outage_that_outlasts_a_search_is_an_error_within_its_bound() -> None:
     async def run(url: str) -> None:
-        retriever = HttpRetriever(url, timeout_s=0.2, max_retries=6)
+        retriever = HttpRetriever(url, batch_size=4, timeout_s=0.2, max_retries=6)
         began = time.monotonic()
         with pytest.raises(RetrieverError, match=r"did not answer for .* s, at last with: status 503 \(down\)"):
             await retriever.search("q", top_k=1)
@@ -555,7 +574,7 @@ def test_a_busy_server_is_asked_again_when_it_says_and_is_not_down() -> None:
     assert 1.0 <= times[1] - times[0] < 3
 
     async def run(url: str) -> None:
-        retriever = HttpRetriever(url, timeout_s=1, max_retries=8)
+        retriever = HttpRetriever(url, batch_size=4, timeout_s=1, max_retries=8)
         with pytest.raises(RetrieverError, match="failed 9 times"):
             await retriever.search("q", top_k=1)
         assert retriever.state().outages == 0
@@ -567,7 +586,7 @@ def test_a_busy_server_is_asked_again_when_it_says_and_is_not_down() -> None:
 
 def test_a_token_is_sent() -> None:
     async def run(url: str) -> None:
-        retriever = HttpRetriever(url, timeout_s=1, max_retries=0, token="s3cret")
+        retriever = HttpRetriever(url, batch_size=4, timeout_s=1, max_retries=0, token="s3cret")
         retriever.check(top_k=1)
         await retriever.search("q", top_k=1)
         await retriever.close()

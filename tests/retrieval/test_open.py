@@ -19,7 +19,15 @@ from rexrag.retrieval.service import SearchService
 from rexrag.retrieval.settings import RetrieverSettings
 
 BM25 = RetrieverSettings(
-    kind="bm25", path=None, encoder=None, url=None, token_file=None, timeout_s=1.0, max_retries=0, num_actors=2
+    kind="bm25",
+    path=None,
+    encoder=None,
+    url=None,
+    token_file=None,
+    timeout_s=1.0,
+    max_retries=0,
+    batch_size=4,
+    num_actors=2,
 )
 HTTP = replace(BM25, kind="http", url="http://127.0.0.1:1")
 

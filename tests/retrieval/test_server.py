@@ -106,7 +106,7 @@ def test_more_than_the_corpus_has_and_nothing_found(client: httpx.Client, url: s
 
 def test_its_passages_are_those_of_the_index(folder: Path, url: str) -> None:
     async def both() -> None:
-        own, remote = BM25Retriever(folder), HttpRetriever(url, timeout_s=5, max_retries=0)
+        own, remote = BM25Retriever(folder), HttpRetriever(url, batch_size=4, timeout_s=5, max_retries=0)
         for query in ("city Gabon", "two lines", "big apple", "\ud800 Oyem", "nothing"):
             found: Sequence[Passage] = await remote.search(query, top_k=4)
             assert tuple(found) == tuple(await own.search(query, top_k=4))
@@ -114,7 +114,7 @@ def test_its_passages_are_those_of_the_index(folder: Path, url: str) -> None:
         await remote.close()
 
     asyncio.run(both())
-    HttpRetriever(url, timeout_s=5, max_retries=0).check(top_k=1)
+    HttpRetriever(url, batch_size=4, timeout_s=5, max_retries=0).check(top_k=1)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def retriever_settings(index: Path) -> RetrieverSettings:
         token_file=None,
         timeout_s=10.0,
         max_retries=5,
+        batch_size=4,
         num_actors=NUM_ACTORS,
     )
 

@@ -1,0 +1,141 @@
+"""Queries that wait at the same time travel in one request: a server that answers slowly gets them in larger batches.
+
+    ask ──▶ waiting ──a few requests at a time, the waiting shared out among them──▶ answers
+
+A server may take single queries alone, or refuse one of several; then each is asked by itself, and a server that
+answers them so gets no batch any more. One that does not answer in time gets smaller ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from rexrag.errors import QueryRefusedError, RetrieverSetupError
+from rexrag.retrieval.answer_cache import Passages
+from rexrag.retrieval.attempts import RetryableError
+
+LOG = logging.getLogger(__name__)
+
+MAX_REQUESTS: Final = 4
+"""Requests under way at once, as long as queries are put together: so a server with several workers has all of them
+busy, and one that computes a request at a time finds the next ones full."""
+
+_Send = Callable[[Sequence[str], int], Awaitable[Sequence[Passages]]]
+
+
+@dataclass(kw_only=True, eq=False)
+class _Asked:
+    query: str
+    top_k: int
+    answer: asyncio.Future[Passages] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Batcher:
+    """One instance belongs to one event loop.
+
+    Args:
+        name: of the server, for the log.
+        send: one request: the passages of each of these queries, at most so many of each. Raises `RetryableError`,
+            `QueryRefusedError` and `RetrieverSetupError`.
+        max_batch: most queries of a request; with 1 each goes by itself, at once.
+    """
+
+    def __init__(self, name: str, *, send: _Send, max_batch: int) -> None:
+        self._name = name
+        self._send = send
+        self._max_batch = max_batch
+        self._waiting: deque[_Asked] = deque()
+        self._requests: set[asyncio.Task[None]] = set()
+        self._is_planned = False
+
+    async def ask(self, query: str, top_k: int) -> Passages:
+        """The passages of a query; errors are those of `send`."""
+        asked = _Asked(query=query, top_k=top_k)
+        self._waiting.append(asked)
+        self._plan()
+        return await asked.answer
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        for request in self._requests:
+            request.cancel()
+        await asyncio.gather(*self._requests, return_exceptions=True)
+
+    def _plan(self) -> None:
+        """Those that ask in the same round of the event loop are seen together."""
+        if not self._is_planned:
+            self._is_planned = True
+            asyncio.get_running_loop().call_soon(self._start)
+
+    def _start(self) -> None:
+        self._is_planned = False
+        self._waiting = deque(asked for asked in self._waiting if not asked.answer.done())  # some have given up
+        while self._waiting and (free := self._num_free()) > 0:
+            size = min(self._max_batch, math.ceil(len(self._waiting) / free))
+            request = asyncio.create_task(self._ask_together(self._taken(size)))
+            self._requests.add(request)
+            request.add_done_callback(self._ended)
+
+    def _num_free(self) -> int:
+        return MAX_REQUESTS - len(self._requests) if self._max_batch > 1 else len(self._waiting)
+
+    def _taken(self, size: int) -> list[_Asked]:
+        """The first that wait; all of a request want as many passages."""
+        batch = [self._waiting.popleft()]
+        while self._waiting and len(batch) < size and self._waiting[0].top_k == batch[0].top_k:
+            batch.append(self._waiting.popleft())
+        return batch
+
+    def _ended(self, request: asyncio.Task[None]) -> None:
+        self._requests.discard(request)
+        if self._waiting and not request.cancelled():
+            self._plan()
+
+    async def _ask_together(self, batch: Sequence[_Asked]) -> None:
+        try:
+            found = await self._send([asked.query for asked in batch], batch[0].top_k)
+        except (QueryRefusedError, RetrieverSetupError) as error:
+            if len(batch) > 1:
+                await self._ask_one_by_one(batch)
+            else:
+                _fail(batch[0], error)
+        except RetryableError as error:
+            if error.is_late:
+                self._max_batch = min(self._max_batch, max(1, len(batch) // 2))
+            _fail(batch[0], error)
+            for asked in batch[1:]:
+                _fail(asked, error.of_another())
+        except Exception as error:  # noqa: BLE001  # fault boundary: whoever waits sees it
+            for asked in batch:
+                _fail(asked, error)
+        else:
+            for asked, passages in zip(batch, found, strict=True):
+                _answer(asked, passages)
+
+    async def _ask_one_by_one(self, batch: Sequence[_Asked]) -> None:
+        singles = (self._send([asked.query], asked.top_k) for asked in batch)
+        outcomes = await asyncio.gather(*singles, return_exceptions=True)
+        for asked, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, BaseException):
+                _fail(asked, outcome)
+            else:
+                _answer(asked, outcome[0])
+        if self._max_batch > 1 and not any(isinstance(outcome, BaseException) for outcome in outcomes):
+            self._max_batch = 1
+            LOG.warning("%s takes one query a request, and gets no more at a time", self._name)
+
+
+def _answer(asked: _Asked, passages: Passages) -> None:
+    if not asked.answer.done():
+        asked.answer.set_result(passages)
+
+
+def _fail(asked: _Asked, error: BaseException) -> None:
+    if not asked.answer.done():
+        asked.answer.set_exception(error)
