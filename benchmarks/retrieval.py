@@ -170,7 +170,7 @@ class _QueryRequest(BaseModel):
 
 
 def serve_peer(folder: Path, *, port: int) -> None:
-    """Search-R1's server: each request by itself, in a thread of FastAPI's."""
+    """Search-R1's server: each request by itself, in a thread of FastAPI's; the queries of one request together."""
     index = DenseIndex(folder)  # for its encoder and its passages
     vectors = faiss.read_index(str(folder / VECTORS_NAME), faiss.IO_FLAG_MMAP)
     passages = index._corpus
@@ -179,12 +179,11 @@ def serve_peer(folder: Path, *, port: int) -> None:
     @app.post("/retrieve")
     def retrieve(request: _QueryRequest) -> dict[str, Any]:
         results = []
-        for query in request.queries:
-            scores, rows = vectors.search(index.encoder.queries([query]), request.topk or TOP_K)
-            found = [passages.get(row) for row in rows[0].tolist()]
-            documents = [{"id": passage.id, "contents": contents_of(passage)} for passage in found]
+        scores, rows = vectors.search(index.encoder.queries(request.queries), request.topk or TOP_K)
+        for of_query, found in zip(scores.tolist(), rows.tolist(), strict=True):
+            documents = [{"id": p.id, "contents": contents_of(p)} for p in map(passages.get, found)]
             results.append(
-                [{"document": d, "score": s} for d, s in zip(documents, scores[0].tolist(), strict=True)]
+                [{"document": d, "score": s} for d, s in zip(documents, of_query, strict=True)]
                 if request.return_scores
                 else documents
             )

@@ -13,13 +13,15 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO, Final, Self
 
 import numpy as np
 
 from rexrag.data.rows import Problem, Row, RowError, id_of, parse_rows, shown, text_of, valid_text
 from rexrag.errors import DataError, RetrievalIndexError, counted
 from rexrag.types import Passage
+
+_BLOCK_BYTES: Final = 1 << 20
 
 
 def iter_corpus(path: str | Path) -> Iterator[Passage]:
@@ -207,17 +209,29 @@ class Corpus:
             RetrievalIndexError: the file no longer holds a passage there: it changed after it was indexed.
         """
         start = int(self._starts[row])
-        descriptor = self._file.fileno()
-        end = int(self._starts[row + 1]) if row + 1 < len(self) else os.fstat(descriptor).st_size
         try:
-            line = os.pread(descriptor, max(0, end - start), start).partition(b"\n")[0]
-            values = json.loads(line)
+            values = json.loads(self._line(row, start))
             passage = passage_of(values, identity=id_of(values) or "")
         except (OSError, ValueError, AttributeError) as error:
             raise self._changed(row, start) from error
         if passage is None:
             raise self._changed(row, start)
         return passage
+
+    def _line(self, row: int, start: int) -> bytes:
+        descriptor = self._file.fileno()
+        end = os.fstat(descriptor).st_size
+        if row + 1 < len(self):
+            end = min(end, int(self._starts[row + 1]))
+        line = bytearray()
+        while start < end:  # the last row of a file that has grown since is no longer than it was
+            block = os.pread(descriptor, min(end - start, _BLOCK_BYTES), start)
+            head, newline, _ = block.partition(b"\n")
+            line += head
+            if newline or not block:
+                break
+            start += len(block)
+        return bytes(line)
 
     def _changed(self, row: int, start: int) -> RetrievalIndexError:
         return RetrievalIndexError(

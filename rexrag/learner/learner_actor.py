@@ -181,6 +181,8 @@ class LearnerActor:
         )
         if resumed is not None:
             core.load_trainer_state(resumed)
+            if spec.checkpoint is not None and spec.adapters is not None:
+                check_base(core.model, spec.checkpoint)
         self._core = core
         self._buckets = in_buckets(core.weight_sizes, most_bytes=spec.bucket_bytes)
         return Loaded(core.precision, len(self._buckets))
@@ -195,8 +197,6 @@ class LearnerActor:
         if spec.adapters is None:
             return load_model(spec.checkpoint or spec.model, dtype="float32")
         model = load_model(spec.model, dtype="float32")
-        if spec.checkpoint is not None:
-            check_base(model, spec.checkpoint)
         add_adapters(model, spec.adapters)
         return model
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,19 @@ from rexrag.learner.ranks import Ranks
 from rexrag.learner.samples import pick_samples
 from rexrag.learner.step_metrics import StepReport, step_metrics
 from rexrag.learner.trainer_state import TrainerState
-from rexrag.model.adapters import adapter_tensors, full_weight, has_adapters, narrow_frozen, own_names, set_adapters
+from rexrag.model.adapters import (
+    adapter_tensors,
+    full_weight,
+    has_adapters,
+    is_adapted,
+    narrow_frozen,
+    own_names,
+    rounded,
+    set_adapters,
+)
 from rexrag.model.comparison import prepare_model
 from rexrag.model.loading import Device, fastest_dtype
-from rexrag.model.sharding import gather_tensors
+from rexrag.model.sharding import gather_tensors, whole
 from rexrag.model.weight_proof import Canary, Precision
 from rexrag.types import FloatArray, StepBatch, StepResult, TrajectoryGroup
 
@@ -222,19 +232,28 @@ class LearnerCore:
 
         On CPU float32 arrays are views of the weights, which the next step changes: copy or publish them first.
         """
-        narrow = getattr(torch, dtype)
         own = own_names(self.model)
-        parts = {name: full_weight(self.model, own[name]).to(narrow) for name in names}
+        parts = {name: self._narrowed(own[name], dtype) for name in names}
         tensors = gather_tensors(parts, keep=self._ranks.is_first)
         return {name: _as_numpy(tensor) for name, tensor in tensors.items()}
+
+    def _narrowed(self, name: str, dtype: Precision) -> Tensor:
+        """A weight by its name in the model, with what an adapter adds; the same for a version each time."""
+        weight = full_weight(self.model, name)
+        if dtype == "bfloat16" and is_adapted(name):
+            return rounded(weight, seed=zlib.crc32(f"{self.num_steps} {name}".encode()))
+        return weight.to(getattr(torch, dtype))
 
     def stored_weights(self) -> dict[str, Tensor] | None:
         """What a checkpoint stores of a model in shards or with adapters, on the first rank; None: its own tensors."""
         if self._ranks.num == 1 and not has_adapters(self.model):
             return None
-        weights: dict[str, Tensor] = {}
-        for name, own in own_names(self.model).items():
-            weights |= gather_tensors({name: full_weight(self.model, own).float()}, keep=self._ranks.is_first)
+        weights = {}
+        for name, own in own_names(self.model).items():  # one at a time on the GPU
+            # With adapters it is what the engines have: others may round to the nearest, and drop what is small.
+            weight = whole(self._narrowed(own, self.precision if is_adapted(own) else "float32"))
+            if self._ranks.is_first:
+                weights[name] = weight.cpu().float()
         return weights
 
     def score(self, sequences: Canary) -> tuple[FloatArray, ...]:

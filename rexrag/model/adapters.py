@@ -79,16 +79,21 @@ def has_adapters(model: PreTrainedModel) -> bool:
 
 
 def check_base(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Whether `model`, still without adapters, is what those of a checkpoint were trained beside.
+    """Whether `model`, with the adapters of a checkpoint, is what that has.
 
-    Compared are weights of norms and biases, which no adapter changes and any other training does.
+    Compared are norms and biases, which no adapter changes, and the last weight that one does, as far as it was
+    rounded. Of a model in shards that is a collective.
 
     Raises:
-        ModelError: it is another model.
+        ModelError: the adapters were trained beside another model.
     """
+    names = own_names(model)
+    adapted = [name for name, own in names.items() if is_adapted(own)]
+    small = [name for name, own in names.items() if model.get_parameter(own).ndim < 2]
     with safe_open(checkpoint / WEIGHTS, framework="pt") as stored:
-        for name, parameter in model.named_parameters():
-            if parameter.ndim < 2 and not torch.equal(stored.get_tensor(name), parameter.detach()):
+        for name in (*small, *adapted[-1:]):
+            own, rounding = whole(full_weight(model, names[name])).float().cpu(), 0.0 if name in small else 2.0**-7
+            if not torch.allclose(own, stored.get_tensor(name).float(), rtol=rounding, atol=rounding * 1e-3):
                 raise ModelError(
                     f"{model.name_or_path} is not the model beside which the adapters of {checkpoint} were trained: "
                     f"{name} differs; put that model back, or start a new run with model.path = {checkpoint}"
@@ -96,10 +101,15 @@ def check_base(model: PreTrainedModel, checkpoint: Path) -> None:
 
 
 def narrow_frozen(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Keep the linear weights beside the adapters in `dtype` alone: autocast to it would multiply with no others."""
+    """Keep the weights of linear layers in `dtype` alone: autocast to it would multiply with no others."""
+    embedding: nn.Module = model.get_input_embeddings()
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     for name, parameter in model.named_parameters():
-        if name.endswith(_ADAPTED):
+        is_head = parameter is head.weight and parameter is not embedding.weight
+        if is_adapted(name) or is_head:
             parameter.data = parameter.data.to(dtype)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the wider ones took is for the engines that share the GPU
 
 
 def own_names(model: PreTrainedModel) -> dict[str, str]:
@@ -108,18 +118,36 @@ def own_names(model: PreTrainedModel) -> dict[str, str]:
     return {name.replace(_PART_OF_LAYER, "."): name for name in names if not _is_adapter(name)}
 
 
+def is_adapted(name: str) -> bool:
+    """Whether an adapter stands beside a parameter of this name in the model."""
+    return name.endswith(_ADAPTED)
+
+
 def full_weight(model: PreTrainedModel, name: str) -> Tensor:
     """A parameter by its name in `model`, with what the adapter beside it adds: float32 and whole then.
 
     Of a model in shards that is a collective.
     """
     parameter = model.get_parameter(name).detach()
-    if not name.endswith(_ADAPTED):
+    if not is_adapted(name):
         return parameter
     place = name.removesuffix(_ADAPTED)
     layer: LoraLayer = model.get_submodule(place)  # type: ignore[assignment]
     low, high = (whole(model.get_parameter(f"{place}.lora_{part}.{_NAME}.weight").detach()) for part in "AB")
     return torch.addmm(whole(parameter).float(), high, low, alpha=layer.scaling[_NAME])
+
+
+def rounded(weight: Tensor, *, seed: int) -> Tensor:
+    """A float32 weight rounded to bfloat16, up or down at random so that in the mean nothing is lost.
+
+    What an adapter adds is at first less than half of a weight's last digit, and rounding to the nearest would drop
+    it, in the engines alone: the learner adds it to the product. With numbers that have no further digits nothing is
+    drawn: they stay as they are.
+    """
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    dropped = torch.randint(1 << 16, weight.shape, dtype=torch.int32, device=weight.device, generator=generator)
+    bits = (weight.contiguous().view(torch.int32) + dropped) & -(1 << 16)
+    return bits.view(torch.float32).bfloat16()
 
 
 @contextmanager

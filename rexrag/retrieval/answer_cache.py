@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
 from typing import Final, Generic, TypeAlias, TypeVar
 
 from rexrag.types import Passage
 
-KeyT = TypeVar("KeyT", bound=Hashable)
+KeyT = TypeVar("KeyT", bound=tuple[str, int])
+"""A query, and how many passages of it."""
 Passages: TypeAlias = tuple[Passage, ...]
 
 _ENTRY_CHARS: Final = 256
@@ -34,14 +34,15 @@ class AnswerCache(Generic[KeyT]):
         if key in self._entries:  # two have asked at once
             return
         self._entries[key] = passages
-        self._left -= _weight(passages)
+        self._left -= _weight(key, passages)
         while self._left < 0:
-            self._left += _weight(self._entries.popitem(last=False)[1])
+            self._left += _weight(*self._entries.popitem(last=False))
 
     def clear(self) -> None:
         while self._entries:
-            self._left += _weight(self._entries.popitem()[1])
+            self._left += _weight(*self._entries.popitem())
 
 
-def _weight(passages: Passages) -> int:
-    return _ENTRY_CHARS + sum(_ENTRY_CHARS + len(p.title) + len(p.text) for p in passages)
+def _weight(key: tuple[str, int], passages: Passages) -> int:
+    query, _ = key
+    return _ENTRY_CHARS + len(query) + sum(_ENTRY_CHARS + len(p.title) + len(p.text) for p in passages)

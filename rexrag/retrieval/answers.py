@@ -21,6 +21,7 @@ MAX_BODY_BYTES: Final = 1 << 24
 
 _OK: Final = 200
 _BUSY: Final = 429
+_BROKEN: Final = 500
 _PASSING: Final = frozenset({408, 425, _BUSY})
 _REFUSALS: Final = frozenset({400, 413, 414, 422, 431})
 _FILLER_SCORE: Final = 1e38
@@ -103,7 +104,12 @@ def passages_of(body: Body, *, top_k: int, num_queries: int = 1) -> tuple[list[t
         RetrieverSetupError: another status, or another form than those of the API.
     """
     if body.status >= 500 or body.status in _PASSING:
-        raise RetryableError(body.described, retry_after_s=body.retry_after_s, is_busy=body.status == _BUSY)
+        raise RetryableError(
+            body.described,
+            retry_after_s=body.retry_after_s,
+            is_busy=body.status == _BUSY,
+            is_broken=body.status == _BROKEN,
+        )
     if body.status in _REFUSALS:
         raise QueryRefusedError(f"{body.url}: {body.described}")
     if body.status != _OK:

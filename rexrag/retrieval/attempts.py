@@ -25,6 +25,7 @@ class RetryableError(Exception):
         is_busy: it answers, but has no room for this query now: no outage.
         is_elsewhere: another part of it answers: no outage, and the next attempt needs no pause.
         is_late: it did not answer in time.
+        is_broken: it answered that it broke at what it was asked (500).
         is_told: another search has failed with it, in the same request: it counts once.
     """
 
@@ -36,6 +37,7 @@ class RetryableError(Exception):
         is_busy: bool = False,
         is_elsewhere: bool = False,
         is_late: bool = False,
+        is_broken: bool = False,
         is_told: bool = False,
     ) -> None:
         super().__init__(message)
@@ -43,6 +45,7 @@ class RetryableError(Exception):
         self.is_busy = is_busy
         self.is_elsewhere = is_elsewhere
         self.is_late = is_late
+        self.is_broken = is_broken
         self.is_told = is_told
 
     def of_another(self) -> RetryableError:

@@ -2,8 +2,9 @@
 
     ask ──▶ waiting ──a few requests at a time, the waiting shared out among them──▶ answers
 
-A server may take single queries alone, or refuse one of several; then each is asked by itself, and a server that
-answers them so gets no batch any more. One that does not answer in time gets smaller ones.
+A server may take single queries alone, or refuse one of several, or break at it; then each is asked by itself, and a
+server that answers all of them so gets no batch any more. One that does not answer in time gets smaller ones, for a
+while.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, cast
 
-from rexrag.errors import QueryRefusedError, RetrieverSetupError
+from rexrag.errors import QueryRefusedError, RetrieverError, RetrieverSetupError
 from rexrag.retrieval.answer_cache import Passages
 from rexrag.retrieval.attempts import RetryableError
 
@@ -25,6 +26,8 @@ LOG = logging.getLogger(__name__)
 MAX_REQUESTS: Final = 4
 """Requests under way at once, as long as queries are put together: so a server with several workers has all of them
 busy, and one that computes a request at a time finds the next ones full."""
+_GROWS_AFTER: Final = 32
+"""Requests, as large as may be and answered in time, after which they may be twice as large again."""
 
 _Send = Callable[[Sequence[str], int], Awaitable[Sequence[Passages]]]
 
@@ -34,6 +37,8 @@ class _Asked:
     query: str
     top_k: int
     answer: asyncio.Future[Passages] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    is_first: bool = False
+    """Of its request: the one for which a failure counts."""
 
 
 class Batcher:
@@ -44,28 +49,43 @@ class Batcher:
         send: one request: the passages of each of these queries, at most so many of each. Raises `RetryableError`,
             `QueryRefusedError` and `RetrieverSetupError`.
         max_batch: most queries of a request; with 1 each goes by itself, at once.
+        timeout_s: bound of `ask`, seconds.
     """
 
-    def __init__(self, name: str, *, send: _Send, max_batch: int) -> None:
+    def __init__(self, name: str, *, send: _Send, max_batch: int, timeout_s: float) -> None:
         self._name = name
         self._send = send
-        self._max_batch = max_batch
+        self._limit = self._max_batch = max_batch
+        self._timeout_s = timeout_s
+        self._num_full = 0
+        self._is_closed = False
         self._waiting: deque[_Asked] = deque()
         self._requests: set[asyncio.Task[None]] = set()
         self._is_planned = False
 
     async def ask(self, query: str, top_k: int) -> Passages:
-        """The passages of a query; errors are those of `send`."""
+        """The passages of a query; errors are those of `send`, and one that passes where it took too long."""
+        if self._is_closed:
+            raise RetrieverError(f"{self._name}: is asked no more")
         asked = _Asked(query=query, top_k=top_k)
         self._waiting.append(asked)
         self._plan()
-        return await asked.answer
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await asked.answer
+        except TimeoutError as error:
+            raise RetryableError(
+                f"no answer within {self._timeout_s:g} s", is_late=True, is_told=not asked.is_first
+            ) from error
 
     async def close(self) -> None:
-        """Give up what is under way."""
+        """Give up what is under way: whoever waits for it gets an error."""
+        self._is_closed = True
         for request in self._requests:
             request.cancel()
         await asyncio.gather(*self._requests, return_exceptions=True)
+        for asked in self._waiting:
+            _fail(asked, RetrieverError(f"{self._name}: is asked no more"))
 
     def _plan(self) -> None:
         """Those that ask in the same round of the event loop are seen together."""
@@ -98,25 +118,31 @@ class Batcher:
             self._plan()
 
     async def _ask_together(self, batch: Sequence[_Asked]) -> None:
+        batch[0].is_first = True
         try:
             found = await self._send([asked.query for asked in batch], batch[0].top_k)
-        except (QueryRefusedError, RetrieverSetupError) as error:
-            if len(batch) > 1:
-                await self._ask_one_by_one(batch)
-            else:
-                _fail(batch[0], error)
-        except RetryableError as error:
-            if error.is_late:
-                self._max_batch = min(self._max_batch, max(1, len(batch) // 2))
-            _fail(batch[0], error)
-            for asked in batch[1:]:
-                _fail(asked, error.of_another())
         except Exception as error:  # noqa: BLE001  # fault boundary: whoever waits sees it
+            if len(batch) > 1 and _may_be_of_one(error):
+                await self._ask_one_by_one(batch)
+                return
+            if len(batch) > 1 and isinstance(error, RetryableError) and error.is_late:
+                self._max_batch, self._num_full = min(self._max_batch, len(batch) // 2), 0
             for asked in batch:
-                _fail(asked, error)
+                again = isinstance(error, RetryableError) and not asked.is_first
+                _fail(asked, cast("RetryableError", error).of_another() if again else error)
+        except asyncio.CancelledError:
+            for asked in batch:
+                _fail(asked, RetrieverError(f"{self._name}: is asked no more"))
+            raise
         else:
             for asked, passages in zip(batch, found, strict=True):
                 _answer(asked, passages)
+            self._note_size(len(batch))
+
+    def _note_size(self, size: int) -> None:
+        self._num_full += size == self._max_batch
+        if self._num_full >= _GROWS_AFTER:
+            self._max_batch, self._num_full = min(self._limit, 2 * self._max_batch), 0
 
     async def _ask_one_by_one(self, batch: Sequence[_Asked]) -> None:
         singles = (self._send([asked.query], asked.top_k) for asked in batch)
@@ -127,8 +153,14 @@ class Batcher:
             else:
                 _answer(asked, outcome[0])
         if self._max_batch > 1 and not any(isinstance(outcome, BaseException) for outcome in outcomes):
-            self._max_batch = 1
+            self._limit = self._max_batch = 1
             LOG.warning("%s takes one query a request, and gets no more at a time", self._name)
+
+
+def _may_be_of_one(error: Exception) -> bool:
+    """Whether a request may have failed for one of its queries, or for their being several."""
+    is_answer = isinstance(error, RetryableError) and error.is_broken
+    return is_answer or isinstance(error, QueryRefusedError | RetrieverSetupError)
 
 
 def _answer(asked: _Asked, passages: Passages) -> None:

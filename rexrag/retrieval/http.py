@@ -83,12 +83,12 @@ class HttpRetriever:
         )
         self._attempts = Attempts(
             self._endpoint,
-            attempt=self._attempt,
+            attempt=lambda query, top_k: self._batcher.ask(query, top_k),
             timeout_s=timeout_s,
             max_retries=max_retries,
             is_patient=is_patient,
         )
-        self._batcher = Batcher(self._endpoint, send=self._ask, max_batch=batch_size)
+        self._batcher = Batcher(self._endpoint, send=self._ask, max_batch=batch_size, timeout_s=timeout_s)
 
     @property
     def max_wait_s(self) -> float:
@@ -154,13 +154,6 @@ class HttpRetriever:
         await self._attempts.close()
         await self._batcher.close()
         await self._client.aclose()
-
-    async def _attempt(self, query: str, top_k: int) -> tuple[Passage, ...]:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._batcher.ask(query, top_k)
-        except TimeoutError as error:
-            raise RetryableError(f"no answer within {self._timeout_s:g} s") from error
 
     async def _ask(self, queries: Sequence[str], top_k: int) -> list[tuple[Passage, ...]]:
         body = await self._send("POST", self._endpoint, json=_request(queries, top_k))

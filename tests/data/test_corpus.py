@@ -171,6 +171,21 @@ def test_a_corpus_that_is_written_anew_in_place_is_an_error_too(tmp_path: Path) 
             corpus.get(19)
 
 
+def test_damaged_offsets_and_a_corpus_that_has_grown_read_no_more_than_a_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", [{"id": i, "text": "x" * 3_000_000} for i in range(2)])
+    offsets = path.with_suffix(".u64")
+    open_corpus(path).close()
+    with path.open("a") as file:
+        file.write("y" * 5_000_000)
+    with Corpus.open(path, offsets=offsets) as corpus:
+        assert len(corpus.get(1).text) == 3_000_000
+    np.array([0, 2**64 - 1], dtype="<u8").tofile(offsets)
+    with Corpus.open(path, offsets=offsets) as corpus:
+        assert len(corpus.get(0).text) == 3_000_000
+        with pytest.raises(RetrievalIndexError, match="no passage at byte"):
+            corpus.get(1)
+
+
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", ROWS)
     with pytest.raises(RetrievalIndexError, match=r"none\.u64"):

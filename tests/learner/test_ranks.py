@@ -259,6 +259,24 @@ def test_a_checkpoint_goes_from_some_ranks_to_others(start: Start, tmp_path: Pat
     ray.kill(three)
 
 
+def test_adapters_go_from_some_ranks_to_others(start: Start, tmp_path: Path) -> None:
+    two = start(num_ranks=2, adapters=ADAPTERS)
+    for step in (1, 2):
+        wait(call(two, LearnerActor.step, batch(step)))
+    saved = wait(call(two, LearnerActor.save, tmp_path / "checkpoints"))
+    expected = wait(call(two, LearnerActor.step, batch(3)))
+    weights = exported(two)
+    ray.kill(two)
+    fields = {"adapters": ADAPTERS, "checkpoint": saved}
+    alone = LearnerActor(learner_spec(tmp_path, settings=REX, **fields), share=Share(threads=1))
+    alone.ready()
+    assert_same_result(alone.step(batch(3)), expected)
+    again = start(num_ranks=2, **fields)
+    assert_same_result(wait(call(again, LearnerActor.step, batch(3))), expected)
+    assert_same_weights(exported(again), weights)
+    ray.kill(again)
+
+
 def kill_a_rank(learner: ActorHandle[LearnerActor]) -> None:
     """The last one's process, from outside: the others fail for it."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from batch_indexes import answer_to
 
-from rexrag.errors import QueryRefusedError, RetrieverSetupError
+from rexrag.errors import QueryRefusedError, RetrieverError, RetrieverSetupError
 from rexrag.retrieval.answer_cache import Passages
 from rexrag.retrieval.attempts import RetryableError
 from rexrag.retrieval.batching import MAX_REQUESTS, Batcher
@@ -42,6 +42,10 @@ class Server:
         return [len(queries) for queries in self.requests]
 
 
+def batcher_of(send: Server, *, max_batch: int, name: str = "s", timeout_s: float = 20.0) -> Batcher:
+    return Batcher(name, send=send, max_batch=max_batch, timeout_s=timeout_s)
+
+
 async def ask(batcher: Batcher, names: Sequence[str], *, top_k: int = 2) -> list[Passages | BaseException]:
     return await asyncio.gather(*(batcher.ask(name, top_k) for name in names), return_exceptions=True)
 
@@ -56,7 +60,7 @@ NAMES = [f"q{number}" for number in range(64)]
 def test_those_that_ask_at_once_are_shared_out_among_a_few_requests() -> None:
     async def scenario() -> None:
         server = Server()
-        batcher = Batcher("s", send=server, max_batch=32)
+        batcher = batcher_of(server, max_batch=32)
         assert await ask(batcher, NAMES) == [answer_to(name, 2) for name in NAMES]
         assert server.sizes == [16] * MAX_REQUESTS
         assert await ask(batcher, NAMES[:3]) == [answer_to(name, 2) for name in NAMES[:3]]
@@ -69,7 +73,7 @@ def test_those_that_ask_at_once_are_shared_out_among_a_few_requests() -> None:
 def test_while_a_server_is_busy_others_gather() -> None:
     async def scenario() -> None:
         server = Server(seconds=0.05)
-        batcher = Batcher("s", send=server, max_batch=10)
+        batcher = batcher_of(server, max_batch=10)
         asked = []
         for name in NAMES:
             asked.append(asyncio.create_task(batcher.ask(name, 1)))
@@ -86,7 +90,7 @@ def test_while_a_server_is_busy_others_gather() -> None:
 def test_requests_for_other_numbers_of_passages_are_others() -> None:
     async def scenario() -> None:
         server = Server()
-        batcher = Batcher("s", send=server, max_batch=32)
+        batcher = batcher_of(server, max_batch=32)
         wanted = [1 + number // 20 for number in range(60)]
         found = await asyncio.gather(*(batcher.ask(name, k) for name, k in zip(NAMES, wanted, strict=False)))
         assert [len(passages) for passages in found] == wanted
@@ -98,7 +102,7 @@ def test_requests_for_other_numbers_of_passages_are_others() -> None:
 def test_one_by_one_each_goes_at_once() -> None:
     async def scenario() -> None:
         server = Server()
-        batcher = Batcher("s", send=server, max_batch=1)
+        batcher = batcher_of(server, max_batch=1)
         assert await ask(batcher, NAMES) == [answer_to(name, 2) for name in NAMES]
         assert (server.sizes, server.most_at_once) == ([1] * 64, 64)
         await batcher.close()
@@ -114,7 +118,7 @@ def refuse_bad(queries: Sequence[str]) -> None:
 def test_a_query_that_is_refused_is_refused_alone() -> None:
     async def scenario() -> None:
         server = Server(fail=refuse_bad)
-        batcher = Batcher("s", send=server, max_batch=32)
+        batcher = batcher_of(server, max_batch=32)
         *others, bad = await ask(batcher, [*NAMES[:19], "bad"])
         assert others == [answer_to(name, 2) for name in NAMES[:19]]
         assert isinstance(bad, QueryRefusedError)
@@ -126,7 +130,14 @@ def test_a_query_that_is_refused_is_refused_alone() -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("error", [QueryRefusedError("status 422"), RetrieverSetupError("malformed answer")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        QueryRefusedError("status 422"),
+        RetrieverSetupError("malformed answer"),
+        RetryableError("status 500", is_broken=True),
+    ],
+)
 def test_a_server_for_single_queries_is_found_out(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     def fail(queries: Sequence[str]) -> None:
         if len(queries) > 1:
@@ -134,7 +145,7 @@ def test_a_server_for_single_queries_is_found_out(error: Exception, caplog: pyte
 
     async def scenario() -> None:
         server = Server(fail=fail)
-        batcher = Batcher("the server", send=server, max_batch=32)
+        batcher = batcher_of(server, name="the server", max_batch=32)
         for _ in range(2):
             assert await ask(batcher, NAMES) == [answer_to(name, 2) for name in NAMES]
         assert server.sizes[-64:] == [1] * 64
@@ -152,7 +163,7 @@ def test_no_server_of_this_kind_is_told_as_ever() -> None:
         raise RetrieverSetupError("malformed answer")
 
     async def scenario() -> None:
-        batcher = Batcher("s", send=Server(fail=fail), max_batch=32)
+        batcher = batcher_of(Server(fail=fail), max_batch=32)
         assert all(isinstance(error, RetrieverSetupError) for error in await ask(batcher, NAMES))
         await batcher.close()
 
@@ -166,7 +177,7 @@ def test_a_failure_of_a_request_counts_once_and_slow_answers_make_smaller_ones()
 
     async def scenario() -> None:
         server = Server(fail=fail)
-        batcher = Batcher("s", send=server, max_batch=32)
+        batcher = batcher_of(server, max_batch=32)
         failures = [error for error in await ask(batcher, NAMES) if isinstance(error, RetryableError)]
         assert [len(failures), sum(not error.is_told for error in failures)] == [64, 4]
         rounds = 1
@@ -179,10 +190,57 @@ def test_a_failure_of_a_request_counts_once_and_slow_answers_make_smaller_ones()
     run(scenario())
 
 
+def test_batches_grow_again_once_answers_come_in_time() -> None:
+    slow = True
+
+    def fail(queries: Sequence[str]) -> None:
+        if slow and len(queries) > 1:
+            raise RetryableError("no answer within 1 s", is_late=True)
+
+    async def scenario() -> None:
+        nonlocal slow
+        server = Server(seconds=0.0, fail=fail)
+        batcher = batcher_of(server, max_batch=16)
+        while max(server.sizes[-64:], default=2) > 1:
+            await ask(batcher, NAMES)
+        slow = False
+        for _ in range(40):
+            await ask(batcher, NAMES)
+        assert max(server.sizes[-4:]) == 16
+        await batcher.close()
+
+    run(scenario())
+
+
+def test_a_request_that_hangs_counts_once() -> None:
+    async def scenario() -> None:
+        batcher = batcher_of(Server(seconds=60.0), max_batch=4, timeout_s=0.05)
+        failures = [error for error in await ask(batcher, NAMES) if isinstance(error, RetryableError)]
+        assert len(failures) == 64
+        assert all(error.is_late for error in failures)
+        assert sum(not error.is_told for error in failures) == MAX_REQUESTS, "the others were never sent, or with these"
+        await batcher.close()
+
+    run(scenario())
+
+
+def test_who_waits_when_it_is_closed_is_told() -> None:
+    async def scenario() -> None:
+        batcher = batcher_of(Server(seconds=60.0), max_batch=4)
+        waiting = asyncio.create_task(ask(batcher, NAMES))
+        await asyncio.sleep(0.01)
+        await batcher.close()
+        outcomes = [*await waiting, *await ask(batcher, ["late"])]
+        assert len(outcomes) == 65
+        assert all(isinstance(error, RetrieverError) and "is asked no more" in str(error) for error in outcomes)
+
+    run(scenario())
+
+
 def test_searches_that_are_given_up_are_not_asked() -> None:
     async def scenario() -> None:
         server = Server(seconds=0.05)
-        batcher = Batcher("s", send=server, max_batch=2)
+        batcher = batcher_of(server, max_batch=2)
         asked = [asyncio.create_task(batcher.ask(name, 1)) for name in NAMES]
         await asyncio.sleep(0.01)
         for task in asked[8:62]:
