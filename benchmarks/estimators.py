@@ -161,8 +161,8 @@ STUDIES: Final[dict[str, list[tuple[str, range, tuple[str, ...]]]]] = {
         ("2e-3", range(3, 6), ("escape", "none", "rex")),
     ],
 }
-"""Study -> (depth, seeds, methods). Settings were chosen on other seeds: 10 to 13, of the model 0 to 2. The learning rate
-of adapters was chosen on seed 1."""
+"""Study -> (depth, seeds, methods). Settings were chosen on other seeds: 10 to 13, of the model 0 to 2; the learning
+rate of adapters on seed 1."""
 
 
 def main() -> None:
