@@ -1,6 +1,9 @@
 """Queries that wait at the same time travel in one request: a server that answers slowly gets them in larger batches.
 
-    ask ──▶ waiting ──a few requests at a time, the waiting shared out among them──▶ answers
+    ask ──▶ waiting ──one request at a time, with all that wait──▶ answers
+
+One at a time, since servers that encode and search compute with all cores or a whole GPU: requests that come at once
+then take longer than one after the other.
 
 A server may take single queries alone, or refuse one of several, or break at it; then each is asked by itself, and a
 server that answers all of them so gets no batch any more. One that does not answer in time gets smaller ones, for a
@@ -11,11 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, cast
+from typing import Final
 
 from rexrag.errors import QueryRefusedError, RetrieverError, RetrieverSetupError
 from rexrag.retrieval.answer_cache import Passages
@@ -23,9 +25,6 @@ from rexrag.retrieval.attempts import RetryableError
 
 LOG = logging.getLogger(__name__)
 
-MAX_REQUESTS: Final = 4
-"""Requests under way at once, as long as queries are put together: so a server with several workers has all of them
-busy, and one that computes a request at a time finds the next ones full."""
 _GROWS_AFTER: Final = 32
 """Requests, as large as may be and answered in time, after which they may be twice as large again."""
 
@@ -37,8 +36,6 @@ class _Asked:
     query: str
     top_k: int
     answer: asyncio.Future[Passages] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    is_first: bool = False
-    """Of its request: the one for which a failure counts."""
 
 
 class Batcher:
@@ -74,9 +71,7 @@ class Batcher:
             async with asyncio.timeout(self._timeout_s):
                 return await asked.answer
         except TimeoutError as error:
-            raise RetryableError(
-                f"no answer within {self._timeout_s:g} s", is_late=True, is_told=not asked.is_first
-            ) from error
+            raise RetryableError(f"no answer within {self._timeout_s:g} s", is_late=True) from error
 
     async def close(self) -> None:
         """Give up what is under way: whoever waits for it gets an error."""
@@ -96,19 +91,15 @@ class Batcher:
     def _start(self) -> None:
         self._is_planned = False
         self._waiting = deque(asked for asked in self._waiting if not asked.answer.done())  # some have given up
-        while self._waiting and (free := self._num_free()) > 0:
-            size = min(self._max_batch, math.ceil(len(self._waiting) / free))
-            request = asyncio.create_task(self._ask_together(self._taken(size)))
+        while self._waiting and (self._max_batch == 1 or not self._requests):
+            request = asyncio.create_task(self._ask_together(self._taken()))
             self._requests.add(request)
             request.add_done_callback(self._ended)
 
-    def _num_free(self) -> int:
-        return MAX_REQUESTS - len(self._requests) if self._max_batch > 1 else len(self._waiting)
-
-    def _taken(self, size: int) -> list[_Asked]:
+    def _taken(self) -> list[_Asked]:
         """The first that wait; all of a request want as many passages."""
         batch = [self._waiting.popleft()]
-        while self._waiting and len(batch) < size and self._waiting[0].top_k == batch[0].top_k:
+        while self._waiting and len(batch) < self._max_batch and self._waiting[0].top_k == batch[0].top_k:
             batch.append(self._waiting.popleft())
         return batch
 
@@ -118,7 +109,6 @@ class Batcher:
             self._plan()
 
     async def _ask_together(self, batch: Sequence[_Asked]) -> None:
-        batch[0].is_first = True
         try:
             found = await self._send([asked.query for asked in batch], batch[0].top_k)
         except Exception as error:  # noqa: BLE001  # fault boundary: whoever waits sees it
@@ -127,9 +117,9 @@ class Batcher:
                 return
             if len(batch) > 1 and isinstance(error, RetryableError) and error.is_late:
                 self._max_batch, self._num_full = min(self._max_batch, len(batch) // 2), 0
-            for asked in batch:
-                again = isinstance(error, RetryableError) and not asked.is_first
-                _fail(asked, cast("RetryableError", error).of_another() if again else error)
+            _fail(batch[0], error)
+            for asked in batch[1:]:
+                _fail(asked, error.of_another() if isinstance(error, RetryableError) else error)
         except asyncio.CancelledError:
             for asked in batch:
                 _fail(asked, RetrieverError(f"{self._name}: is asked no more"))

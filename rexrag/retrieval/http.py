@@ -34,7 +34,7 @@ _INLINE_BYTES: Final = 1 << 16
 class HttpRetriever:
     """Asks a server for passages, again with back-off where a failure may pass.
 
-        retriever = HttpRetriever("http://127.0.0.1:8000", timeout_s=10, max_retries=5, batch_size=16)
+        retriever = HttpRetriever("http://127.0.0.1:8000", timeout_s=10, max_retries=5, batch_size=64)
         retriever.check(top_k=3)
         passages = await retriever.search("currency of Gabon", top_k=3)
         await retriever.close()

@@ -37,7 +37,7 @@ class RetrieverConfig(BaseModel):
         5, ge=0, le=100, description="Attempts after the first before the episode is masked as `env_error`."
     )
     batch_size: int = Field(
-        16,
+        64,
         ge=1,
         le=4096,
         description="Most queries of one request to a server (kind `http`), of those that wait at the same time; 1: "
