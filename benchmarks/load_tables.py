@@ -1,6 +1,7 @@
 """Print tables of the pages, from the figures in `results/`.
 
-docs/asynchrony.md: of `buffer.py`, `simulate.py`, `asynchrony.py`; docs/retrieval.md: of `indexes.py`, `retrieval.py`.
+docs/asynchrony.md: of `buffer.py`, `simulate.py`, `asynchrony.py`; docs/retrieval.md: of `indexes.py`,
+`retrieval.py`, `retrieval_client.py`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,17 @@ def tables() -> list[str]:
 
 
 def retrieval_tables() -> list[str]:
-    """Of the kinds of index, of the servers, in the order of the page."""
-    indexes, servers = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("indexes", "retrieval"))
-    return [of_indexes(indexes["rows"]), of_servers(servers["corpora"])]
+    """Of the kinds of index, of the servers, of their client, in the order of the page."""
+    indexes, servers, client = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("indexes", "retrieval", "retrieval_client")
+    )
+    return [of_indexes(indexes["rows"]), of_servers(servers["corpora"]), of_client(client["loads"])]
+
+
+def of_client(loads: Sequence[dict[str, Any]]) -> str:
+    """Searches at a server that runs already."""
+    rows = [[str(load["batch_size"]), *(f"{load[key]:,.0f}" for key in ("qps", "p50_ms", "p99_ms"))] for load in loads]
+    return _table(["`retriever.batch_size`", "queries a second", "p50, ms", "p99, ms"], rows)
 
 
 def simulation(results: Sequence[dict[str, Any]]) -> str:
