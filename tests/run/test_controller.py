@@ -66,7 +66,7 @@ def make_rig(
 
     def evaluated(split: str, step: int) -> None:
         with run.eval.open("a") as file:
-            file.write(json.dumps({"split": split, "step": step, "em": 0.5}) + "\n")
+            file.write(json.dumps({"split": split, "step": step, "em": 0.5, "n": 4}) + "\n")
 
     reporter = LocalReporter(on_evaluation=evaluated)
     controller = Controller(
@@ -270,7 +270,7 @@ def test_a_step_whose_groups_never_end_says_what_the_buffer_holds(
 
 def test_what_eval_jsonl_has_is_not_evaluated_again(tmp_path: Path) -> None:
     rig = make_rig(tmp_path, num_steps=1)
-    rig.run.eval.write_text(json.dumps({"split": "dev", "step": 1, "em": 0.5}) + "\n")
+    rig.run.eval.write_text(json.dumps({"split": "dev", "step": 1, "em": 0.5, "n": 4}) + "\n")
     rig.controller.run()
     assert ("dev", 1, 3) not in rig.reporter.evaluations
     assert ("test", 1, 4) in rig.reporter.evaluations
