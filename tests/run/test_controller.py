@@ -55,13 +55,18 @@ def make_rig(
     keep_checkpoints: int = 9,
     checkpoint: Path | None = None,
     guard: Literal["off", "warn", "rewind"] = "off",
+    first_step: int = 0,
 ) -> Rig:
+    """`first_step`: that of another run's checkpoint, from which this one goes on."""
     run = RunFolder.create(folder / "run", recipe="mine", seed=0, config="")
+    if first_step:
+        run.identity.write_text(json.dumps({"origin": {"checkpoint": "elsewhere", "step": first_step}}))
     run.__enter__()
     script, stop = Script(), StopSignal()
-    buffer = ReplayActor(make_settings(run.buffer, groups_per_step=GROUPS, max_staleness=1), resume_step=None)
-    first = WeightVersion(incarnation=asyncio.run(buffer.open()).incarnation, step=0)
-    learner = LocalLearner(groups_per_step=GROUPS)
+    settings = make_settings(run.buffer, groups_per_step=GROUPS, max_staleness=1, first_step=first_step)
+    buffer = ReplayActor(settings, resume_step=first_step or None)
+    first = WeightVersion(incarnation=asyncio.run(buffer.open()).incarnation, step=first_step)
+    learner = LocalLearner(groups_per_step=GROUPS, done=first_step)
     fleet = LocalFleet(buffer, version=first, script=script)
 
     def evaluated(split: str, step: int) -> None:
@@ -266,6 +271,12 @@ def test_a_step_whose_groups_never_end_says_what_the_buffer_holds(
     monkeypatch.setattr(controller_module, "ASSIGN_POLL_S", 0.0)
     with pytest.raises(AssertionError, match=r"never: the learner waits for step 1, and no group ends \(.*finished=0"):
         rig.controller.run()
+
+
+def test_a_run_that_goes_on_from_anothers_checkpoint_is_evaluated_before_and_after(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, num_steps=5, first_step=3)
+    rig.controller.run()
+    assert rig.reporter.evaluations == [("test", 3, 4), ("dev", 3, 3), ("dev", 5, 3), ("test", 5, 4)]
 
 
 def test_what_eval_jsonl_has_is_not_evaluated_again(tmp_path: Path) -> None:
