@@ -120,14 +120,13 @@ class Batcher:
             _fail(batch[0], error)
             for asked in batch[1:]:
                 _fail(asked, error.of_another() if isinstance(error, RetryableError) else error)
-        except asyncio.CancelledError:
-            for asked in batch:
-                _fail(asked, RetrieverError(f"{self._name}: is asked no more"))
-            raise
         else:
             for asked, passages in zip(batch, found, strict=True):
                 _answer(asked, passages)
             self._note_size(len(batch))
+        finally:
+            for asked in batch:  # where this was cancelled: all others have an answer
+                _fail(asked, RetrieverError(f"{self._name}: is asked no more"))
 
     def _note_size(self, size: int) -> None:
         self._num_full += size == self._max_batch
