@@ -21,6 +21,7 @@ _MORE: Final = {"answer": ("answer_aliases", "aliases")}
 """Columns with further answers beside one: MuSiQue."""
 _INSIDE: Final = ("target", "value", "text", "aliases")
 """Where an object has its answers: Search-R1, TriviaQA, SQuAD."""
+_BARE_LIST: Final = re.compile(r"\[[-+.\d\s]+(?:,[-+.\d\s]+)+\]")
 _PIECE: Final = re.compile(r"""(?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(?P<bare>[-+.\w]+)|\s+|,""", re.DOTALL)
 
 
@@ -41,6 +42,13 @@ def golden_answers(values: Mapping[str, object]) -> tuple[str, ...]:
     if not kept:
         raise RowError(f'expected at least one non-empty answer in "{name}", got {shown(found)}')
     return kept
+
+
+def has_bare_list(values: Mapping[str, object]) -> bool:
+    """Whether a text of numbers in brackets is read as several answers: an interval looks like a list of years."""
+    _, found = _find(values)
+    texts = found if isinstance(found, list | tuple) else [found]
+    return any(isinstance(text, str) and _BARE_LIST.fullmatch(text.strip()) is not None for text in texts)
 
 
 def listed_in(text: str) -> list[str] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from rexrag.data.answers import has_bare_list
 from rexrag.data.corpus import parse_passage, repeated_ids
 from rexrag.data.demonstrations import parse_demonstration
 from rexrag.data.questions import Identities, parse_question, repeated_note
@@ -136,6 +137,7 @@ def _problems(path: Path, kind: Kind, tally: _Tally) -> Iterator[Problem]:
 
 def _check_questions(path: Path, tally: _Tally) -> Iterator[Problem]:
     identities = Identities()
+    num_bare = 0
     for item in parse_rows(path, parse=parse_question):
         tally.rows += 1
         if isinstance(item, Problem):
@@ -148,6 +150,9 @@ def _check_questions(path: Path, tally: _Tally) -> Iterator[Problem]:
         tally.by_source[question.data_source] += 1
         tally.by_hops[question.hops] += 1
         tally.num_with_gold_passages += question.gold_passage_ids is not None
+        num_bare += has_bare_list(question.row)
+    if num_bare:
+        tally.notes.append(f'answers such as "[1, 2]", each number of which is read as an answer: {num_bare} rows')
     if identities.num_repeated:
         tally.notes.append(repeated_note(identities.num_repeated))
 

@@ -38,6 +38,15 @@ def test_questions_with_several_problems(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.to_json()))["by_hops"] == {"2": 1, "unknown": 1}
 
 
+def test_numbers_in_brackets_are_told_of(tmp_path: Path) -> None:
+    """A list of years as a table writes it, or an interval: nobody but the user knows."""
+    answers: list[object] = ["[-2, 7]", ["[0, 1]"], ["1985", "1986"], '["a", "b"]', [1985, 1986], "[7]", "[a, b]"]
+    rows: list[object] = [{"id": str(i), "question": "q", "golden_answers": answer} for i, answer in enumerate(answers)]
+    report = check_file(write(tmp_path / "q.jsonl", *rows))
+    assert report.notes == ('answers such as "[1, 2]", each number of which is read as an answer: 2 rows',)
+    assert not report.problems
+
+
 def test_corpus_with_repeated_ids(tmp_path: Path) -> None:
     report = check_file(
         write(tmp_path / "c.jsonl", {"id": "a", "contents": "x"}, {"id": "b"}, {"id": "a", "text": "y"})
