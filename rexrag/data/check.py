@@ -14,7 +14,7 @@ from rexrag.data.corpus import parse_passage, repeated_ids
 from rexrag.data.demonstrations import parse_demonstration
 from rexrag.data.questions import Identities, parse_question, repeated_note
 from rexrag.data.rows import MAX_PROBLEMS, Problem, Row, parse_rows, read_rows
-from rexrag.errors import DataError
+from rexrag.errors import DataError, counted
 
 Kind = Literal["questions", "corpus", "demonstrations", "unknown"]
 
@@ -152,7 +152,7 @@ def _check_questions(path: Path, tally: _Tally) -> Iterator[Problem]:
         tally.num_with_gold_passages += question.gold_passage_ids is not None
         num_bare += has_bare_list(question.row)
     if num_bare:
-        tally.notes.append(f'answers such as "[1, 2]", each number of which is read as an answer: {num_bare} rows')
+        tally.notes.append(f'answers such as "[1, 2]", each number of which is read as an answer: {counted(num_bare, "row")}')
     if identities.num_repeated:
         tally.notes.append(repeated_note(identities.num_repeated))
 
