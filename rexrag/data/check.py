@@ -152,7 +152,9 @@ def _check_questions(path: Path, tally: _Tally) -> Iterator[Problem]:
         tally.num_with_gold_passages += question.gold_passage_ids is not None
         num_bare += has_bare_list(question.row)
     if num_bare:
-        tally.notes.append(f'answers such as "[1, 2]", each number of which is read as an answer: {counted(num_bare, "row")}')
+        tally.notes.append(
+            f'answers such as "[1, 2]", each number of which is read as an answer: {counted(num_bare, "row")}'
+        )
     if identities.num_repeated:
         tally.notes.append(repeated_note(identities.num_repeated))
 
