@@ -219,9 +219,12 @@ def running(name: Name, folder: Path, *, port: int, threads: int) -> Iterator[ps
         process.wait(30)
 
 
+def query_of(rng: random.Random) -> str:
+    return " ".join(word(rng.randrange(NUM_WORDS)) for _ in range(QUERY_WORDS))
+
+
 def request_of(rng: random.Random) -> bytes:
-    query = " ".join(word(rng.randrange(NUM_WORDS)) for _ in range(QUERY_WORDS))
-    body = json.dumps({"queries": [query], "topk": TOP_K, "return_scores": True}).encode()
+    body = json.dumps({"queries": [query_of(rng)], "topk": TOP_K, "return_scores": True}).encode()
     head = (
         f"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
@@ -273,7 +276,7 @@ def measure_raw(folder: Path, *, threads: int, seconds: float) -> dict[str, floa
     """FAISS alone, and with the encoder before it: queries per second, a batch at a time."""
     index = DenseIndex(folder, num_threads=threads)
     rng = random.Random(0)
-    queries = [" ".join(word(rng.randrange(NUM_WORDS)) for _ in range(QUERY_WORDS)) for _ in range(RAW_BATCH)]
+    queries = [query_of(rng) for _ in range(RAW_BATCH)]
     vectors = np.stack(index.prepare(queries))
     index._searcher.search(vectors, TOP_K)  # now the file is in memory
     rates = {}

@@ -22,7 +22,7 @@ from tempfile import mkdtemp
 
 import numpy as np
 from machine import commit, machine
-from retrieval import NUM_WORDS, QUERY_WORDS, TOP_K, make_index, running, word
+from retrieval import TOP_K, make_index, query_of, running
 
 from rexrag.retrieval.http import HttpRetriever
 
@@ -48,7 +48,7 @@ async def search_for(seconds: float, *, url: str, batch_size: int, at_once: int)
     async def episode(number: int) -> None:
         rng = random.Random(f"{batch_size} {number}")
         while time.monotonic() < until:
-            query = " ".join(word(rng.randrange(NUM_WORDS)) for _ in range(QUERY_WORDS))
+            query = query_of(rng)
             began = time.monotonic()
             assert len(await retriever.search(query, top_k=TOP_K)) == TOP_K
             taken.append(time.monotonic() - began)

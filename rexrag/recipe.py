@@ -210,11 +210,12 @@ def _resolve_paths(key: str, value: object, *, base: Path) -> object:
         return value
     if not value.strip():
         raise ConfigError(f'{key} = "{value}": names no path; name one, or leave the key out.')
-    path = (base / Path(value).expanduser()).resolve()
+    named = base / Path(value).expanduser()
     if key.startswith("data."):
-        if has_magic(value):
-            return [str(_located(file)) for file in matching_files(value, base=base)]
-        return str(_located(base / Path(value).expanduser()))
+        files = matching_files(value, base=base) if has_magic(value) else [named]
+        located = [str(_located(file)) for file in files]
+        return located if has_magic(value) else located[0]
+    path = named.resolve()
     if key == "model.path" and not value.startswith((".", "/", "~")) and not path.exists():
         return value  # a hub id
     return str(path)

@@ -211,6 +211,12 @@ def solved_group(number: int, *, version: int = 0) -> TrajectoryGroup:
     return group(*rows, name="right")
 
 
+def mixed_batch(step: int) -> StepBatch:
+    """Of random groups and a solved one, which the version before the step has written."""
+    groups = [*random_groups(seed=step, version=step - 1), solved_group(step, version=step - 1)]
+    return step_batch(groups, step=step)
+
+
 def recorded_by(
     model: LlamaForCausalLM, groups: Sequence[TrajectoryGroup], *, budget: int = 4096
 ) -> list[TrajectoryGroup]:

@@ -129,6 +129,11 @@ def id_of(values: Mapping[str, object], *, names: Sequence[str] = ("id", "_id"))
     return None
 
 
+def encodable(text: str) -> str:
+    """The text with question marks for halves of surrogate pairs, which have no UTF-8 form."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def valid_text(text: str, name: str) -> str:
     """The text itself; a `RowError` where it holds half a surrogate pair, which no file can store."""
     try:

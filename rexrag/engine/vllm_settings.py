@@ -130,7 +130,7 @@ def _sequence_bytes(config: PreTrainedConfig, settings: EngineSettings) -> int:
 
 
 def _value_bytes(settings: EngineSettings) -> int:
-    return torch.empty(0, dtype=getattr(torch, settings.dtype)).element_size()
+    return int(getattr(torch, settings.dtype).itemsize)
 
 
 def reason_of(error: BaseException) -> str:

@@ -15,7 +15,6 @@ from rexrag.reporting.alarms import Alarms
 from rexrag.reporting.board import Board
 from rexrag.reporting.evaluation import summarize
 from rexrag.reporting.terminal import Progress
-from rexrag.reporting.trace import printable
 from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import EpisodeScore, FleetReport, Sample, StepResult
 
@@ -137,7 +136,7 @@ class Reporter:
         if rescue is not None and not self._showed_rescue:
             self._showed_rescue = True
             failed, probe = rescue
-            traces = f"--- a rollout of it:\n{printable(failed.text)}\n--- the probe:\n{printable(probe.text)}"
+            traces = f"--- a rollout of it:\n{failed.text}\n--- the probe:\n{probe.text}"
             self._progress.note(f"the first dead end that a probe leads out of\n{traces}")
 
 

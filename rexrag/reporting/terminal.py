@@ -18,6 +18,7 @@ from rich.progress import Progress as RichProgress
 
 import rexrag.metrics as keys
 from rexrag.errors import counted
+from rexrag.reporting.trace import printable
 
 _PLAIN_EVERY_S: Final = 10.0
 _RECENT_STEPS: Final = 3
@@ -67,7 +68,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False, soft_wrap=True)
 
     def stage(self, name: str, *, total: float | None = None) -> None:
         """Begin a stage; the one before it has ended. `total`: what `advance_to` counts up to."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from rexrag.data.corpus import passage_of
-from rexrag.data.rows import RowError, id_of, shown
+from rexrag.data.rows import RowError, encodable, id_of, shown
 from rexrag.errors import QueryRefusedError, RetrieverSetupError, counted
 from rexrag.retrieval.attempts import RetryableError
 from rexrag.types import Passage
@@ -95,7 +95,7 @@ async def read_bounded(chunks: AsyncIterator[bytes], *, encoding: str) -> tuple[
     return bytes(content), True
 
 
-def passages_of(body: Body, *, top_k: int, num_queries: int = 1) -> tuple[list[tuple[Passage, ...]], int]:
+def passages_of(body: Body, *, top_k: int, num_queries: int) -> tuple[list[tuple[Passage, ...]], int]:
     """The passages of each query, at most `top_k`, and the number of those left out for want of a text.
 
     Raises:
@@ -165,7 +165,8 @@ def _passage(entry: object) -> tuple[Passage | None, float | None]:
         document = {"contents": document}  # servers that rank again answer with plain texts
     if not isinstance(document, Mapping):
         raise RowError(f"expected an object or a text for each passage, got {shown(document)}")
-    document = {name: _whole(value) if isinstance(value, str) else value for name, value in document.items()}
+    # A server that cuts between two units of UTF-16 leaves half a character.
+    document = {name: encodable(value) if isinstance(value, str) else value for name, value in document.items()}
     if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
         raise RowError(f'expected a number as "score", got {shown(score)}')
     # The order is the server's, so that a score that is no number does no harm.
@@ -173,11 +174,6 @@ def _passage(entry: object) -> tuple[Passage | None, float | None]:
     passage = passage_of(document, identity=id_of(document) or "", score=score)
     # Servers in front of web search give no ids; what a passage says identifies it there.
     return (passage if passage is None or passage.id else _with_content_id(passage)), score
-
-
-def _whole(text: str) -> str:
-    """A text without the half characters that a server leaves which cuts between two units of UTF-16."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _with_content_id(passage: Passage) -> Passage:

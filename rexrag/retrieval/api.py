@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from rexrag.data.corpus import contents_of
-from rexrag.data.rows import shown
+from rexrag.data.rows import encodable, shown
 from rexrag.errors import counted
 from rexrag.retrieval.limits import Limits
 from rexrag.types import Passage
@@ -82,7 +82,7 @@ def _queries(value: object, limits: Limits) -> list[str]:
                 f'"queries"[{number}]: at most {counted(limits.max_query_chars, "character")}, got {len(query)}',
             )
         # Half a surrogate pair is no letter: no encoder and no analyser takes it.
-        queries.append(query.encode("utf-8", "replace").decode("utf-8"))
+        queries.append(encodable(query))
     return queries
 
 

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from copy import copy
 
 from rexrag.errors import QueryRefusedError, RetrieverError, RetrieverSetupError, counted
 from rexrag.retrieval.backoff import longest_search_s, pause_bound_s
@@ -38,7 +39,6 @@ class RetryableError(Exception):
         is_elsewhere: bool = False,
         is_late: bool = False,
         is_broken: bool = False,
-        is_told: bool = False,
     ) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
@@ -46,13 +46,18 @@ class RetryableError(Exception):
         self.is_elsewhere = is_elsewhere
         self.is_late = is_late
         self.is_broken = is_broken
-        self.is_told = is_told
+        self.is_told = False
+
+    @classmethod
+    def late(cls, timeout_s: float, *, is_elsewhere: bool = False) -> RetryableError:
+        """No answer within a time."""
+        return cls(f"no answer within {timeout_s:g} s", is_elsewhere=is_elsewhere, is_late=True)
 
     def of_another(self) -> RetryableError:
         """The same, for another search of the same request."""
-        return RetryableError(
-            str(self), retry_after_s=self.retry_after_s, is_busy=self.is_busy, is_late=self.is_late, is_told=True
-        )
+        other = copy(self)
+        other.is_told = True
+        return other
 
 
 class Attempts:

@@ -71,7 +71,7 @@ class Batcher:
             async with asyncio.timeout(self._timeout_s):
                 return await asked.answer
         except TimeoutError as error:
-            raise RetryableError(f"no answer within {self._timeout_s:g} s", is_late=True) from error
+            raise RetryableError.late(self._timeout_s) from error
 
     async def close(self) -> None:
         """Give up what is under way: whoever waits for it gets an error."""

@@ -21,6 +21,7 @@ import tantivy
 
 from rexrag.data.corpus import iter_corpus_rows
 from rexrag.data.formats import format_of
+from rexrag.data.rows import encodable
 from rexrag.errors import DataError, RetrievalIndexError, counted
 from rexrag.processes import num_cores
 from rexrag.retrieval.analysers import ANALYSERS, choose_analyser
@@ -144,8 +145,7 @@ class BM25Index:
 
     def find_one(self, query: str, top_k: int) -> tuple[Passage, ...]:
         """`find` for a single query."""
-        # Half a surrogate pair has no UTF-8 form, which the analyser asks for.
-        words = self._analyser.analyze(query.encode("utf-8", "replace").decode("utf-8"))
+        words = self._analyser.analyze(encodable(query))
         terms = list(dict.fromkeys(words))[:_MAX_QUERY_TERMS]
         if not terms:
             return ()
@@ -195,7 +195,7 @@ class BM25Retriever:
     def __init__(self, folder: str | Path) -> None:
         """Errors are those of `BM25Index`."""
         self._index = BM25Index(folder)
-        self._cache = AnswerCache[tuple[str, int]](_CACHE_CHARS)
+        self._cache = AnswerCache(_CACHE_CHARS)
         num_threads = min(_MAX_THREADS, num_cores())
         self._threads = ThreadPoolExecutor(max_workers=num_threads, thread_name_prefix="bm25")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
+from rexrag.data.rows import encodable
 from rexrag.errors import ModelError, RetrievalIndexError, first_line
 from rexrag.files import sha256_file
 from rexrag.model.fetching import is_hub_id, resolve_model
@@ -136,7 +137,7 @@ class Encoder:
 
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
         # Half a surrogate pair has no UTF-8 form, which the tokenizer asks for.
-        whole = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        whole = [encodable(text) for text in texts]
         encoded: Any = self._tokenizer(
             whole,
             truncation=True,

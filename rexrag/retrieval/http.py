@@ -15,6 +15,7 @@ from typing import Final
 
 import httpx
 
+from rexrag.data.rows import encodable
 from rexrag.errors import ConfigError, QueryRefusedError, RetrieverError, RetrieverSetupError, counted
 from rexrag.retrieval.answers import Body, passages_of, read_bounded
 from rexrag.retrieval.attempts import PROBE_QUERY, Attempts, RetryableError
@@ -181,7 +182,7 @@ class HttpRetriever:
                     url = self._redirected(url, location)
                 raise RetrieverSetupError(f"{url}: more than {_MAX_REDIRECTS} redirects; correct retriever.url")
         except (TimeoutError, httpx.TimeoutException) as error:
-            raise RetryableError(f"no answer within {self._timeout_s:g} s", is_late=True) from error
+            raise RetryableError.late(self._timeout_s) from error
         except httpx.TransportError as error:
             raise RetryableError(_described(error)) from error
         except (httpx.RequestError, httpx.InvalidURL, ValueError) as error:
@@ -216,9 +217,7 @@ class HttpRetriever:
 
 
 def _request(queries: Sequence[str], top_k: int) -> dict[str, object]:
-    # Half a surrogate pair cannot be sent.
-    texts = [query.encode("utf-8", "replace").decode("utf-8") for query in queries]
-    return {"queries": texts, "topk": top_k, "return_scores": True}
+    return {"queries": [encodable(query) for query in queries], "topk": top_k, "return_scores": True}
 
 
 def _base_url(url: str) -> str:

@@ -90,9 +90,8 @@ class PoolRetriever:
                         failures.append(error)
         except TimeoutError as error:
             _shun(asked[-1], is_out=True)
-            raise RetryableError(
-                f"no answer within {self._timeout_s:g} s", is_elsewhere=not all(place.is_out for place in self._places)
-            ) from error
+            is_elsewhere = not all(place.is_out for place in self._places)
+            raise RetryableError.late(self._timeout_s, is_elsewhere=is_elsewhere) from error
         # One that has no room does answer: the pool is not gone.
         raise next((failure for failure in failures if failure.is_busy), failures[-1])
 

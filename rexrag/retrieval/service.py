@@ -111,7 +111,7 @@ class SearchService(Generic[PreparedT]):
         self._index = index
         self._settings = settings or ServiceSettings()
         self._counters = ServiceCounters()
-        self._cache = AnswerCache[_Key](self._settings.cache_chars)
+        self._cache = AnswerCache(self._settings.cache_chars)
         self._waiting: deque[_Entry] = deque()
         self._on_way: dict[_Key, _Entry] = {}
         self._changed = asyncio.Event()

@@ -94,6 +94,7 @@ class Controller:
     ) -> None:
         self._settings = settings
         self._run_folder = run_folder
+        self._first_step = first_step_of(run_folder)
         self._version = first
         self._origin = [] if checkpoint is None else [checkpoint]
         self._buffer = buffer
@@ -124,7 +125,7 @@ class Controller:
         )
         self._tell_precision(precision)
         self._fleet.run()
-        if first == first_step_of(self._run_folder):
+        if first == self._first_step:
             self._evaluate("test")
         if self._has_evaluation(first):
             self._evaluate("dev")
@@ -202,8 +203,7 @@ class Controller:
     def _has_evaluation(self, step: int) -> bool:
         """Whether the dev questions are evaluated at this step: first, last, and every so often."""
         every = self._settings.eval_every
-        ends = (first_step_of(self._run_folder), self._settings.num_steps)
-        return step in ends or (every > 0 and step % every == 0)
+        return step in (self._first_step, self._settings.num_steps) or (every > 0 and step % every == 0)
 
     def _take(self, step: int) -> Ref[StepBatch]:
         """The step's batch, once the buffer has assigned it: a reference, since its data goes to the learner alone."""

@@ -13,12 +13,12 @@ from learner_builders import (
     core,
     first_gradient,
     learner_spec,
-    random_groups,
     small_model,
-    solved_group,
-    step_batch,
     tiny_model,
     tokenizer,
+)
+from learner_builders import (
+    mixed_batch as batch,
 )
 from peft import PeftModel
 from plain_settings import correction_settings, learner_settings, loss_settings, optimizer_settings, probe_settings
@@ -33,7 +33,6 @@ from rexrag.learner.step import LearnerCore, LearnerSettings
 from rexrag.model.adapters import AdapterSettings, add_adapters, narrow_frozen, rounded, without_adapters
 from rexrag.model.saving import save_model
 from rexrag.processes import Share
-from rexrag.types import StepBatch
 
 ADAPTERS: Final = AdapterSettings(rank=4, alpha=6)
 SETTINGS: Final = learner_settings(
@@ -57,9 +56,12 @@ def adapted(*, trained: bool = False) -> PreTrainedModel:
     return model
 
 
-def batch(step: int) -> StepBatch:
-    groups = [*random_groups(seed=step, version=step - 1), solved_group(step, version=step - 1)]
-    return step_batch(groups, step=step)
+def merged_of(learner: LearnerCore) -> PreTrainedModel:
+    """A plain model with the weights that the learner exports."""
+    plain = tiny_model()
+    weights = learner.export_weights(learner.weight_sizes, dtype="float32")
+    plain.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
+    return plain
 
 
 def logits_of(model: Any, ids: Tensor = IDS) -> Tensor:  # noqa: ANN401
@@ -90,16 +92,14 @@ def test_what_is_exported_and_saved_computes_what_the_learner_does(tmp_path: Pat
     learner = core(tmp_path, settings=SETTINGS, model=adapted())
     for step in range(1, 4):
         assert learner.step(batch(step)).updated
-    plain = tiny_model()
-    before = dict(plain.named_parameters())
+    before = dict(tiny_model().named_parameters())
     weights = learner.export_weights(learner.weight_sizes, dtype="float32")
     assert list(weights) == list(before)
     assert learner.weight_sizes == {name: parameter.nbytes for name, parameter in before.items()}
     for name, parameter in before.items():
         is_adapted = name.endswith("proj.weight")
         assert np.array_equal(weights[name], parameter.detach().numpy()) != is_adapted, name
-    plain.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
-    one = core(tmp_path, settings=SETTINGS, model=plain)
+    one = core(tmp_path, settings=SETTINGS, model=merged_of(learner))
     for ours, theirs in zip(one.score(CANARY), learner.score(CANARY), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
     narrow = learner.export_weights(weights, dtype="bfloat16")
@@ -138,9 +138,7 @@ def test_the_reference_is_the_model_without_them(tmp_path: Path) -> None:
     learner = core(tmp_path, settings=with_kl, model=adapted())
     assert learner.step(batch(1)).metrics[keys.POLICY_KL_REF] == 0.0
     # The same weights beside a second model.
-    plain = tiny_model()
-    weights = learner.export_weights(learner.weight_sizes, dtype="float32")
-    plain.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
+    plain = merged_of(learner)
     two = core(tmp_path, settings=with_kl, model=plain, reference=tiny_model())
     two.num_steps = 1
     kl = learner.step(batch(2)).metrics[keys.POLICY_KL_REF]
@@ -236,10 +234,7 @@ def test_adapters_do_not_go_on_beside_another_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"is not the model beside which .*step-000000 were trained: .*norm"):
         actor(tmp_path, SETTINGS, checkpoint=saved)
     merged = core(tmp_path, settings=SETTINGS, model=adapted(trained=True))
-    plain = tiny_model()
-    weights = merged.export_weights(merged.weight_sizes, dtype="float32")
-    plain.load_state_dict({name: torch.tensor(array) for name, array in weights.items()}, strict=False)
-    save_model(plain, tokenizer(), tmp_path / "model")
+    save_model(merged_of(merged), tokenizer(), tmp_path / "model")
     with pytest.raises(ModelError, match=r"is not the model beside which .*step-000000 were trained: .*proj"):
         actor(tmp_path, SETTINGS, checkpoint=saved)
 

@@ -21,11 +21,11 @@ from learner_builders import (
     POOL,
     core,
     learner_spec,
-    random_groups,
     small_model,
-    solved_group,
-    step_batch,
     tiny_model,
+)
+from learner_builders import (
+    mixed_batch as batch,
 )
 from plain_settings import correction_settings, learner_settings, loss_settings, optimizer_settings, probe_settings
 from ray import ObjectRef
@@ -44,7 +44,7 @@ from rexrag.model.adapters import AdapterSettings, add_adapters
 from rexrag.model.sharding import shard_model
 from rexrag.processes import Share
 from rexrag.run.remote import call
-from rexrag.types import FloatArray, StepBatch, StepResult
+from rexrag.types import FloatArray, StepResult
 
 T = TypeVar("T")
 Weights = Mapping[str, npt.NDArray[np.generic]]
@@ -94,11 +94,6 @@ def model_of(case: str) -> PreTrainedModel:
 def needs_reference(case: str) -> bool:
     """With adapters it is the model without them."""
     return "KL" in case and "adapters" not in case
-
-
-def batch(step: int) -> StepBatch:
-    groups = [*random_groups(seed=step, version=step - 1), solved_group(step, version=step - 1)]
-    return step_batch(groups, step=step)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,13 @@ def test_without_a_terminal_there_are_plain_lines() -> None:
     assert "\x1b" not in out.getvalue()
 
 
+def test_a_note_holds_nothing_that_a_terminal_would_act_on() -> None:
+    console, out = plain()
+    with Progress(console=console) as progress:
+        progress.note("a passage\nwith \x1b]0;a title\x07 in it")
+    assert out.getvalue() == "a passage\nwith \ufffd]0;a title\ufffd in it\n"
+
+
 def test_a_long_stage_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 20.0, 21.0, 40.0, 50.0])
     monkeypatch.setattr("rexrag.reporting.terminal.time.monotonic", lambda: next(clock))

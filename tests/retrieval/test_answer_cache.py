@@ -9,7 +9,7 @@ def passages(num_chars: int) -> tuple[Passage, ...]:
 
 
 def test_texts_are_bounded_and_the_least_used_go_first() -> None:
-    cache = AnswerCache[tuple[str, int]](3 * (1000 + 512 + 1))
+    cache = AnswerCache(3 * (1000 + 512 + 1))
     for name in "abc":
         cache.put((name, 1), passages(1000))
     assert cache.get(("a", 1)) == passages(1000)
@@ -28,13 +28,13 @@ def test_texts_are_bounded_and_the_least_used_go_first() -> None:
 
 
 def test_without_room_nothing_is_kept() -> None:
-    cache = AnswerCache[tuple[str, int]](0)
+    cache = AnswerCache(0)
     cache.put(("a", 1), ())
     assert cache.get(("a", 1)) is None
 
 
 def test_queries_weigh_too() -> None:
-    cache = AnswerCache[tuple[str, int]](10_000)
+    cache = AnswerCache(10_000)
     for number in range(100):
         cache.put((f"{number} {'word ' * 800}", 3), ())
     assert sum(cache.get((f"{number} {'word ' * 800}", 3)) is not None for number in range(100)) == 2
