@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rexrag.config import Config
 from rexrag.errors import ConfigError
-from rexrag.recipe import flatten, make_config
+from rexrag.recipe import flatten, load_recipe, make_config
 from rexrag.run.layout import describe_layout, plan_cluster, plan_machine, wanted_bundles
 from rexrag.run.part_settings import device_of
 
@@ -46,6 +48,14 @@ def test_the_shares_are_told_in_words() -> None:
     assert describe_layout(layout) == [
         "1 rollout actor: 2 threads each, 0.5 of a GPU, 12 groups at once",
         "learner: 2 threads, 0.5 of a GPU",
+    ]
+
+
+def test_the_recipe_of_search_r1s_task_fills_the_machine_that_it_is_for() -> None:
+    config = load_recipe(Path(__file__).parents[2] / "recipes" / "search-r1.toml").config
+    assert describe_layout(plan_machine(config, num_cores=64, num_gpus=8)) == [
+        "4 rollout actors: 16 threads each, 1 GPU, 51 groups at once",
+        "learner: 4 ranks, 16 threads each, 1 GPU",
     ]
 
 
