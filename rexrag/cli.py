@@ -356,6 +356,8 @@ def _require_writable(path: Path | None, *, option: str) -> None:
 
 
 def _eval_table(line: dict[str, object]) -> str:
+    from rexrag.reporting.trace import printable
+
     rows = [
         f"{counted(int(str(line['n'])), 'question')}",
         f"EM  {line['em']:.3f} [{line['em_low']:.3f}, {line['em_high']:.3f}]",
@@ -364,7 +366,9 @@ def _eval_table(line: dict[str, object]) -> str:
     for title, key in (("source", "by_source"), ("hops", "by_hops")):
         part = line[key]
         assert isinstance(part, dict)
-        rows += [f"  {title} {name}: EM {row['em']:.3f}, n = {row['n']:.0f}" for name, row in part.items()]
+        rows += [f"  {title} {printable(name)}: EM {row['em']:.3f}, n = {row['n']:.0f}" for name, row in part.items()]
+        if key == "by_source" and len(part) > 1:
+            rows.append(f"  mean over sources: EM {line['macro_em']:.3f}")
     return "\n".join(rows)
 
 

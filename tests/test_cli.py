@@ -148,7 +148,9 @@ def test_a_finished_run_says_so(
         for name, step in (("test", 0), ("test", 100)):
             with request.run.eval.open("a") as file:
                 em = {"em": step / 200, "em_low": 0.0, "em_high": 1.0}
-                file.write(json.dumps({"split": name, "step": step, "n": 8, "by_hops": {}, **em}) + "\n")
+                file.write(
+                    json.dumps({"split": name, "step": step, "n": 8, "by_source": {}, "by_hops": {}, **em}) + "\n"
+                )
         checkpoint = request.run.checkpoints / "step-000100"
         checkpoint.mkdir()
         (checkpoint / "COMMIT").touch()

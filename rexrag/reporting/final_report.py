@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from rich.text import Text
 import rexrag.metrics as keys
 from rexrag.errors import counted
 from rexrag.files import read_jsonl
-from rexrag.reporting.trace import coloured_trace
+from rexrag.reporting.trace import coloured_trace, printable
 from rexrag.run_folder import RunFolder, comparable
 
 Line = dict[str, Any]
@@ -51,18 +51,29 @@ def _parts(run: RunFolder) -> Iterator[RenderableType]:
 
 
 def em_table(before: Line, after: Line, *, split: str) -> Table:
-    """EM of two evaluations on the same questions, with 95% intervals, in all and by hops."""
+    """EM of two evaluations on the same questions, with 95% intervals, in all, by source and by hops.
+
+    The mean over sources, where each counts the same, is what papers on several data sets call the average.
+    """
     table = Table(title=f"EM on {counted(after['n'], f'{split} question')}")
     table.add_column("")
     table.add_column("before" if before["step"] == 0 else f"at step {before['step']}")
     table.add_column(f"after step {after['step']}")
     table.add_row("all", _with_interval(before), _with_interval(after))
-    for hops, row in before["by_hops"].items():
-        later = after["by_hops"].get(hops)
-        if later is not None:
-            plural = "" if hops == "1" else "s"
-            table.add_row(f"{hops} hop{plural} (n = {row['n']:.0f})", f"{row['em']:.2f}", f"{later['em']:.2f}")
+    if len(before["by_source"]) > 1:
+        table.add_row("mean over sources", f"{before['macro_em']:.2f}", f"{after['macro_em']:.2f}")
+        _add_groups(table, before["by_source"], after["by_source"], name_of=printable)
+    _add_groups(table, before["by_hops"], after["by_hops"], name_of=lambda hops: counted(int(hops), "hop"))
     return table
+
+
+def _add_groups(
+    table: Table, before: Mapping[str, Line], after: Mapping[str, Line], *, name_of: Callable[[str], str]
+) -> None:
+    for group, row in before.items():
+        if later := after.get(group):
+            name = Text(f"{name_of(group)} (n = {row['n']:.0f})")
+            table.add_row(name, f"{row['em']:.2f}", f"{later['em']:.2f}")
 
 
 def _with_interval(line: Line) -> str:

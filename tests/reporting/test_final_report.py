@@ -12,7 +12,7 @@ from rexrag.reporting.final_report import bars, print_report
 from rexrag.run_folder import RunFolder
 
 
-def evaluation(step: int, em: float) -> dict[str, object]:
+def evaluation(step: int, em: float, *, sources: tuple[str, ...] = ("geo",)) -> dict[str, object]:
     by_hops = {"1": {"em": 1.0, "n": 4}, "2": {"em": em, "n": 6}}
     return {
         "split": "test",
@@ -21,6 +21,8 @@ def evaluation(step: int, em: float) -> dict[str, object]:
         "em": em,
         "em_low": em - 0.1,
         "em_high": em + 0.1,
+        "macro_em": em / 2,
+        "by_source": {name: {"em": em / 4, "n": 5} for name in sources},
         "by_hops": by_hops,
     }
 
@@ -50,10 +52,21 @@ def test_report_shows_em_dead_ends_and_a_rescue(tmp_path: Path) -> None:
     )
     assert "0.20 [0.10, 0.30]" in text
     assert "0.80 [0.70, 0.90]" in text
+    assert "1 hop (n = 4)" in text
     assert "2 hops (n = 6)" in text
+    assert "source" not in text
     assert "90% to 30%" in text
     assert text.index("wrong") < text.index("right")
     assert "later" not in text
+
+
+def test_report_shows_each_source_where_there_are_several(tmp_path: Path) -> None:
+    lines = [evaluation(step, em, sources=("nq", "[bold]\x1b[2J")) for step, em in ((0, 0.2), (12, 0.8))]
+    text = report(tmp_path, eval=lines, metrics=[], samples=[])
+    rows = [" ".join(row.replace("│", " ").split()) for row in text.splitlines()]
+    assert "mean over sources 0.10 0.40" in rows
+    assert "nq (n = 5) 0.05 0.20" in rows
+    assert "[bold]\N{REPLACEMENT CHARACTER}[2J (n = 5) 0.05 0.20" in rows
 
 
 def test_report_shows_the_weights_at_work(tmp_path: Path) -> None:
