@@ -217,12 +217,16 @@ def mixed_batch(step: int) -> StepBatch:
     return step_batch(groups, step=step)
 
 
+def _in_order_of_tokens(group: TrajectoryGroup) -> list[int]:
+    return sorted(range(len(group.trajectories)), key=lambda i: group.trajectories[i].token_ids.tolist())
+
+
 def recorded_by(
     model: LlamaForCausalLM, groups: Sequence[TrajectoryGroup], *, budget: int = 4096
 ) -> list[TrajectoryGroup]:
     """The groups as if `model` itself had sampled them, scored in the packing that a step without probes uses."""
     use_packed_attention(model)
-    places = [(g, i) for g, one in enumerate(groups) for i in range(len(one.trajectories))]
+    places = [(g, i) for g, one in enumerate(groups) for i in _in_order_of_tokens(one)]
     rows = []
     for g, i in places:
         row = groups[g].trajectories[i]

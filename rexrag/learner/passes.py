@@ -45,6 +45,11 @@ class Passed:
     num_row_tokens: int = 0
 
 
+def _place(row: PreparedRow) -> tuple[int, bytes]:
+    """Rows of a group go in the order of their tokens: those that begin alike are side by side, in one micro-batch."""
+    return row.group, row.tokens.token_ids.astype(">u4").tobytes()
+
+
 class Passes:
     """Of one model; `num_made` grows with each pass of a step."""
 
@@ -76,6 +81,7 @@ class Passes:
             rows: of the whole step. denominator: N of §7. version: of the learner.
         """
         done = Passed()
+        rows = sorted(rows, key=_place)
         packed_rows = [
             PackRow(token_ids=row.tokens.token_ids, trained=row.tokens.trained, group=row.group) for row in rows
         ]

@@ -210,6 +210,14 @@ def test_bfloat16_autocast_gives_the_gradient_within_its_precision(tmp_path: Pat
         assert float((gradient - wanted[name]).norm() / wanted[name].norm()) < 0.05, name
 
 
+def test_rows_that_begin_alike_meet_in_one_micro_batch_though_others_came_between(tmp_path: Path) -> None:
+    beginnings = (range(10, 18), range(20, 28))
+    rows = [target(float(last == 30), ids=(*first, last, 9)) for last in (30, 31) for first in beginnings]
+    result = core(tmp_path, settings=settings(micro_batch_tokens=13)).step(step_batch([group(*rows)]))
+    assert result.metrics[keys.LEARNER_MICRO_BATCHES] == 2
+    assert result.metrics[keys.LEARNER_SHARED_SHARE] == pytest.approx(2 * 11 / (4 * 12))
+
+
 def test_on_policy_without_probes_every_weight_is_exactly_one(tmp_path: Path) -> None:
     model = tiny_model()
     only_targets = [replace(one, trajectories=one.trajectories[:3]) for one in random_groups()]
