@@ -66,6 +66,7 @@ def load_questions(
     *,
     skip_bad_rows: bool = False,
     skip_by: str = "set data.skip_bad_rows = true",
+    keep_rows: bool = True,
 ) -> QuestionSet:
     """Read question files.
 
@@ -74,6 +75,7 @@ def load_questions(
         skip_bad_rows: count bad rows instead of stopping at the first. The same identity twice stops the load all
             the same: no choice between the two would be right.
         skip_by: how the caller's user asks for that, for the message.
+        keep_rows: whether `Question.row` is wanted. Columns beside those that are read here may hold whole articles.
 
     Raises:
         DataError: a file that cannot be read, a bad row (with its file and line), the same (data_source, id)
@@ -95,7 +97,7 @@ def load_questions(
         question = identities.place(*item)
         if isinstance(question, Problem):
             raise DataError(str(question))
-        questions.append(question)
+        questions.append(question if keep_rows else replace(question, row={}))
     if not questions:
         names = ", ".join(str(path) for path in files) or "no file given"
         raise DataError(f"no question to use ({names}; {counted(num_skipped, 'bad row')}): at least one is needed")

@@ -53,7 +53,7 @@ def read_inputs(request: TrainRequest) -> Inputs:
     def load(paths: Sequence[Path]) -> tuple[Question, ...]:
         if not paths:
             return ()
-        loaded = load_questions(paths, skip_bad_rows=skip)
+        loaded = load_questions(paths, skip_bad_rows=skip, keep_rows=is_user_reward(config.reward.kind))
         notes.extend(loaded.notes)
         return loaded.questions
 

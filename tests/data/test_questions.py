@@ -357,3 +357,12 @@ def test_any_row_is_a_valid_question_or_a_row_error(changes: dict[str, object]) 
     assert all(answer.strip() for answer in question.golden_answers)
     assert question.hops is None or question.hops >= 1
     question.key.encode("utf-8")
+
+
+def test_rows_are_kept_for_those_who_want_them(tmp_path: Path) -> None:
+    row = {"id": "1", "question": "A?", "golden_answers": ["a"], "metadata": {"context": "an article " * 100}}
+    path = write_parquet(tmp_path / "a.parquet", [row])
+    (kept,), (bare,) = load_questions(path).questions, load_questions(path, keep_rows=False).questions
+    assert kept.row == row
+    assert bare.row == {}
+    assert kept.key == bare.key
