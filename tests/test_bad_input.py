@@ -153,7 +153,6 @@ def test_a_reward_function_is_tried_before_the_start(folder: Path, monkeypatch: 
     monkeypatch.syspath_prepend(str(folder))
     (folder / "my_signed_reward.py").write_text(
         "def score(p, g, row):\n    return 1.0 if p in g else -0.5\ndef gone(p, g, row):\n    return row['gone']\n"
-        "def by_row(p, g, row):\n    return float(p in row['golden_answers'])\n"
     )
     normalized = ("method=exact", "correction.mixture=normalized", "loss.baseline=joint")
     with pytest.raises(UserError, match=r"returned -0\.5 .* correction\.mixture = \"normalized\" .* at least 0"):
@@ -161,7 +160,13 @@ def test_a_reward_function_is_tried_before_the_start(folder: Path, monkeypatch: 
     with pytest.raises(UserError, match=r"my_signed_reward:gone' raised KeyError"):
         start(folder, "reward.kind=my_signed_reward:gone")
     start(folder, "reward.kind=my_signed_reward:score", "method=grpo")
-    start(folder, "reward.kind=my_signed_reward:by_row")
+
+
+def test_a_reward_function_sees_the_whole_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(folder))
+    write_rows(folder / "train.jsonl", {**QUESTION, "difficulty": 0.5})
+    (folder / "my_reward_by_row.py").write_text("def score(p, g, row):\n    return row['difficulty'] * (p in g)\n")
+    start(folder, "reward.kind=my_reward_by_row:score")
 
 
 def test_context_too_small(folder: Path) -> None:

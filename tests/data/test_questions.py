@@ -360,7 +360,12 @@ def test_any_row_is_a_valid_question_or_a_row_error(changes: dict[str, object]) 
 
 
 def test_rows_are_kept_for_those_who_want_them(tmp_path: Path) -> None:
-    row = {"id": "1", "question": "A?", "golden_answers": ["a"], "metadata": {"context": "an article " * 100}}
+    row: dict[str, object] = {
+        "id": "1",
+        "question": "A?",
+        "golden_answers": ["a"],
+        "metadata": {"context": "an article " * 100},
+    }
     path = write_parquet(tmp_path / "a.parquet", [row])
     (kept,), (bare,) = load_questions(path).questions, load_questions(path, keep_rows=False).questions
     assert kept.row == row
