@@ -21,6 +21,7 @@ from rexrag.config import KEYS, Config
 from rexrag.data.check import check_file
 from rexrag.data.foreign_keys import FOREIGN_KEYS
 from rexrag.data.questions import load_questions
+from rexrag.env.prompt import read_template
 from rexrag.methods import METHOD_ADVICE, METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -288,10 +289,20 @@ def test_questions_are_held_out_of_search_r1s_file_as_the_page_says(
     monkeypatch.chdir(tmp_path)
     page = (DOCS / "from-search-r1.md").read_text(encoding="utf-8")
     (block,) = re.findall(r'^ *```python title="hold_out.py"\n(.*?)^ *```', page, re.M | re.DOTALL)
-    rows = [{"id": f"train_{i}", "data_source": "nq", "question": f"{i}?", "golden_answers": ["a"]} for i in range(401)]
+    rows = [
+        {
+            "id": f"train_{i}",
+            "data_source": "nq",
+            "question": f"{i}?",
+            "prompt": [{"role": "user", "content": f"Answer after a search. Question: {i}?\n"}],
+            "golden_answers": ["a"],
+        }
+        for i in range(401)
+    ]
     pq.write_table(pa.Table.from_pylist(rows), "train.parquet")
     Path("hold_out.py").write_text(textwrap.dedent(block), encoding="utf-8")
     runpy.run_path("hold_out.py")
     learn, dev = (load_questions(Path(f"{name}.parquet")).questions for name in ("learn", "dev"))
     assert [question.question for question in dev] == ["0?", "200?", "400?"]
     assert len({question.key for question in (*learn, *dev)}) == len(learn) + len(dev) == 401
+    assert read_template(Path("prompt.txt")) == "Answer after a search. Question: {question}\n"

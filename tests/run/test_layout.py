@@ -54,7 +54,8 @@ def test_the_shares_are_told_in_words() -> None:
 def test_the_recipe_of_search_r1s_task_fills_the_machine_that_it_is_for() -> None:
     config = load_recipe(Path(__file__).parents[2] / "recipes" / "search-r1.toml").config
     assert describe_layout(plan_machine(config, num_cores=64, num_gpus=8)) == [
-        "4 rollout actors: 16 threads each, 1 GPU, 51 groups at once",
+        "1 search actor: 4 threads each, 1 GPU",
+        "3 rollout actors: 21 threads each, 1 GPU, 51 groups at once",
         "learner: 4 ranks, 16 threads each, 1 GPU",
     ]
 
