@@ -5,16 +5,17 @@ from collections.abc import Iterator
 
 import pytest
 import ray
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from rexrag.processes import give_way
 
 give_way()
 
-# The same examples each time where a failure must be one of the change; elsewhere new ones are tried.
+# The same examples each time where a failure must be one of the change; elsewhere new ones are tried. An example may
+# take long where the machine is busy.
 settings.register_profile("ci", derandomize=True, deadline=None)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -303,11 +303,12 @@ def test_a_wrong_set_up_ends_groups_and_evaluations_as_it_is(codec: Codec) -> No
 def test_a_users_reward_does_not_hold_up_the_event_loop_and_is_called_alone(codec: Codec) -> None:
     at_once: list[int] = []
     running = 0
+    has_ticked = threading.Event()
 
     def slow(*args: object, **columns: object) -> float:
         nonlocal running
         running += 1
-        time.sleep(0.05)
+        has_ticked.wait(30)
         at_once.append(running)
         running -= 1
         return 0.5
@@ -318,6 +319,8 @@ def test_a_users_reward_does_not_hold_up_the_event_loop_and_is_called_alone(code
         ticks = 0
         while not all(task.done() for task in scoring):
             ticks += 1
+            if ticks > 5:
+                has_ticked.set()
             await asyncio.sleep(0.005)
         return ticks, [task.result().reward for task in scoring]
 

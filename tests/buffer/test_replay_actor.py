@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -180,9 +181,10 @@ def test_one_sync_serves_all_who_wait_for_one_and_holds_up_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     syncs: list[float] = []
+    go_on = threading.Event()
 
     def slowly(fd: int) -> None:
-        time.sleep(0.1)
+        assert go_on.wait(30)
         os.fsync(fd)
         syncs.append(time.monotonic())
 
@@ -197,6 +199,7 @@ def test_one_sync_serves_all_who_wait_for_one_and_holds_up_nobody(
         assert (await actor.status()).finished == 30
         assert not syncs, "the loop answers while the disk is busy"
         assert not any(append.done() for append in appends), "nobody is answered before"
+        go_on.set()
         assert await asyncio.gather(*appends) == ["accepted"] * 30
         assert len(syncs) <= 3
         assert accounting_from_log(tmp_path)["pending"] == 30

@@ -106,8 +106,9 @@ def test_scores_are_log_softmax_in_blocks_too() -> None:
 
 
 def test_bfloat16_heads_give_float32_logprobs_of_their_own_logits() -> None:
-    head = torch.randn(37, 8).to(torch.bfloat16)
-    hidden = torch.randn(5, 8).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(3)
+    head = torch.randn(37, 8, generator=generator).to(torch.bfloat16)
+    hidden = torch.randn(5, 8, generator=generator).to(torch.bfloat16)
     tokens, logprobs = sampler_with(head).sample(hidden, uniforms=np.full(5, 0.4), greedy=np.zeros(5, bool))
     expected = (hidden @ head.t()).float().log_softmax(1)[range(5), tokens]
     np.testing.assert_allclose(logprobs, expected, atol=1e-5)

@@ -171,9 +171,9 @@ def test_a_step_at_the_bound_of_the_table_costs_milliseconds() -> None:
     rng = np.random.default_rng(0)
     words = [int(word) for word in rng.integers(0, 50_000, 4000)]
     targets = [trajectory([(Origin.POLICY, words)], action_starts=[3 + len(words)]) for _ in range(50)]
-    started = time.perf_counter()
+    started = time.process_time()
     rates.observe(targets, branch="answer")
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
     assert len(rates) == MAX_PLACES
 
 

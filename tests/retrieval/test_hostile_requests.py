@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from free_ports import free_ports
 from own_server import await_health, served
 
 from rexrag.retrieval.bm25 import BM25Retriever, build_bm25
@@ -192,7 +193,9 @@ def test_a_kill_and_a_restart_under_load_lose_no_search(index: Path) -> None:
             count += 1
         return count
 
-    async def scenario(url: str, port: int, stack: contextlib.ExitStack, kill: contextlib.ExitStack) -> None:
+    (port,) = free_ports(1)
+
+    async def scenario(url: str, stack: contextlib.ExitStack, kill: contextlib.ExitStack) -> None:
         retriever = HttpRetriever(url, batch_size=4, timeout_s=5.0, max_retries=6)
         stop = asyncio.Event()
         callers = [asyncio.create_task(ask(number, retriever, stop)) for number in range(num_callers)]
@@ -212,6 +215,6 @@ def test_a_kill_and_a_restart_under_load_lose_no_search(index: Path) -> None:
         await retriever.close()
 
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as kill:
-        url, _ = kill.enter_context(served(index))
+        url, _ = kill.enter_context(served(index, port=port))
         await_health(url)
-        asyncio.run(asyncio.wait_for(scenario(url, int(url.rpartition(":")[2]), stack, kill), 60))
+        asyncio.run(asyncio.wait_for(scenario(url, stack, kill), 60))

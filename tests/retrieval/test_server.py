@@ -12,7 +12,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def test_a_connection_is_kept_and_answered_at_once(client: httpx.Client, url: st
         began = time.monotonic()
         post(client, url, queries=[f"Gabon {number}"])
         seconds.append(time.monotonic() - began)
-    assert sorted(seconds)[10] < 0.03, "small packets do not wait for each other's acknowledgement"
+    # Of a new connection the first packets are acknowledged at once in any case.
+    assert min(seconds[15:]) < 0.035, "small packets do not wait for each other's acknowledgement"
 
 
 def test_what_a_client_of_search_r1_sends_and_reads(client: httpx.Client, url: str) -> None:
@@ -228,6 +230,13 @@ def test_metrics_are_those_of_prometheus(client: httpx.Client) -> None:
     assert after["process_resident_memory_bytes"] > 0
 
 
+def wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def samples_of(client: httpx.Client, url: str) -> dict[str, float]:
     samples = {}
     for family in text_string_to_metric_families(client.get(f"{url}/metrics").text):
@@ -256,12 +265,14 @@ def test_a_full_server_says_when_to_come_back_and_a_late_answer_is_a_504(client:
 
         def find(self, prepared: Sequence[tuple[str, int]], *, top_k: int) -> list[tuple[Passage, ...]]:
             if self.slow:
+                searching.set()
                 assert self.gate.wait(10)
             return super().find(prepared, top_k=top_k)
 
+    searching = threading.Event()
     index = Slow()
     limits = Limits(max_queries=2)
-    with serving(index, settings=ServerSettings(limits=limits, max_waiting=2, deadline_s=0.5)) as url:
+    with serving(index, settings=ServerSettings(limits=limits, max_waiting=2, deadline_s=2.0)) as url:
         assert post(client, url, queries=["warm"]).status_code == 200
         index.slow = True
         statuses: list[int] = []
@@ -269,10 +280,14 @@ def test_a_full_server_says_when_to_come_back_and_a_late_answer_is_a_504(client:
         def ask(number: int) -> None:
             statuses.append(post(client, url, queries=[f"q{number}"]).status_code)
 
+        def is_waiting(number: int) -> bool:
+            return samples_of(client, url)["rexrag_search_waiting"] == number
+
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
-        for thread in threads:
+        for number, thread in enumerate(threads):
             thread.start()
-            time.sleep(0.03)
+            assert searching.wait(10)
+            wait_for(partial(is_waiting, number))
         answer = post(client, url, queries=["one", "two", "more"][:2])
         assert (answer.status_code, int(answer.headers["Retry-After"])) == (429, 1)
         assert "is full" in answer.json()["detail"]
@@ -295,7 +310,7 @@ def test_a_stop_answers_what_was_accepted(folder: Path) -> None:
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
-        time.sleep(0.15)
+        wait_for(lambda: samples_of(client, url)["rexrag_search_requests_total"] >= 4 * 200)
         process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()

@@ -3,7 +3,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -48,21 +49,25 @@ def test_an_address_that_does_not_answer_is_waited_for_no_longer_than_its_bound(
             assert time.monotonic() - started < 5
 
 
-def silent() -> socket.socket:
-    """A server that takes every connection and says nothing."""
-    return socket.create_server(("127.0.0.1", 0))
+@contextmanager
+def silent() -> Iterator[int]:
+    """The port of a server that takes every connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
 
 
-def plain_http() -> socket.socket:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server.socket
+@contextmanager
+def plain_http() -> Iterator[int]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
 
 
 @pytest.mark.parametrize("make", [silent, plain_http])
-def test_what_listens_and_is_no_ray_is_told_within_a_bound(make: Callable[[], socket.socket]) -> None:
-    with make() as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
+def test_what_listens_and_is_no_ray_is_told_within_a_bound(make: Callable[[], AbstractContextManager[int]]) -> None:
+    with make() as port:
+        address = f"127.0.0.1:{port}"
         started = time.monotonic()
         with pytest.raises(ConfigError) as caught:
             check_reachable(address, join_timeout_s=4.0)
@@ -75,8 +80,8 @@ def test_what_listens_and_is_no_ray_is_told_within_a_bound(make: Callable[[], so
 
 def test_what_ray_says_against_joining_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_TRIAL", "print('Version mismatch.\\nMore of it'); raise SystemExit(1)")
-    with silent() as server, pytest.raises(ConfigError, match=r"could be joined there \(Version mismatch\); is a Ray"):
-        check_reachable(f"127.0.0.1:{server.getsockname()[1]}")
+    with silent() as port, pytest.raises(ConfigError, match=r"could be joined there \(Version mismatch\); is a Ray"):
+        check_reachable(f"127.0.0.1:{port}")
 
 
 def test_a_trial_that_joins_lets_the_run_begin(monkeypatch: pytest.MonkeyPatch) -> None:

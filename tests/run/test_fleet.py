@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ class Rig:
             buffer=buffer,
             on_death=self.dead.append,
         )
-        self.supervisor = Supervisor(fleet=self.fleet, parts={}, stop=StopSignal(), stall_timeout_s=120.0)
+        self.supervisor = Supervisor(fleet=self.fleet, parts={}, stop=StopSignal(), stall_timeout_s=400.0)
         self.until(lambda: self.fleet.is_ready)
 
     def until(self, is_done: Callable[[], bool]) -> None:
@@ -132,9 +131,7 @@ def test_a_replacement_without_a_place_holds_up_nobody(
     assert ray.get(waiting, timeout=60.0), "the place of the dead actor is taken"
     with caplog.at_level(logging.WARNING, logger="rexrag"):
         one.until(lambda: bool(one.dead))
-        began = time.monotonic()
-        one.until(lambda: time.monotonic() - began > 1.0)
-    assert "rollout-2 has not started" in caplog.text
+        one.until(lambda: "rollout-2 has not started" in caplog.text)
     assert "a node with 1 CPU free" in caplog.text
     second = WeightVersion(incarnation=one.first.incarnation, step=1)
     one.fleet.publish(second, None)

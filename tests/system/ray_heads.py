@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 
 import psutil
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; all are held at once, so that they differ."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def end_with_children(process: subprocess.Popen[bytes]) -> None:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from free_ports import free_ports
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.cluster_utils import Cluster
-from ray_heads import end_with_children, free_ports
+from ray_heads import end_with_children
 from system_runs import Watch, assert_books_balance, read_lines
 
 from rexrag.run.nodes import _missing

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from free_ports import free_ports
 from system_runs import read_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,9 +98,7 @@ def lines(text: str) -> list[str]:
 def server(folder: Path) -> Iterator[str]:
     """The search server of the page, on a free port."""
     (page_server,) = [text for _, title, text in blocks("docs/how-to.md", under="Your own search server") if title]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     (folder / "my_server.py").write_text(page_server.replace("8000", str(port)))
     process = subprocess.Popen([sys.executable, "my_server.py"], cwd=folder)
     try:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from free_ports import free_ports
 from own_server import served
 from system_runs import assert_books_balance, child_of, num_steps, read_lines, run_rexrag, start_rexrag, wait_for
 from tiny_encoders import make_encoder
@@ -28,13 +29,13 @@ def warnings_of(run: Path) -> list[str]:
     return [str(line) for line in lines if "WARNING" in str(line)]
 
 
-def assert_finished(run: Path, process: subprocess.Popen[str]) -> dict[str, int]:
+def assert_finished(run: Path, process: subprocess.Popen[str], *, steps: int = STEPS) -> dict[str, int]:
     """All steps were made; returns the dropped groups by reason."""
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert num_steps(run) == STEPS
+    assert num_steps(run) == steps
     accounting = assert_books_balance(run)
-    assert accounting["consumed"] == STEPS * 8
+    assert accounting["consumed"] == steps * 8
     dropped = accounting["dropped"]
     assert isinstance(dropped, dict)
     return dropped
@@ -47,12 +48,13 @@ def assert_nothing_lost(run: Path, dropped: dict[str, int]) -> None:
 
 def test_a_pool_inside_the_run_survives_the_death_of_its_actor(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(recipe, run, "retriever.kind=ray", "retriever.num_cpus=0.5")
+    steps = 10  # actors are looked after every two seconds
+    process = start(recipe, run, "retriever.kind=ray", "retriever.num_cpus=0.5", f"train.steps={steps}")
     try:
         wait_for(lambda: num_steps(run) >= 1, process=process)
         (actor,) = child_of(process, title="ray::SearchActor")
         actor.kill()
-        assert_nothing_lost(run, assert_finished(run, process))
+        assert_nothing_lost(run, assert_finished(run, process, steps=steps))
     finally:
         process.kill()
     assert any("search actor search-0 died and is back" in line for line in warnings_of(run))
@@ -61,14 +63,15 @@ def test_a_pool_inside_the_run_survives_the_death_of_its_actor(recipe: Path, tmp
 def train_through_outage(recipe: Path, run: Path, *settings: str, seconds: float) -> dict[str, int]:
     """A run whose search server is killed after the first step, and is back later; its dropped groups by reason."""
     index = recipe.parent / "index"
-    with served(index) as (url, server):
+    (port,) = free_ports(1)
+    with served(index, port=port) as (url, server):
         process = start(recipe, run, "retriever.kind=http", f"retriever.url={url}", *settings)
         try:
             wait_for(lambda: num_steps(run) >= 1, process=process)
             server.kill()
             server.wait()
             time.sleep(seconds)
-            with served(index, port=int(url.rpartition(":")[2])):
+            with served(index, port=port):
                 return assert_finished(run, process)
         finally:
             process.kill()
@@ -76,11 +79,11 @@ def train_through_outage(recipe: Path, run: Path, *settings: str, seconds: float
 
 def test_a_server_that_is_gone_for_seconds_is_waited_for(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert_nothing_lost(run, train_through_outage(recipe, run, seconds=4.0))
+    assert_nothing_lost(run, train_through_outage(recipe, run, "rollout.num_actors=1", seconds=4.0))
     lines = read_lines(run / "metrics.jsonl")
     assert sum(line["search/outages"] or 0 for line in lines) >= 1
     assert sum(line["search/outage_s"] or 0 for line in lines) > 1.0
-    told = warnings_of(run)
+    told = warnings_of(run)  # of one actor: each has a breaker of its own
     assert sum("does not answer: searches wait" in line for line in told) == 1
     assert sum("answers again, after" in line for line in told) == 1
 
