@@ -92,6 +92,8 @@ SERVER_FAULTS: Final = {
     "server vanishes": "drop",
 }
 FAULTS: Final = (*KILLED, "driver", *SERVER_FAULTS)
+ENDING: Final = frozenset({"learner", "buffer", "driver"})
+"""What ends the command. A step that was under way may still be told after it, and is no sign of life."""
 SERVER_FAULT_S: Final = 4.0
 STEPS_AFTER: Final = 3
 """A fault that comes later would have no step by which to tell what it cost."""
@@ -123,6 +125,22 @@ class Report:
     without_progress_s: dict[str, list[float]] = field(default_factory=dict)
     to_next_step_s: dict[str, list[float]] = field(default_factory=dict)
     unplayed: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(kw_only=True)
+class Felt:
+    """A fault that the run has not got over yet.
+
+    Attributes:
+        at: when it came.
+        start: of the command, from which on a step counts.
+        most_steps: that the run had done before it.
+    """
+
+    fault: str
+    at: float
+    start: int
+    most_steps: int
 
 
 class SearchServer:
@@ -202,6 +220,8 @@ def make_parts(folder: Path) -> None:
 class Chaos:
     """One run, hurt by `faults` in random order at random moments, begun again after each end until it is finished."""
 
+    ending = ENDING
+
     def __init__(self, folder: Path, *, steps: int, faults: Sequence[str], seed: int, timeout_s: float) -> None:
         self.report = Report()
         self._folder = folder
@@ -212,8 +232,8 @@ class Chaos:
         self._rng.shuffle(self._faults)
         self._deadline = time.monotonic() + timeout_s
         self._step_times: list[float] = []
-        self._stuck: list[tuple[str, float]] = []
-        self._behind: list[tuple[str, float, int]] = []
+        self._stuck: list[Felt] = []
+        self._behind: list[Felt] = []
         self._most_steps = 0
 
     def play(self) -> Report:
@@ -283,9 +303,10 @@ class Chaos:
             return
         self.report.faults[fault] += 1
         self._look()
-        now = time.monotonic()
-        self._stuck.append((fault, now))
-        self._behind.append((fault, now, self._most_steps))
+        start = self.report.starts + (fault in self.ending)
+        felt = Felt(fault=fault, at=time.monotonic(), start=start, most_steps=self._most_steps)
+        self._stuck.append(felt)
+        self._behind.append(felt)
 
     def _play_fault(self, fault: str, process: subprocess.Popen[bytes], server: SearchServer) -> bool:
         """Whether there was somebody to hurt."""
@@ -313,13 +334,16 @@ class Chaos:
         """Note when steps end; a resume takes some of them back."""
         self._keep_log()
         now, done = time.monotonic(), self._num_steps()
+        for felt in self._behind:
+            if felt.start > self.report.starts:
+                felt.most_steps = max(felt.most_steps, done)
         if done > len(self._step_times):
-            for fault, at in self._stuck:
-                self.report.to_next_step_s.setdefault(fault, []).append(round(now - at, 1))
-            self._stuck.clear()
-        for fault, at, before in [one for one in self._behind if done > one[2]]:
-            self.report.without_progress_s.setdefault(fault, []).append(round(now - at, 1))
-            self._behind.remove((fault, at, before))
+            for felt in [one for one in self._stuck if one.start <= self.report.starts]:
+                self.report.to_next_step_s.setdefault(felt.fault, []).append(round(now - felt.at, 1))
+                self._stuck.remove(felt)
+        for felt in [one for one in self._behind if one.start <= self.report.starts and done > one.most_steps]:
+            self.report.without_progress_s.setdefault(felt.fault, []).append(round(now - felt.at, 1))
+            self._behind.remove(felt)
         self._most_steps = max(self._most_steps, done)
         self._step_times = [*self._step_times[:done], *[now] * (done - len(self._step_times))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from rexrag.run.joining import joined
 from rexrag.run.layout import Layout, plan_cluster, wanted_bundles
 from rexrag.run.signals import StopSignal
 
+LOG = logging.getLogger(__name__)
 LOOK_EVERY_S: Final = 2.0
 PROBE_TIMEOUT_S: Final = 120.0
 _OF_RAY: Final = ("memory", "object_store_memory")
@@ -89,22 +91,25 @@ def probe_paths(paths: Mapping[str, Path], *, writable: Path) -> None:
     Raises:
         ConfigError: names the node, the setting and the path.
     """
-    nodes = _nodes()
+    nodes = [node for node, _ in _nodes()]
     if len(nodes) < 2:
         return
     look: Any = ray.remote(num_cpus=0, max_retries=0)(_missing)
-    asked = {
-        name: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
+    asked = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
             {setting: str(path) for setting, path in paths.items()}, str(writable)
         )
-        for (node_id, name), _ in nodes
-    }
+        for node_id, _ in nodes
+    ]
     problems = []
-    for name, ref in asked.items():
+    for (node_id, name), ref in zip(nodes, asked, strict=True):
         try:
             problems += [f"node {name}: {problem}" for problem in ray.get(ref, timeout=PROBE_TIMEOUT_S)]
         except RayError as error:
-            problems.append(f"node {name}: cannot be asked whether it sees the run's files ({first_line(error)})")
+            if node_id in {living for (living, _), _ in _nodes()}:
+                problems.append(f"node {name}: cannot be asked whether it sees the run's files ({first_line(error)})")
+            else:  # lost a while ago, which Ray notices late, or just now: others are waited for like it
+                LOG.warning("node %s is gone: it was not asked whether it sees the run's files", name)
     if problems:
         raise ConfigError(
             "\n".join(problems) + "\nPut what is missing on storage that all nodes share, at the same path on each."
