@@ -1,6 +1,6 @@
 """A run over several Ray nodes that is hurt again and again, nodes included.
 
-    python benchmarks/node_chaos.py --steps 60 --out benchmarks/results/node_chaos.json
+    python benchmarks/node_chaos.py --steps 150 --out benchmarks/results/node_chaos.json
     python benchmarks/chaos_table.py                     # the sections of docs/results.md
 
 As `chaos.py`, on a cluster of four nodes on this machine: a head that offers nothing, a node for the learner, two for
@@ -93,7 +93,7 @@ def play(folder: Path, *, steps: int, faults: Sequence[str], seed: int = 0, time
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=1, help="how often each fault happens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("runs/node-chaos"), help="folder of the run; must be new")

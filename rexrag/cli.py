@@ -254,6 +254,7 @@ def check_data(
 ) -> None:
     """Count the rows of a data file, and list what is wrong with them."""
     from rexrag.data.check import check_file
+    from rexrag.reporting.trace import printable
 
     report = check_file(file)
     if as_json:
@@ -264,7 +265,7 @@ def check_data(
         )
         for title, counts in (("source", report.by_source), ("hops", report.by_hops)):
             for name, count in counts.items():
-                STDOUT.print(f"{count:>7} {title} {'unknown' if name is None else name}")
+                STDOUT.print(f"{count:>7} {title} {'unknown' if name is None else printable(str(name))}")
         for note in report.notes:
             STDOUT.print(f"note: {note}")
     if report.problems:

@@ -77,7 +77,7 @@ class Question:
     hops: int | None = None
     gold_passage_ids: tuple[str, ...] | None = None
     row: Mapping[str, object] = field(default_factory=dict)
-    """The row as it stood in the file, for a user's own reward function; empty where there is none."""
+    """The row as it stood in the file, for a user's own reward function; empty where none is set."""
 
     @property
     def key(self) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
-from itertools import cycle
+from itertools import cycle, islice
 from typing import Final
 
-# Below those that systems give out by themselves: nobody else takes one before it is listened at. Tests that run side
-# by side have ranges of their own.
-_FIRST: Final = 21_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-_PORTS: Final = cycle(range(_FIRST, _FIRST + 1_000))
+# Below those that systems give out by themselves, so that none of these takes one before it is listened at. Up to fifty
+# workers of a call have ranges of their own; other calls begin elsewhere in them.
+_WORKER: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 50
+_FIRST: Final = 21_000 + 200 * _WORKER
+_PORTS: Final = islice(cycle(range(_FIRST, _FIRST + 200)), os.getpid() % 200, None)
 
 
 def free_ports(count: int) -> list[int]:

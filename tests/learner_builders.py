@@ -218,6 +218,7 @@ def mixed_batch(step: int) -> StepBatch:
 
 
 def _in_order_of_tokens(group: TrajectoryGroup) -> list[int]:
+    """As a step packs its rows."""
     return sorted(range(len(group.trajectories)), key=lambda i: group.trajectories[i].token_ids.tolist())
 
 

@@ -16,7 +16,7 @@ import rexrag.preparation.prepare
 import rexrag.run.engine_choice
 import rexrag.run.remote_control
 import rexrag.run.train
-from rexrag.cli import main
+from rexrag.cli import _eval_table, main
 from rexrag.errors import ConfigError, Interrupted, RunFailure, UserError
 from rexrag.preparation.warmstart import PromptSettings, WarmstartResult
 from rexrag.reporting.terminal import Progress
@@ -195,6 +195,21 @@ def test_json_is_printed_as_it_is(
     path = write_lines(tmp_path / "q.jsonl", row)
     assert call(monkeypatch, "data", "check", str(path), "--json") == 0
     assert json.loads(capsys.readouterr().out)["by_source"] == {"kb:key:[bold]v1": 1}
+
+
+def test_sources_are_told_without_what_a_terminal_would_act_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row: dict[str, object] = {"id": "1", "question": "q?", "golden_answers": ["a"], "data_source": "\x1b[2Jkb"}
+    path = write_lines(tmp_path / "q.jsonl", row)
+    assert call(monkeypatch, "data", "check", str(path)) == 0
+    assert "1 source \N{REPLACEMENT CHARACTER}[2Jkb" in capsys.readouterr().out
+    ems = {"\x1b[2Jkb": {"em": 1.0, "n": 1}, "nq": {"em": 0.0, "n": 3}}
+    line = {"n": 4, "em": 0.25, "em_low": 0.0, "em_high": 1.0, "f1": 0.5, "macro_em": 0.5, "by_hops": {}}
+    table = _eval_table({**line, "by_source": ems}).splitlines()
+    assert "  source \N{REPLACEMENT CHARACTER}[2Jkb: EM 1.000, n = 1" in table
+    assert "  mean over sources: EM 0.500" in table
+    assert "mean" not in _eval_table({**line, "by_source": {"nq": ems["nq"]}})
 
 
 def test_runs_that_tensorboard_cannot_tell_apart_are_refused(

@@ -197,7 +197,7 @@ def test_settings_named_in_the_pages_exist() -> None:
 
 
 def is_file_name(name: str) -> bool:
-    return name.rpartition(".")[2] in ("toml", "json", "jsonl", "md", "py")
+    return name.rpartition(".")[2] in ("toml", "json", "jsonl", "parquet", "md", "py")
 
 
 def test_cited_sections_exist() -> None:

@@ -45,8 +45,8 @@ class Passed:
     num_row_tokens: int = 0
 
 
-def _place(row: PreparedRow) -> tuple[int, bytes]:
-    """Rows of a group go in the order of their tokens: those that begin alike are side by side, in one micro-batch."""
+def _packing_order(row: PreparedRow) -> tuple[int, bytes]:
+    """Rows of a group that begin alike are side by side, so that a micro-batch computes once what they share."""
     return row.group, row.tokens.token_ids.astype(">u4").tobytes()
 
 
@@ -81,7 +81,7 @@ class Passes:
             rows: of the whole step. denominator: N of §7. version: of the learner.
         """
         done = Passed()
-        rows = sorted(rows, key=_place)
+        rows = sorted(rows, key=_packing_order)
         packed_rows = [
             PackRow(token_ids=row.tokens.token_ids, trained=row.tokens.trained, group=row.group) for row in rows
         ]

@@ -108,7 +108,7 @@ def probe_paths(paths: Mapping[str, Path], *, writable: Path) -> None:
         except RayError as error:
             if node_id in {living for (living, _), _ in _nodes()}:
                 problems.append(f"node {name}: cannot be asked whether it sees the run's files ({first_line(error)})")
-            else:  # lost a while ago, which Ray notices late, or just now: others are waited for like it
+            else:  # Ray notices some time after it; what was planned for it waits for another node
                 LOG.warning("node %s is gone: it was not asked whether it sees the run's files", name)
     if problems:
         raise ConfigError(

@@ -551,9 +551,9 @@ def test_an_outage_is_waited_for_without_using_up_attempts() -> None:
 
 def test_an_outage_that_outlasts_a_search_is_an_error_within_its_bound() -> None:
     async def run(url: str) -> None:
-        retriever = HttpRetriever(url, batch_size=4, timeout_s=0.2, max_retries=6)
+        retriever = HttpRetriever(url, batch_size=4, timeout_s=2, max_retries=6)
         began = time.monotonic()
-        with pytest.raises(RetrieverError, match=r"did not answer for .* s, at last with: (status 503|no answer)"):
+        with pytest.raises(RetrieverError, match=r"did not answer for .* s, at last with: status 503 \(down\)"):
             await retriever.search("q", top_k=1)
         assert 1.0 < time.monotonic() - began < retriever.max_wait_s + 1.0
         await retriever.close()

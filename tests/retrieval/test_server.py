@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from batch_indexes import EchoIndex
 from own_server import served, serving, start_server
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import wait_until
 
 from rexrag.commands.serve import serve_index
 from rexrag.errors import ConfigError, UserError
@@ -230,13 +231,6 @@ def test_metrics_are_those_of_prometheus(client: httpx.Client) -> None:
     assert after["process_resident_memory_bytes"] > 0
 
 
-def wait_for(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def samples_of(client: httpx.Client, url: str) -> dict[str, float]:
     samples = {}
     for family in text_string_to_metric_families(client.get(f"{url}/metrics").text):
@@ -287,7 +281,7 @@ def test_a_full_server_says_when_to_come_back_and_a_late_answer_is_a_504(client:
         for number, thread in enumerate(threads):
             thread.start()
             assert searching.wait(10)
-            wait_for(partial(is_waiting, number))
+            wait_until(partial(is_waiting, number))
         answer = post(client, url, queries=["one", "two", "more"][:2])
         assert (answer.status_code, int(answer.headers["Retry-After"])) == (429, 1)
         assert "is full" in answer.json()["detail"]
@@ -310,7 +304,7 @@ def test_a_stop_answers_what_was_accepted(folder: Path) -> None:
         threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
         for thread in threads:
             thread.start()
-        wait_for(lambda: samples_of(client, url)["rexrag_search_requests_total"] >= 4 * 200)
+        wait_until(lambda: samples_of(client, url)["rexrag_search_requests_total"] >= 4 * 200)
         process.send_signal(signal.SIGTERM)
         for thread in threads:
             thread.join()

@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import faiss
 import numpy as np
 import pytest
 from tiny_encoders import make_encoder, passage_rows, write_rows
+from waiting import wait_until
 
 from rexrag.errors import RetrievalIndexError
 from rexrag.retrieval.dense_build import DenseSettings, build_dense
@@ -93,13 +92,6 @@ def test_a_build_that_was_killed_goes_on(tmp_path: Path) -> None:
     made = [faiss.read_index(str(tmp_path / name / "vectors.faiss")).reconstruct_n(0, 2100) for name in ("i", "whole")]
     np.testing.assert_allclose(made[0], made[1], atol=2e-3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "encoder", "i", "whole"]
-
-
-def wait_until(holds: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end, "did not come"
-        time.sleep(0.05)
 
 
 def origin(**changes: object) -> VectorOrigin:
