@@ -27,6 +27,7 @@ from rexrag.commands.index import index_app
 from rexrag.commands.serve import serve_index
 from rexrag.config import Config
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError, counted
+from rexrag.files import NO_ROOM
 from rexrag.processes import give_way, num_cores
 from rexrag.sections import MAX_SEED
 
@@ -89,7 +90,6 @@ def main() -> None:
         _leave(*_explained(error))
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDIES = {
     errno.ENOENT: "name an existing one",
     errno.EACCES: "make it accessible, or name another",
@@ -108,7 +108,7 @@ def _explained(error: OSError) -> tuple[str, int]:
     place = error.filename2 or error.filename
     reason = error.strerror or str(error)
     said = reason if place is None else f"{place}: {reason}"
-    if error.errno in _NO_ROOM:
+    if error.errno in NO_ROOM:
         return f"failed: {said}; free space, and give the command again", 1
     if place is not None and error.errno in _REMEDIES:
         return f"error: {said}; {_REMEDIES[error.errno]}", 2

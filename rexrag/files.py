@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""Errors of a disk that is full."""
 _HASH_BLOCK_BYTES: Final = 1 << 20
 _TEMPORARY: Final = re.compile(r"\..+\.\d+-[0-9a-f]+\.tmp")
 """Names that `write_atomic` gives."""
@@ -38,6 +42,32 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def take_lock(fd: int) -> None:
+    """Lock an open file for this process alone, for as long as it is open.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and not only to look (`is_locked`).
+    """
+    for _ in range(5):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.1)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def append_line(path: Path, text: str) -> None:

@@ -5,7 +5,6 @@ create or open -> with run: ... run.set_steps(n) ... -> run.json says finished, 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 from rexrag.errors import Interrupted, ModelError, RunFolderError
-from rexrag.files import is_temporary, lines_of, naming, read_jsonl, write_atomic
+from rexrag.files import is_locked, is_temporary, lines_of, naming, read_jsonl, take_lock, write_atomic
 
 LOG = logging.getLogger(__name__)
 
@@ -253,6 +252,7 @@ class RunFolder:
             RunFolderError: another process holds the lock.
         """
         self._lock()
+        self.cluster.unlink(missing_ok=True)  # of a start that was killed: nobody is found there
         self._update(status="running", ended=None, starts=self.record().starts + 1, versions=_versions())
         return self
 
@@ -271,6 +271,10 @@ class RunFolder:
         finally:
             self._unlock()
 
+    def is_in_use(self) -> bool:
+        """Whether a process has the run entered."""
+        return is_locked(self.root / "lock")
+
     def _unlock(self) -> None:
         if self._lock_fd is not None:
             os.close(self._lock_fd)
@@ -279,7 +283,7 @@ class RunFolder:
     def _lock(self) -> None:
         fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(fd)
         except BlockingIOError:
             holder = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
             os.close(fd)

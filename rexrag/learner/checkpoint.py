@@ -12,6 +12,7 @@ A folder without `COMMIT` does not exist for any reader. Files hold safetensors 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ _RNG: Final = "rng"
 _OPTIMIZER_PREFIX: Final = "optimizer/"
 _PRESERVED_PREFIX: Final = "preserved/"
 _NAME: Final = re.compile(r"step-(\d{6,})")
+LOG = logging.getLogger(__name__)
 _TEMPORARY: Final = re.compile(r"step-\d{6,}\.tmp")
 # One file whatever the size: readers may rely on `model.safetensors`.
 _MAX_SHARD: Final = "100000GB"
@@ -168,13 +170,21 @@ def prune(folder: Path, *, keep_last: int, needed: Collection[Path]) -> list[Pat
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         is_leftover = _NAME.fullmatch(path.name) and not (path / COMMIT).exists() and path.name < newest
         if is_leftover or _TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path)
+            delete_rest(path)
     return deleted
+
+
+def delete_rest(folder: Path) -> None:
+    """Delete a checkpoint that counts no more. Where somebody still reads it, or has deleted it, a later call does."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        LOG.warning("what is left of an old checkpoint cannot be deleted yet: %s", error)
 
 
 def uncommit(folder: Path) -> None:
     """Let a checkpoint count no more, durably, before what is in it is deleted."""
-    (folder / COMMIT).unlink()
+    (folder / COMMIT).unlink(missing_ok=True)
     sync_folder(folder)
 
 

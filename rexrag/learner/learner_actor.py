@@ -15,7 +15,7 @@ import ray
 import torch
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import PreTrainedModel
@@ -314,7 +314,7 @@ def _values_of(refs: Sequence[ObjectRef[T]]) -> list[T]:
         except RayTaskError as error:
             known = error.cause if isinstance(error.cause, RexragError) else None
             errors.append(known or RunFailure(f"a rank of the learner failed: {error.cause!r}"))
-        except RayActorError as error:
+        except RayError as error:  # it died, its node did, or it was killed for its memory
             errors.append(PartDiedError(f"a rank of the learner died: {error}"))
     if errors:
         raise min(errors, key=lambda error: type(error) is RunFailure)

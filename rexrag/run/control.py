@@ -64,6 +64,7 @@ class Desk:
         self._buffer_status: _Pending[BufferStatus] = _Pending()
         self._told: dict[str, object] | None = None
         self._revision = 0
+        self._num_finished = 0
         self._is_lost = False
 
     @contextmanager
@@ -80,6 +81,9 @@ class Desk:
         try:
             if (told := self._buffer_status.value()) is not None:
                 self._told = _counts(told)
+                if told.num_finished > self._num_finished:
+                    self._fleet.progressed()  # in whatever the run waits for
+                self._num_finished = told.num_finished
             wanted = self._exchange.value()
             if self._exchange.is_due(EXCHANGE_EVERY_S):
                 self._buffer_status.ask(call(self._buffer, ReplayActor.status))

@@ -18,6 +18,7 @@ from typing import Final, cast
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rexrag.errors import RunFailure
 from rexrag.run.status import RunStatus
@@ -48,7 +49,8 @@ class RunControl:
     """Keeps the last status and what is wanted; each method is one step, none waits."""
 
     def __init__(self) -> None:
-        self._wanted = Wanted()
+        # One that Ray has started anew counts from above where the one before it was: no wish is taken for an old one.
+        self._wanted = Wanted(revision=time.time_ns())
         self._status: RunStatus | None = None
 
     async def exchange(self, status: RunStatus) -> Wanted:
@@ -104,7 +106,9 @@ def start_control(run_folder: Path) -> ActorHandle[RunControl]:
     deadline = time.monotonic() + _TAKEN_FOR_S
     while True:
         try:
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
             options = {"name": CONTROL_NAME, "namespace": namespace, "num_cpus": 0, "max_restarts": -1}
+            options |= {"scheduling_strategy": here}  # no other node's loss takes it away
             handle = ray.remote(RunControl).options(**options).remote()
         except ValueError as error:
             if time.monotonic() > deadline:

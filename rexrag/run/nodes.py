@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rexrag.config import Config
-from rexrag.errors import ConfigError, first_line
+from rexrag.errors import ConfigError, RunFailure, first_line
 from rexrag.processes import Resources
 from rexrag.reporting.terminal import Progress
 from rexrag.run.joining import joined
@@ -31,7 +31,7 @@ _OF_RAY: Final = ("memory", "object_store_memory")
 
 
 def cluster_nodes() -> list[Resources]:
-    """What each living node has, by Ray's names. GPUs are none where torch is built for the CPU alone."""
+    """What each living node that stays has, by Ray's names. GPUs are none where torch is built for the CPU alone."""
     return [resources for _, resources in _nodes()]
 
 
@@ -82,38 +82,48 @@ def wait_for_layout(config: Config, *, progress: Progress, stop: StopSignal) -> 
             _ask_autoscaler([])  # what is started from now on asks by itself, and a run that gives up wants nothing
 
 
-def probe_paths(paths: Mapping[str, Path], *, writable: Path) -> None:
+def probe_paths(paths: Mapping[str, Path], *, writable: Path) -> bool:
     """Make sure that every node sees the files that the parts read, and can write into the run folder.
 
     Args:
         paths: by the setting that names them.
 
+    Returns:
+        Whether all nodes were there to be asked. Where one went meanwhile, what was planned for it has no place.
+
     Raises:
         ConfigError: names the node, the setting and the path.
+        RunFailure: a node does not answer.
     """
     nodes = [node for node, _ in _nodes()]
     if len(nodes) < 2:
-        return
-    look: Any = ray.remote(num_cpus=0, max_retries=0)(_missing)
+        return True
+    look: Any = ray.remote(num_cpus=0)(_missing)
     asked = [
         look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote(
             {setting: str(path) for setting, path in paths.items()}, str(writable)
         )
         for node_id, _ in nodes
     ]
-    problems = []
+    problems, silent, gone = list[str](), list[str](), list[str]()
     for (node_id, name), ref in zip(nodes, asked, strict=True):
         try:
             problems += [f"node {name}: {problem}" for problem in ray.get(ref, timeout=PROBE_TIMEOUT_S)]
         except RayError as error:
-            if node_id in {living for (living, _), _ in _nodes()}:
-                problems.append(f"node {name}: cannot be asked whether it sees the run's files ({first_line(error)})")
-            else:  # Ray notices some time after it; what was planned for it waits for another node
-                LOG.warning("node %s is gone: it was not asked whether it sees the run's files", name)
+            is_there = node_id in {living for (living, _), _ in _nodes()}
+            (silent if is_there else gone).append(f"{name} ({first_line(error)})")
+    for name in gone:
+        LOG.warning("a node is gone before it was asked whether it sees the run's files: %s", name)
+    if silent:
+        raise RunFailure(
+            f"these nodes do not say whether they see the run's files: {', '.join(silent)}; where they are only busy, "
+            "give the command again"
+        )
     if problems:
         raise ConfigError(
             "\n".join(problems) + "\nPut what is missing on storage that all nodes share, at the same path on each."
         )
+    return not gone
 
 
 def _missing(paths: Mapping[str, str], writable: str) -> list[str]:
@@ -125,7 +135,8 @@ def _missing(paths: Mapping[str, str], writable: str) -> list[str]:
 
 
 def _nodes() -> list[tuple[tuple[str, str], Resources]]:
-    """Id, name and resources of each living node."""
+    """Id, name and resources of each living node; on one that will go nothing new finds a place."""
+    leaving = draining_nodes()
     has_cuda = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
     return [
         (
@@ -137,7 +148,7 @@ def _nodes() -> list[tuple[tuple[str, str], Resources]]:
             },
         )
         for node in ray.nodes()  # type: ignore[no-untyped-call]
-        if node["Alive"]
+        if node["Alive"] and node["NodeID"] not in leaving
     ]
 
 

@@ -12,12 +12,14 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar, cast,
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from rexrag.errors import PartDiedError, RexragError, RunFailure
 from rexrag.run.signals import StopSignal
 
 _POLL_S: Final = 0.5
+_DEATHS: Final = (RayActorError, NodeDiedError, OutOfMemoryError)
+"""What Ray says of a process that is no more; the last where its memory monitor has killed it."""
 
 T = TypeVar("T")
 ActorT = TypeVar("ActorT")
@@ -70,7 +72,7 @@ def result_of(ref: Ref[T], *, what: str) -> T:
         if isinstance(error.cause, RexragError):
             raise error.cause from None
         raise RunFailure(f"{what}: {error.cause!r}") from error
-    except RayActorError as error:
+    except _DEATHS as error:
         raise PartDiedError(f"{what}: its process died: {error}") from error
     except RayError as error:
         raise RunFailure(f"{what}: Ray lost it ({type(error).__name__}): {error}") from error

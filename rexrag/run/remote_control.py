@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
 from rexrag.errors import ConfigError, RunFailure, first_line
 from rexrag.run.control_actor import CONTROL_NAME, RunControl, is_short_for, run_name
@@ -32,11 +32,13 @@ class Place:
     Attributes:
         name: None: the one that is there.
         is_named: whether the name is the user's own, of which no run folder is here.
+        is_noted: whether the address is what the run has written down while it went on.
     """
 
     address: str
     name: str | None
     is_named: bool = False
+    is_noted: bool = False
 
 
 def find_place(run: str | None, *, address: str | None) -> Place:
@@ -56,13 +58,16 @@ def find_place(run: str | None, *, address: str | None) -> Place:
         noted = _noted(folder)
         if noted is None and (asked is None or asked.startswith(("http://", "https://"))):
             status = folder.record().status
-            why = "it is being started, or was killed" if status == "running" else f"it is {status}"
+            if folder.is_in_use():
+                raise ConfigError(f"--run {run}: is being started, and says nothing yet; ask again in a while")
+            why = "it was killed" if status == "running" else f"it is {status}"
             raise ConfigError(f"--run {run}: does not go on ({why}); start it with: rexrag train --run-dir {run}")
-        return Place(address=address or noted or asked or "auto", name=run_name(folder.root))
+        is_noted = address is None and noted is not None
+        return Place(address=address or noted or asked or "auto", name=run_name(folder.root), is_noted=is_noted)
     if run is not None and Path(run).is_dir():
         raise ConfigError(f"--run {run}: is a folder without a run (no run.json); name a run folder.")
     if run is None and asked is None and RunFolder.is_run(_LATEST) and (noted := _noted(RunFolder(_LATEST))):
-        return Place(address=noted, name=run_name(RunFolder(_LATEST).root))
+        return Place(address=noted, name=run_name(RunFolder(_LATEST).root), is_noted=True)
     return Place(address=asked or "auto", name=run, is_named=run is not None)
 
 
@@ -88,26 +93,37 @@ class RemoteRun:
     def status(self) -> RunStatus:
         """What the run said last; a run that has just begun says it within a second or two."""
         deadline = time.monotonic() + ANSWER_TIMEOUT_S
-        while (told := self._answer(call(self._control, RunControl.status))) is None:
+        while (told := self._answer(lambda: call(self._control, RunControl.status))) is None:
             if time.monotonic() > deadline:
                 raise RunFailure(f"run {self.name}: has said nothing of itself within {ANSWER_TIMEOUT_S:.0f} s")
             time.sleep(0.2)
         return told
 
     def scale(self, num_actors: int, *, now: bool) -> None:
-        self._answer(call(self._control, RunControl.scale, num_actors, now=now))
+        self._answer(lambda: call(self._control, RunControl.scale, num_actors, now=now))
 
     def stop(self) -> None:
-        self._answer(call(self._control, RunControl.stop))
+        self._answer(lambda: call(self._control, RunControl.stop))
 
-    def _answer(self, ref: Ref[T]) -> T:
-        try:
-            value: T = ray.get(ref, timeout=ANSWER_TIMEOUT_S)
-            return value
-        except GetTimeoutError:
-            raise RunFailure(f"run {self.name}: its control did not answer within {ANSWER_TIMEOUT_S:.0f} s") from None
-        except RayError as error:
-            raise RunFailure(f"run {self.name}: ended meanwhile ({first_line(error)})") from error
+    def _answer(self, ask: Callable[[], Ref[T]]) -> T:
+        """What the control says; asked again while Ray starts it anew, which changes nothing that is wanted twice."""
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while True:
+            try:
+                value: T = ray.get(ask(), timeout=ANSWER_TIMEOUT_S)
+                return value
+            except ActorUnavailableError as error:
+                if time.monotonic() > deadline:
+                    raise RunFailure(
+                        f"run {self.name}: its control is not there for {ANSWER_TIMEOUT_S:.0f} s ({first_line(error)})"
+                    ) from error
+                time.sleep(0.5)
+            except GetTimeoutError:
+                raise RunFailure(
+                    f"run {self.name}: its control did not answer within {ANSWER_TIMEOUT_S:.0f} s"
+                ) from None
+            except RayError as error:
+                raise RunFailure(f"run {self.name}: ended meanwhile ({first_line(error)})") from error
 
 
 @contextmanager
@@ -121,11 +137,21 @@ def remote_run(place: Place) -> Iterator[RemoteRun]:
         try:
             stack.enter_context(joined(place.address))
         except ConfigError as error:
+            if place.is_noted:
+                raise RunFailure(f"run {place.name}: ended meanwhile, or was killed: {error}") from error
             if place.is_named:
                 raise ConfigError(f"--run {place.name}: is no run folder here, and {error}") from error
             raise
         namespace = _chosen(_running(), place)
-        yield RemoteRun(namespace, ray.get_actor(CONTROL_NAME, namespace=namespace))
+        yield RemoteRun(namespace, _control_of(namespace))
+
+
+def _control_of(name: str) -> Handle[RunControl]:
+    try:
+        control: Handle[RunControl] = ray.get_actor(CONTROL_NAME, namespace=name)
+    except (ValueError, RayError) as error:
+        raise RunFailure(f"run {name}: ended meanwhile ({first_line(error)})") from error
+    return control
 
 
 def _running() -> list[str]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from dataclasses import replace
 from typing import Final, Literal
 
 from rexrag.errors import CollapsedError, RunFailure, counted
 from rexrag.files import append_line, read_jsonl
-from rexrag.learner.checkpoint import uncommit
+from rexrag.learner.checkpoint import delete_rest, uncommit
 from rexrag.run.guard import Trip
 from rexrag.run.identity import first_step_of, origin_of
 from rexrag.run.plan import TrainRequest
@@ -63,7 +62,7 @@ def go_back(request: TrainRequest, collapse: CollapsedError) -> TrainRequest:
     for folder in broken:  # first none of them counts any more, the newest first, then what is in them goes
         uncommit(folder)
     for folder in broken:
-        shutil.rmtree(folder)
+        delete_rest(folder)
     run.cut_after(good)
     run.set_steps(good)
     return replace(request, start_step=good, checkpoint=committed.get(good, origin), resumed=True)

@@ -22,7 +22,7 @@ from rexrag.buffer.replay_actor import ReplayActor, start_replay_actor
 from rexrag.buffer.status import BufferPosition
 from rexrag.config import Config
 from rexrag.errors import CollapsedError, ConfigError, Interrupted, RexragError, RunFailure, counted, first_line
-from rexrag.files import write_atomic
+from rexrag.files import NO_ROOM, write_atomic
 from rexrag.learner.learner_actor import LearnerActor, LearnerSpec, ask_progress, start_learner
 from rexrag.model.fetching import is_hub_id
 from rexrag.preparation.prepare import prepare
@@ -96,6 +96,10 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
         while True:
             try:
                 _train_once(request, inputs=inputs, stop=stop, progress=progress)
+            except OSError as error:
+                if error.errno in NO_ROOM:
+                    raise
+                raise RunFailure(f"{error}; look at the run's storage, and give the command again") from error
             except CollapsedError as collapse:
                 request = go_back(request, collapse)
                 inputs = replace(inputs, model_path=model_path_of(request))
@@ -215,13 +219,15 @@ def _layout(request: TrainRequest, *, inputs: Inputs, stop: StopSignal, progress
                 raise
             progress.note(f"what rexrag scale asked for last does not fit, the recipe's number is taken: {error}")
             return plan_machine(request.config, **room)
-    layout = wait_for_layout(config, progress=progress, stop=stop)
     paths = {"retriever.path": config.retriever.path}
     if not is_hub_id(inputs.model_path):  # each node takes that from its own cache, or fetches it
         paths["model.path"] = Path(inputs.model_path)
     paths |= {"probe.hints": config.probe.hints, "env.prompt_file": config.env.prompt_file}
-    probe_paths({setting: path for setting, path in paths.items() if path is not None}, writable=request.run.root)
-    return layout
+    read = {setting: path for setting, path in paths.items() if path is not None}
+    while True:
+        layout = wait_for_layout(config, progress=progress, stop=stop)
+        if probe_paths(read, writable=request.run.root):
+            return layout
 
 
 def _start_fleet(
@@ -305,8 +311,8 @@ def _ray() -> Iterator[None]:
             configure_logging=False,
         )
     except Exception as error:  # fault boundary: Ray raises bare ones, too
-        if address is not None:
-            raise refusal(address, first_line(error)) from error
+        if address is not None:  # it was there when the run was checked, hours ago it may be
+            raise RunFailure(f"{refusal(address, first_line(error))}; give the command again once it is") from error
         raise RunFailure(
             f"Ray could not be started on this machine ({first_line(error)}); where it is only busy, give the "
             "command again"

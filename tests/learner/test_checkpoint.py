@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import resource
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +142,27 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert prune(tmp_path, keep_last=2, needed=[saved[0]]) == []
     with pytest.raises(ValueError, match="keep_last is 0"):
         prune(tmp_path, keep_last=0, needed=())
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_yet_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = core(tmp_path, settings=SETTINGS)
+    saved = []
+    for _ in range(2):
+        saved.append(save(learner, tmp_path))
+        learner.num_steps += 1
+
+    def busy(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        assert prune(tmp_path, keep_last=1, needed=()) == saved[:1]
+    assert "cannot be deleted yet" in caplog.text
+    assert list_checkpoints(tmp_path) == saved[1:]
+    assert prune(tmp_path, keep_last=1, needed=()) == []
+    assert not saved[0].exists()
 
 
 def test_state_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_nodes_are_asked_for_a_model_folder_not_for_a_hub_id(
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(rexrag.run.train, "wait_for_layout", lambda *_, **__: None)
     seen: dict[str, Path] = {}
-    monkeypatch.setattr(rexrag.run.train, "probe_paths", lambda paths, *, writable: seen.update(paths))
+    monkeypatch.setattr(rexrag.run.train, "probe_paths", lambda paths, *, writable: seen.update(paths) is None)
     request = SimpleNamespace(run=RunFolder(tmp_path), config=config_of(1))
     inputs = SimpleNamespace(model_path=model)
     _layout(cast("Any", request), inputs=cast("Any", inputs), stop=StopSignal(), progress=Progress())
