@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, OutOfMemoryError
 
+from rexrag.buffer.status import BufferStatus
 from rexrag.errors import ConfigError, PartDiedError, RunFailure
 from rexrag.run import remote_control
+from rexrag.run.control import Desk
 from rexrag.run.control_actor import RunControl
 from rexrag.run.remote import result_of
 from rexrag.run.remote_control import Place, RemoteRun, find_place, remote_run
@@ -110,3 +114,26 @@ def test_a_process_that_was_killed_for_its_memory_or_with_its_node_has_died(
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(PartDiedError, match="the run waits for scores: its process died"):
         result_of(cast("Any", None), what="the run waits for scores")
+
+
+def test_groups_that_finish_in_any_wait_show_that_actors_work(tmp_path: Path) -> None:
+    progressed: list[bool] = []
+    fleet = SimpleNamespace(progressed=lambda: progressed.append(True))
+    desk = Desk(
+        cast("Any", None),
+        run_folder=tmp_path,
+        num_steps=1,
+        reporter=cast("Any", None),
+        fleet=cast("Any", fleet),
+        buffer=cast("Any", None),
+        retriever="bm25",
+        on_scale=lambda _: None,
+    )
+    counts = dict.fromkeys(("last_step", "waiting", "leased", "finished", "assigned", "capacity"), 0)
+    none = BufferStatus(published=None, **counts, questions_to_ask_again=0, num_finished=0, num_flat=0, actors={})
+    told = iter([none, replace(none, num_finished=3), replace(none, num_finished=3), None])
+    desk._buffer_status = cast("Any", SimpleNamespace(value=lambda: next(told)))
+    desk._exchange = cast("Any", SimpleNamespace(value=lambda: None, is_due=lambda _: False))
+    for expected in (0, 1, 1, 1):
+        desk.look()
+        assert len(progressed) == expected
