@@ -97,7 +97,7 @@ def train(request: TrainRequest, *, progress: Progress) -> None:
             try:
                 _train_once(request, inputs=inputs, stop=stop, progress=progress)
             except OSError as error:
-                if error.errno in NO_ROOM:
+                if error.errno in NO_ROOM or isinstance(error, BrokenPipeError):
                     raise
                 raise RunFailure(f"{error}; look at the run's storage, and give the command again") from error
             except CollapsedError as collapse:
