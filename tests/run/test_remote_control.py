@@ -63,6 +63,7 @@ def test_a_run_whose_ray_is_gone_has_ended(run: RunFolder, monkeypatch: pytest.M
         pass
 
 
+@pytest.mark.system
 def test_a_run_that_ends_between_two_questions_has_ended(monkeypatch: pytest.MonkeyPatch, ray_session: None) -> None:
     @contextmanager
     def joined(address: str) -> Iterator[None]:
