@@ -92,8 +92,6 @@ SERVER_FAULTS: Final = {
     "server vanishes": "drop",
 }
 FAULTS: Final = (*KILLED, "driver", *SERVER_FAULTS)
-ENDING: Final = frozenset({"learner", "buffer", "driver"})
-"""What ends the command. A step that was under way may still be told after it, and is no sign of life."""
 SERVER_FAULT_S: Final = 4.0
 STEPS_AFTER: Final = 3
 """A fault that comes later would have no step by which to tell what it cost."""
@@ -220,7 +218,8 @@ def make_parts(folder: Path) -> None:
 class Chaos:
     """One run, hurt by `faults` in random order at random moments, begun again after each end until it is finished."""
 
-    ending = ENDING
+    ending = frozenset({"learner", "buffer", "driver"})
+    """What ends the command. A step that was under way may still be told after it, and is no sign of life."""
 
     def __init__(self, folder: Path, *, steps: int, faults: Sequence[str], seed: int, timeout_s: float) -> None:
         self.report = Report()

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from chaos import ENDING, KILLED, SERVER_FAULTS, Chaos, SearchServer, make_parts, text_of
+from chaos import KILLED, SERVER_FAULTS, Chaos, SearchServer, make_parts, text_of
 from machine import commit
 from ray.cluster_utils import Cluster
 
@@ -34,7 +34,7 @@ SETTINGS: Final = (
 class NodeChaos(Chaos):
     """Adds the loss of nodes to the faults."""
 
-    ending = ENDING | {"node of learner and buffer"}
+    ending = Chaos.ending | {"node of learner and buffer"}
 
     def __init__(self, folder: Path, *, steps: int, faults: Sequence[str], seed: int, timeout_s: float) -> None:
         super().__init__(folder, steps=steps, faults=faults, seed=seed, timeout_s=timeout_s)

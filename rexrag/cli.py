@@ -29,6 +29,7 @@ from rexrag.config import Config
 from rexrag.errors import ConfigError, DataError, Interrupted, RexragError, UserError, counted
 from rexrag.files import NO_ROOM
 from rexrag.processes import give_way, num_cores
+from rexrag.reporting.trace import coloured_trace, printable
 from rexrag.sections import MAX_SEED
 
 if TYPE_CHECKING:
@@ -254,7 +255,6 @@ def check_data(
 ) -> None:
     """Count the rows of a data file, and list what is wrong with them."""
     from rexrag.data.check import check_file
-    from rexrag.reporting.trace import printable
 
     report = check_file(file)
     if as_json:
@@ -357,8 +357,6 @@ def _require_writable(path: Path | None, *, option: str) -> None:
 
 
 def _eval_table(line: dict[str, object]) -> str:
-    from rexrag.reporting.trace import printable
-
     rows = [
         f"{counted(int(str(line['n'])), 'question')}",
         f"EM  {line['em']:.3f} [{line['em_low']:.3f}, {line['em_high']:.3f}]",
@@ -384,7 +382,6 @@ def ask(
     """Ask one question, and see how the model gets to its answer."""
     give_way()
     from rexrag.commands.standalone import ask as ask_model
-    from rexrag.reporting.trace import coloured_trace
 
     trace = ask_model(model, question=question, index=index, token_file=token_file, encoder=encoder)
     Console(highlight=False, emoji=False, soft_wrap=True).print(coloured_trace(trace))

@@ -212,9 +212,9 @@ def _resolve_paths(key: str, value: object, *, base: Path) -> object:
         raise ConfigError(f'{key} = "{value}": names no path; name one, or leave the key out.')
     named = base / Path(value).expanduser()
     if key.startswith("data."):
-        files = matching_files(value, base=base) if has_magic(value) else [named]
-        located = [str(_located(file)) for file in files]
-        return located if has_magic(value) else located[0]
+        if has_magic(value):
+            return [str(_located(file)) for file in matching_files(value, base=base)]
+        return str(_located(named))
     path = named.resolve()
     if key == "model.path" and not value.startswith((".", "/", "~")) and not path.exists():
         return value  # a hub id

@@ -30,6 +30,8 @@ from rexrag.files import sha256_file, sync_folder, write_atomic
 from rexrag.learner.trainer_state import TrainerState
 from rexrag.model.adapters import load_adapters, save_adapters
 
+LOG = logging.getLogger(__name__)
+
 COMMIT: Final = "COMMIT"
 _OPTIMIZER: Final = "trainer/optimizer.safetensors"
 _STATE: Final = "trainer/state.json"
@@ -38,7 +40,6 @@ _RNG: Final = "rng"
 _OPTIMIZER_PREFIX: Final = "optimizer/"
 _PRESERVED_PREFIX: Final = "preserved/"
 _NAME: Final = re.compile(r"step-(\d{6,})")
-LOG = logging.getLogger(__name__)
 _TEMPORARY: Final = re.compile(r"step-\d{6,}\.tmp")
 # One file whatever the size: readers may rely on `model.safetensors`.
 _MAX_SHARD: Final = "100000GB"

@@ -103,12 +103,18 @@ def start_control(run_folder: Path) -> ActorHandle[RunControl]:
         RunFailure: another run of this folder goes on in the cluster.
     """
     namespace = run_name(run_folder)
+    # Beside the run's own process, so that no other node's loss takes it away.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {
+        "name": CONTROL_NAME,
+        "namespace": namespace,
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "scheduling_strategy": here,
+    }
     deadline = time.monotonic() + _TAKEN_FOR_S
     while True:
         try:
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-            options = {"name": CONTROL_NAME, "namespace": namespace, "num_cpus": 0, "max_restarts": -1}
-            options |= {"scheduling_strategy": here}  # no other node's loss takes it away
             handle = ray.remote(RunControl).options(**options).remote()
         except ValueError as error:
             if time.monotonic() > deadline:

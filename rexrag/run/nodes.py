@@ -105,16 +105,16 @@ def probe_paths(paths: Mapping[str, Path], *, writable: Path) -> bool:
         )
         for node_id, _ in nodes
     ]
-    problems, silent, gone = list[str](), list[str](), list[str]()
+    problems, unanswered = list[str](), dict[str, str]()
     for (node_id, name), ref in zip(nodes, asked, strict=True):
         try:
             problems += [f"node {name}: {problem}" for problem in ray.get(ref, timeout=PROBE_TIMEOUT_S)]
         except RayError as error:
-            is_there = node_id in {living for (living, _), _ in _nodes()}
-            (silent if is_there else gone).append(f"{name} ({first_line(error)})")
-    for name in gone:
-        LOG.warning("a node is gone before it was asked whether it sees the run's files: %s", name)
-    if silent:
+            unanswered[node_id] = f"{name} ({first_line(error)})"
+    living = {node_id for (node_id, _), _ in _nodes()} if unanswered else set()
+    for node_id in unanswered.keys() - living:
+        LOG.warning("a node is gone before it was asked whether it sees the run's files: %s", unanswered[node_id])
+    if silent := [told for node_id, told in unanswered.items() if node_id in living]:
         raise RunFailure(
             f"these nodes do not say whether they see the run's files: {', '.join(silent)}; where they are only busy, "
             "give the command again"
@@ -123,7 +123,7 @@ def probe_paths(paths: Mapping[str, Path], *, writable: Path) -> bool:
         raise ConfigError(
             "\n".join(problems) + "\nPut what is missing on storage that all nodes share, at the same path on each."
         )
-    return not gone
+    return not unanswered
 
 
 def _missing(paths: Mapping[str, str], writable: str) -> list[str]:

@@ -57,9 +57,9 @@ def find_place(run: str | None, *, address: str | None) -> Place:
         folder = RunFolder(Path(run))
         noted = _noted(folder)
         if noted is None and (asked is None or asked.startswith(("http://", "https://"))):
-            status = folder.record().status
             if folder.is_in_use():
                 raise ConfigError(f"--run {run}: is being started, and says nothing yet; ask again in a while")
+            status = folder.record().status
             why = "it was killed" if status == "running" else f"it is {status}"
             raise ConfigError(f"--run {run}: does not go on ({why}); start it with: rexrag train --run-dir {run}")
         is_noted = address is None and noted is not None

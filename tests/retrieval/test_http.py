@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import httpx
 import pytest
+from free_ports import free_ports
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_servers import Answer, Request, passages, serve
@@ -44,9 +45,8 @@ def search(
 
 
 def unused_url() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    (port,) = free_ports(1)
+    return f"http://127.0.0.1:{port}"
 
 
 def test_both_forms_of_an_answer() -> None:

@@ -45,7 +45,8 @@ def test_a_run_is_scaled_up_and_down_while_it_goes_on_and_stopped(recipe: Path, 
 
         run_rexrag("scale", "--actors", "2", "--run", run)
         watch.until(lambda told: None not in versions_of(told, "rollout-0", "rollout-1"), process=process)
-        watch.until(lambda told: told["actors"][1]["num_groups"] > 0, process=process)
+        working = watch.until(lambda told: told["actors"][1]["num_groups"] > 0, process=process)
+        assert working["actors"][1]["version"] >= first["step"] - 1, "it joined with the weights of the time"
 
         run_rexrag("scale", "--actors", "1", "--run", run)
         left = watch.until(lambda told: len(told["actors"]) == 1, process=process)
