@@ -118,18 +118,19 @@ class Attempts:
             if time.monotonic() > latest + self._timeout_s / 2:
                 raise RetrieverError(f"{self._name} failed {counted(attempt, 'time')}, at last with: {failure}")
             self._num_retried += attempt > 0
+            asked_at = time.monotonic()
             try:
                 passages = await self._attempt(query, top_k)
             except RetryableError as error:
                 failure = str(error)
-                self._note(error)
+                self._note(error, began=asked_at)
                 if attempt < self._max_retries and not error.is_elsewhere:
                     await self._pause(attempt, until=latest, wanted_s=error.retry_after_s)
             except (QueryRefusedError, RetrieverSetupError):
-                self._outages.succeeded()
+                self._outages.succeeded(began=asked_at)
                 raise
             else:
-                self._outages.succeeded()
+                self._outages.succeeded(began=asked_at)
                 return passages
         raise RetrieverError(f"{self._name} failed {counted(self._max_retries + 1, 'time')}, at last with: {failure}")
 
@@ -142,11 +143,11 @@ class Attempts:
     async def close(self) -> None:
         await self._outages.close()
 
-    def _note(self, error: RetryableError) -> None:
+    def _note(self, error: RetryableError, *, began: float) -> None:
         if error.is_busy:
-            self._outages.succeeded()
+            self._outages.succeeded(began=began)
         elif not (error.is_elsewhere or error.is_told):
-            self._outages.failed(error)
+            self._outages.failed(error, began=began)
 
     async def _pause(self, attempt: int, *, until: float, wanted_s: float | None) -> None:
         """After a failed attempt; where the back end says how long, at least that. Not beyond the search's bound."""

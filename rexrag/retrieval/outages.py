@@ -1,10 +1,15 @@
-"""Outages of a search back end, waited for: while it does not answer it is probed, and nobody else asks it."""
+"""Outages of a search back end, waited for: while it does not answer it is probed, and nobody else asks it.
+
+What a call that fails says is of the time when it began: the calls of a process that died may fail only when its
+successor has answered others, and then they tell of no outage.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 
@@ -12,6 +17,21 @@ from rexrag.errors import counted
 from rexrag.retrieval.breaker import Breaker
 
 LOG = logging.getLogger(__name__)
+
+
+class LatestAnswered:
+    """When the latest of the answered calls began, by `time.monotonic`."""
+
+    def __init__(self) -> None:
+        self._began = -math.inf
+
+    def note(self, began: float) -> None:
+        """A call that began then was answered."""
+        self._began = max(self._began, began)
+
+    def is_after(self, began: float) -> bool:
+        """Whether a call that began later than that has been answered."""
+        return self._began > began
 
 
 class Outages:
@@ -35,6 +55,7 @@ class Outages:
         self._breaker = breaker
         self._probe = probe
         self._is_silence = is_silence
+        self._answered = LatestAnswered()
         self._is_up = asyncio.Event()
         self._is_up.set()
         self._probing: asyncio.Task[None] | None = None
@@ -64,16 +85,21 @@ class Outages:
                 await self._is_up.wait()
         return self._is_up.is_set()
 
-    def failed(self, error: Exception) -> None:
-        """A call had no answer."""
-        if self._breaker.failed(time.monotonic()):
+    def failed(self, error: Exception, *, began: float) -> None:
+        """A call had no answer.
+
+        Args:
+            began: when it was made, by `time.monotonic`.
+        """
+        if not self._answered.is_after(began) and self._breaker.failed(time.monotonic()):
             LOG.warning("%s does not answer: searches wait, and no new questions are begun (%s)", self._name, error)
             self._is_up.clear()
             if self._probing is None or self._probing.done():  # it may still sleep, from an outage just before
                 self._probing = asyncio.create_task(self._probe_until_up())
 
-    def succeeded(self) -> None:
+    def succeeded(self, *, began: float) -> None:
         """A call was answered, with whatever."""
+        self._answered.note(began)
         lasted_s = self._breaker.succeeded(time.monotonic())
         if lasted_s is not None:
             LOG.warning("%s answers again, after %.1f s", self._name, lasted_s)
@@ -89,10 +115,11 @@ class Outages:
         while self._breaker.is_open:
             await asyncio.sleep(self._breaker.next_pause_s())
             num_probes += 1
+            began = time.monotonic()
             try:
                 await self._probe()
             except Exception as error:  # noqa: BLE001  # whatever it says is for the searches to see, which then go on
                 if self._is_silence(error):
                     LOG.info("%s: %s without an answer, the last: %s", self._name, counted(num_probes, "probe"), error)
                     continue
-            self.succeeded()
+            self.succeeded(began=began)

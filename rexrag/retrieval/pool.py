@@ -6,10 +6,11 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from rexrag.retrieval.attempts import Attempts, RetryableError
+from rexrag.retrieval.outages import LatestAnswered
 from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import Passage
 
@@ -30,12 +31,14 @@ class Member(Protocol):
 
 @dataclass(kw_only=True, eq=False)
 class _Place:
-    """A member; `is_out` from a failure to the next answer."""
+    """A member; `is_out` from a failure to the next answer. A failure of a call that began before the latest answered
+    one says nothing: what a process that died was asked may fail only when its successor has answered."""
 
     member: Member
     outstanding: int = 0
     shunned_until: float = 0.0
     is_out: bool = False
+    answered: LatestAnswered = field(default_factory=LatestAnswered)
 
 
 class PoolRetriever:
@@ -97,13 +100,16 @@ class PoolRetriever:
 
     async def _ask(self, place: _Place, query: str, top_k: int) -> Sequence[Passage]:
         place.outstanding += 1
+        began = time.monotonic()
         try:
             found = await place.member.search(query, top_k)
         except RetryableError as error:
-            _shun(place, is_out=not error.is_busy)
+            if not place.answered.is_after(began):
+                _shun(place, is_out=not error.is_busy)
             raise
         finally:
             place.outstanding -= 1
+        place.answered.note(began)
         place.shunned_until, place.is_out = 0.0, False
         return found
 

@@ -90,7 +90,7 @@ def test_those_who_wait_are_let_go_together_and_one_probe_at_a_time_asks(
         )
         assert await outages.wait(until=0.0), "it is up: nobody waits"
         for _ in range(4):
-            outages.failed(ConnectionError("refused"))
+            outages.failed(ConnectionError("refused"), began=time.monotonic())
         impatient = asyncio.create_task(outages.wait(until=time.monotonic() + 0.001))
         patient = [asyncio.create_task(outages.wait(until=time.monotonic() + 10)) for _ in range(20)]
         assert not await impatient
@@ -116,12 +116,28 @@ def test_an_outage_soon_after_another_is_probed_by_one(monkeypatch: pytest.Monke
         )
         before = asyncio.all_tasks()
         for _ in range(3):
-            outages.failed(ConnectionError())
+            outages.failed(ConnectionError(), began=time.monotonic())
             await asyncio.sleep(0)
             assert len(asyncio.all_tasks()) == len(before) + 1
-            outages.succeeded()
+            outages.succeeded(began=0.0)
         await outages.close()
         assert asyncio.all_tasks() == before
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_a_failure_of_a_call_older_than_one_that_was_answered_opens_nothing() -> None:
+    async def scenario() -> None:
+        outages = Outages(
+            "x", breaker=Breaker(max_failures=2), probe=lambda: asyncio.sleep(60), is_silence=lambda _: True
+        )
+        outages.succeeded(began=5.0)
+        states = []
+        for began in (4.0, 4.5, 4.9, 5.0, 6.0):
+            outages.failed(ConnectionError(), began=began)
+            states.append(outages.is_open)
+        assert states == [False, False, False, False, True]
+        await outages.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
@@ -132,7 +148,7 @@ def test_an_end_in_an_outage_leaves_no_probe_behind() -> None:
             "x", breaker=Breaker(max_failures=1), probe=lambda: asyncio.sleep(60), is_silence=lambda _: True
         )
         before = asyncio.all_tasks()
-        outages.failed(ConnectionError())
+        outages.failed(ConnectionError(), began=0.0)
         await asyncio.sleep(0)
         assert len(asyncio.all_tasks()) == len(before) + 1
         await outages.close()

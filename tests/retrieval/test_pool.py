@@ -111,6 +111,45 @@ def test_a_pool_that_is_gone_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
     asyncio.run(asyncio.wait_for(scenario(), 30))
 
 
+@pytest.mark.parametrize("num_members", [1, 2])
+def test_what_dead_members_were_asked_fails_late_and_is_no_outage(num_members: int) -> None:
+    """Ray may say that a process died only when its successor has been answering for a while."""
+
+    class Restarted(Echo):
+        """The first calls are those of the dead: they fail when they are told to."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.is_back = False
+            self.is_told = asyncio.Event()
+
+        async def search(self, query: str, top_k: int) -> Sequence[Passage]:
+            if self.is_back:
+                return await super().search(query, top_k)
+            self.num_asked += 1
+            await self.is_told.wait()
+            raise RetryableError("died")
+
+    async def scenario() -> None:
+        members = [Restarted() for _ in range(num_members)]
+        pool = pool_of(*members, max_retries=1)
+        lost = [asyncio.create_task(pool.search(f"lost {i}", top_k=1)) for i in range(32)]
+        while sum(member.num_asked for member in members) < len(lost):
+            await asyncio.sleep(0)
+        for member in members:
+            member.is_back = True
+        await asyncio.gather(*(pool.search(str(i), top_k=1) for i in range(8)))
+        for member in members:
+            member.is_told.set()
+        assert [tuple(passages) for passages in await asyncio.gather(*lost)] == [
+            answer_to(f"lost {i}", 1) for i in range(32)
+        ]
+        assert (pool.state().outages, pool.state().failed) == (0, 0)
+        await pool.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
 def test_a_lone_search_waits_for_a_large_pool_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not use up its attempts at members that say at once that they are gone."""
     monkeypatch.setattr(backoff, "FIRST_S", 0.05)

