@@ -89,8 +89,8 @@ class LearnerSpec:
 
 T = TypeVar("T")
 
-_LAST_WORDS_S: Final = 10.0
-"""How long a rank that a collective has failed waits to hear why."""
+_LAST_WORDS_S: Final = 60.0
+"""How long a rank that a collective has failed waits to hear why: Ray may take seconds to tell of a death."""
 _BESIDE: Final = "beside"
 """The thread that answers while the main one computes."""
 

@@ -116,7 +116,7 @@ def floats(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def test_what_is_less_than_a_digit_arrives_in_the_mean() -> None:
     """As an adapter's part is at first: rounded to the nearest, none of it would."""
-    weight = torch.randn(200, 1000).mul_(0.02).bfloat16()
+    weight = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     added = weight.float() * 2.0**-11
     merged = weight.float() + added
     assert torch.equal(merged.bfloat16(), weight)

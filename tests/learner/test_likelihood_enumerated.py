@@ -15,7 +15,7 @@ from enumerated_groups import Floats, GroupRows, expected_shares
 
 from rexrag.learner.advantage import likelihood_advantages
 
-pytestmark = pytest.mark.usefixtures("double_precision")
+pytestmark = [pytest.mark.usefixtures("double_precision"), pytest.mark.timeout(900)]
 
 DOCS = Path(__file__).parents[2] / "docs" / "estimators.md"
 SIZES = (2, 4, 8, 16, 64)

@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -49,7 +49,9 @@ from rexrag.types import FloatArray, StepResult
 T = TypeVar("T")
 Weights = Mapping[str, npt.NDArray[np.generic]]
 
-BOUND_S: Final = 120.0
+pytestmark = pytest.mark.timeout(900)
+
+BOUND_S: Final = 400.0
 CANARY: Final = ((1, 2, 3, 4), (5, 6, 7))
 OPTIMIZER: Final = optimizer_settings(learning_rate=1e-3, warmup_steps=3, weight_decay=0.01)
 REX: Final = learner_settings(
@@ -206,14 +208,20 @@ Start = Callable[..., ActorHandle[LearnerActor]]
 
 
 @pytest.fixture
-def start(ray_session: None, tmp_path: Path) -> Start:
+def start(ray_session: None, tmp_path: Path) -> Iterator[Start]:
+    """What it has started ends with the test."""
+    started: list[ActorHandle[LearnerActor]] = []
+
     def begin(**fields: object) -> ActorHandle[LearnerActor]:
         spec = learner_spec(tmp_path, settings=REX, canary=CANARY, rank_timeout_s=BOUND_S, **fields)
         learner = start_learner(spec, share=Share(threads=1))
+        started.append(learner)
         assert wait(call(learner, LearnerActor.ready)).num_buckets == 1
         return learner
 
-    return begin
+    yield begin
+    for learner in started:
+        ray.kill(learner)
 
 
 def wait(ref: ObjectRef[T]) -> T:
@@ -251,7 +259,6 @@ def test_a_checkpoint_goes_from_some_ranks_to_others(start: Start, tmp_path: Pat
         wait(call(three, LearnerActor.step, batch(4)))
     assert isinstance(raised.value.cause, PartDiedError)
     assert "a rank of the learner died" in str(raised.value.cause)
-    ray.kill(three)
 
 
 def test_adapters_go_from_some_ranks_to_others(start: Start, tmp_path: Path) -> None:
@@ -269,7 +276,6 @@ def test_adapters_go_from_some_ranks_to_others(start: Start, tmp_path: Path) -> 
     again = start(num_ranks=2, **fields)
     assert_same_result(wait(call(again, LearnerActor.step, batch(3))), expected)
     assert_same_weights(exported(again), weights)
-    ray.kill(again)
 
 
 def kill_a_rank(learner: ActorHandle[LearnerActor]) -> None:

@@ -20,6 +20,8 @@ from rexrag.model.fetching import fetch_smollm2
 from rexrag.model.loading import load_model, load_tokenizer
 from rexrag.types import WeightVersion
 
+pytestmark = pytest.mark.timeout(1200)  # the first fetches some 90 MB
+
 VERSION = WeightVersion(incarnation="test", step=0)
 PATTERN = "".join(f"<search>the capital of {name}</search>\n" for name in ("Spain", "Italy", "Japan", "Peru"))
 

@@ -126,7 +126,7 @@ def test_the_loss_is_the_weighted_mean_of_trained_tokens(model: Path, tmp_path: 
             logprob = torch.log_softmax(plain(input_ids=torch.tensor([ids])).logits[0], dim=-1)
         loss -= sum(w * float(logprob[i - 1, ids[i]]) for i, w in enumerate(weights))
         total += sum(weights)
-    assert result.losses[0] == pytest.approx(loss / total, rel=1e-4)
+    assert result.losses[0] == pytest.approx(loss / total, rel=1e-3), "it may be computed in bfloat16"
 
 
 def test_the_folder_is_a_model_and_says_how_it_was_made(model: Path, tmp_path: Path) -> None:

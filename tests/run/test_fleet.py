@@ -32,7 +32,7 @@ from rexrag.run.signals import StopSignal
 from rexrag.run.supervisor import Supervisor
 from rexrag.types import Question, WeightVersion
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.system
 QUESTIONS = [Question(id="1", data_source="world", question="Who is it?", golden_answers=("a",))]
 
 

@@ -11,7 +11,7 @@ import ray
 import rexrag.metrics as keys
 from rexrag.run.ray_metrics import RayMetrics
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.system
 
 
 def test_a_step_can_be_collected(ray_session: None) -> None:

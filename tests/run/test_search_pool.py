@@ -24,7 +24,7 @@ from rexrag.run.search_pool import SearchPool
 from rexrag.run.signals import StopSignal
 from rexrag.types import Passage
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.system
 SHARE = Share(threads=1, cpus=0.25)
 NUM_ACTORS = 2
 
