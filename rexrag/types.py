@@ -243,8 +243,8 @@ class Trajectory:
 
     @property
     def max_version(self) -> int | None:
-        versions = self.policy_version[self.has_density]
-        return int(versions.max()) if len(versions) else None
+        versions = [*self.policy_version[self.has_density], self.score_version]
+        return max((int(version) for version in versions if version is not None), default=None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

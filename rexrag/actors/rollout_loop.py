@@ -13,8 +13,9 @@ burst, since they mostly share its cause; only bursts one after the other withou
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,6 +103,7 @@ class RolloutLoop:
         self._bursts_in_a_row = 0
         self._failed_evaluations_in_a_row = 0
         self._broken: EngineBrokenError | None = None
+        self._abandoned: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Produce groups until `stop`, or until those at hand are finished after `drain`.
@@ -120,6 +122,8 @@ class RolloutLoop:
         finally:
             self._ended.set()
             renewals.cancel()
+            if self._abandoned is not None:
+                self._abandoned.cancel()  # whoever lets this actor go releases what it has
             tasks = [work.task for work in self._running.values() if work.task is not None]
             for task in tasks:
                 task.cancel()
@@ -222,16 +226,25 @@ class RolloutLoop:
     async def _ask_for(self, num: int, *, held: WeightVersion) -> Sequence[GroupLease]:
         """Groups to work on; none once this loop is to end: it is not held up by a poll that nobody needs any more.
 
-        What such a poll gets goes back when the actor is let go.
+        What such a poll gets goes back.
         """
         asking = asyncio.ensure_future(self._buffer.lease(self._actor_id, num=num, held=held, wait_s=LEASE_WAIT_S))
         ending = asyncio.ensure_future(self._ending.wait())
         try:
             await asyncio.wait({asking, ending}, return_when=asyncio.FIRST_COMPLETED)
-            return asking.result() if asking.done() else []
-        finally:
+        except asyncio.CancelledError:
             asking.cancel()
+            raise
+        finally:
             ending.cancel()
+        if asking.done():
+            return asking.result()
+        self._abandoned = asyncio.create_task(self._hand_back(asking))
+        return []
+
+    async def _hand_back(self, asking: Awaitable[Sequence[GroupLease]]) -> None:
+        for lease in await asking:
+            await self._buffer.hand_back(self._actor_id, lease=lease.key)
 
     async def _wait_for_change(self, timeout_s: float = LEASE_WAIT_S) -> None:
         try:
@@ -245,7 +258,7 @@ class RolloutLoop:
             group = await self._runner.run_group(lease, on_progress=work.add_tokens)
         except GroupFailedError as error:
             LOG.warning("group %s failed: %s", lease.group_id, error)
-            await self._buffer.fail(self._actor_id, lease=lease.key, reason="env_error")
+            await self._fail(lease, "env_error")
         except Exception as error:
             # Fault boundary: a broken rollout is data, and the buffer counts it and asks the question again.
             cause = _cause_of(error)
@@ -264,7 +277,11 @@ class RolloutLoop:
         if isinstance(cause, EnginePassError):
             await self._buffer.hand_back(self._actor_id, lease=lease.key)
         else:
-            await self._buffer.fail(self._actor_id, lease=lease.key, reason="invalid")
+            await self._fail(lease, "invalid")
+
+    async def _fail(self, lease: GroupLease, reason: str) -> None:
+        with contextlib.suppress(UnknownLeaseError):  # another actor has finished it, and it is over for the buffer
+            await self._buffer.fail(self._actor_id, lease=lease.key, reason=reason)
 
     async def _append(self, work: _Work, ipc: bytes) -> None:
         group_id = work.lease.group_id

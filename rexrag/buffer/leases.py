@@ -52,6 +52,13 @@ class LeaseTable:
     def get(self, group_id: str) -> Lease | None:
         return self._leases.get(group_id)
 
+    def fair(self, actor_id: str, num: int, *, num_leasable: int, num_actors: int) -> int:
+        """How many of `num` groups an actor should get, for all actors to come to equally many: at least one."""
+        if num <= 1:
+            return num
+        share = math.ceil((len(self) + num_leasable) / num_actors)
+        return min(num, max(1, share - sum(lease.actor_id == actor_id for lease in self)))
+
     def grant(self, group_id: str, *, actor_id: str, version: int, now: float) -> LeaseKey:
         assert group_id not in self._leases, f"group {group_id} is leased already"
         self._grants[group_id] += 1

@@ -75,7 +75,8 @@ class ReplayState:
         self._line = QuestionLine(ledger, questions=self._questions, seed=settings.seed)
 
     def lease(self, actor_id: str, *, num: int, held: WeightVersion | None) -> list[GroupLease]:
-        """Up to `num` groups in order of admission; none unless the actor holds the published version or a newer one.
+        """Up to `num` groups in order of admission, not more at once than the actor's share of all that actors can
+        hold; none unless it holds the published version or a newer one.
 
         Raises:
             LogWriteError: new groups cannot be written; nothing was leased.
@@ -85,6 +86,7 @@ class ReplayState:
         version = self._published
         if version is None or not is_current(held, version):
             return []
+        num = self._leases.fair(actor_id, num, num_leasable=self.num_leasable, num_actors=len(self._held))
         waiting = self._waiting(num)
         new = self._issue(max(0, min(num - len(waiting), self._num_admissible())), version.step)
         groups = [*waiting, *new]

@@ -13,7 +13,14 @@ import rexrag.actors.rollout_loop as loop_module
 from rexrag.actors.rollout_loop import RolloutLoop
 from rexrag.actors.runner import EpisodeRunner, GroupFailedError
 from rexrag.engine.protocol import Engine, EngineStats
-from rexrag.errors import ConfigError, EngineBrokenError, EnginePassError, RetrieverSetupError, RunFailure
+from rexrag.errors import (
+    ConfigError,
+    EngineBrokenError,
+    EnginePassError,
+    RetrieverSetupError,
+    RunFailure,
+    UnknownLeaseError,
+)
 from rexrag.retrieval.protocol import RetrieverState
 from rexrag.types import (
     AppendOutcome,
@@ -257,4 +264,57 @@ def test_a_loop_that_is_to_end_waits_for_no_poll(way: str) -> None:
             await loop.drain()
         await running
 
-    asyncio.run(asyncio.wait_for(scenario(), 2.0))
+    asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
+
+
+def test_what_a_poll_gets_that_nobody_waits_for_any_more_goes_back() -> None:
+    """The actor drains, with a group at hand; the buffer would wait for the new one's lease to run out."""
+    late = make_lease(1)
+
+    class Late(Buffer):
+        async def lease(self, actor_id: str, *, num: int, held: WeightVersion, wait_s: float) -> Sequence[GroupLease]:
+            if self.rounds:
+                return self.rounds.pop(0)
+            await draining.wait()
+            await asyncio.sleep(0.01)
+            return [late]
+
+    async def scenario() -> None:
+        loop = make_loop(buffer, lambda _: None)
+        running = asyncio.create_task(loop.run())
+        while buffer.rounds:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        drained = asyncio.create_task(loop.drain())
+        draining.set()
+        while not buffer.told:
+            await asyncio.sleep(0.001)
+        assert buffer.told == [("back", late.key)]
+        loop.stop()
+        await asyncio.gather(running, drained)
+
+    buffer, draining = Late([make_lease(0)]), asyncio.Event()
+    asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
+
+
+@pytest.mark.parametrize("error", [GroupFailedError("no search"), ValueError("broken")])
+def test_a_failure_of_a_group_that_is_over_for_the_buffer_is_nobodys_business(error: Exception) -> None:
+    class Settled(Buffer):
+        async def fail(self, actor_id: str, *, lease: LeaseKey, reason: str) -> None:
+            await super().fail(actor_id, lease=lease, reason=reason)
+            raise UnknownLeaseError("it is settled")
+
+    class Failing(Runner):
+        async def run_group(
+            self, lease: GroupLease, *, on_progress: Callable[[int], None] | None = None
+        ) -> TrajectoryGroup:
+            if lease.key == second.key:
+                return make_group(lease.group_id, lease.question.key)
+            raise error
+
+    second = make_lease(1)
+    buffer = Settled([make_lease(0)], [second])
+    loop = make_loop(buffer, lambda _: "done")
+    loop._runner = cast("EpisodeRunner", Failing(lambda _: None))
+    run_until(buffer, loop, lambda: len(buffer.told) == 2)
+    assert [what for what, _ in buffer.told][1] == "accepted"

@@ -102,6 +102,29 @@ def test_admission_bounds_what_is_under_way(staleness: int) -> None:
     assert len(rig.lease(100)) == 2
 
 
+def test_groups_are_shared_out_among_the_actors_that_ask() -> None:
+    """However many each has room for: one that would take all leaves the others idle."""
+    rig = Rig(groups_per_step=4, max_staleness=1, num_questions=50)
+    for actor in ("b", "c", "d"):
+        rig.state.lease(actor, num=5, held=None)  # they have no weights yet
+    shares = {actor: rig.lease(5, actor=actor) for actor in ("a", "b", "c", "d")}
+    assert [len(leases) for leases in shares.values()] == [2, 2, 2, 2]
+    assert rig.lease(5) == []
+    done = [shares["a"][0], shares["b"][0], shares["b"][1], shares["c"][0]]
+    for lease, actor in zip(done, "abbc", strict=True):
+        rig.append(lease, actor=actor)
+    rig.step(1)
+    assert len(rig.lease(5, actor="b")) == 2, "who has nothing gets most"
+    assert [len(rig.lease(5)), len(rig.lease(5, actor="d"))] == [1, 1], "what is left goes to who asks first"
+    assert [len(rig.lease(5, actor=actor)) for actor in ("a", "b", "c", "d")] == [0, 0, 0, 0]
+
+
+def test_an_actor_whose_fellows_do_not_ask_gets_all_in_the_end() -> None:
+    rig = Rig(groups_per_step=4, max_staleness=1)
+    rig.state.lease("hung", num=5, held=None)
+    assert [len(rig.lease(5)) for _ in range(6)] == [4, 1, 1, 1, 1, 0]
+
+
 def test_a_silent_lease_goes_to_the_next_actor_under_the_same_id() -> None:
     rig = Rig(lease_timeout_s=10.0)
     lost, kept = rig.lease(2)

@@ -51,6 +51,11 @@ def test_what_goes_of_a_hint_is_not_in_the_hint_free_view(
     assert tokens.policy_version.tolist() == versions
 
 
+def test_a_row_is_of_the_weights_that_scored_it_too() -> None:
+    """A resume from before them must not keep it."""
+    assert (free_probe().min_version, free_probe().max_version) == (2, 3)
+
+
 def test_the_prefix_is_trained_where_it_is_asked_for() -> None:
     tokens = trained_tokens(free_probe(), hints=POOL, transfer="hint_free", train_hints=True, train_prefix=True)
     assert tokens.source.tolist() == [3, 4, 6, 7]
