@@ -291,6 +291,8 @@ class Chaos:
                 # A line of metrics.jsonl is written as the push of its step begins.
                 if self._faults[-1] != AT_A_PUSH:
                     time.sleep(self._rng.uniform(0.0, 1.5))
+                    if self._num_steps() > self._steps - STEPS_AFTER:
+                        continue
                 self._hurt_once(self._faults.pop(), process, server)
                 due = self._num_steps() + self._rng.randint(2, 4)
             time.sleep(POLL_S)

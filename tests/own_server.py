@@ -18,7 +18,7 @@ import httpx
 from rexrag.retrieval.protocol import BatchIndex
 from rexrag.retrieval.server import ServerSettings, bind, make_server
 
-START_S = 30.0
+START_S = 120.0
 
 
 @contextlib.contextmanager
@@ -27,6 +27,7 @@ def serving(
 ) -> Iterator[str]:
     """The URL of a server over an index, in a thread of this process."""
     listener = bind("127.0.0.1", port)
+    listener.listen(64)  # who asks before the server runs waits for it
     server = make_server(index, settings=settings or ServerSettings())
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -12,14 +12,22 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar, cast,
 import ray
 from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from rexrag.errors import PartDiedError, RexragError, RunFailure
 from rexrag.run.signals import StopSignal
 
 _POLL_S: Final = 0.5
-_DEATHS: Final = (RayActorError, NodeDiedError, OutOfMemoryError)
-"""What Ray says of a process that is no more; the last where its memory monitor has killed it."""
+_DEATHS: Final = (RayActorError, NodeDiedError, OutOfMemoryError, ObjectLostError)
+"""What Ray says of a process that is no more: also where its memory monitor has killed it, and where the node has gone
+that held what it had made."""
 
 T = TypeVar("T")
 ActorT = TypeVar("ActorT")
@@ -71,6 +79,8 @@ def result_of(ref: Ref[T], *, what: str) -> T:
     except RayTaskError as error:
         if isinstance(error.cause, RexragError):
             raise error.cause from None
+        if isinstance(error.cause, _DEATHS):  # of who was to make one of its arguments
+            raise PartDiedError(f"{what}: its process died: {error.cause}") from error
         raise RunFailure(f"{what}: {error.cause!r}") from error
     except _DEATHS as error:
         raise PartDiedError(f"{what}: its process died: {error}") from error

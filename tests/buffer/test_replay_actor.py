@@ -13,7 +13,8 @@ from typing import Any, TypeAlias, cast
 
 import pytest
 import ray
-from replay_helpers import make_ipc, make_settings
+from replay_helpers import make_ipc
+from replay_helpers import make_settings as replay_settings
 
 from rexrag.buffer import log_writer
 from rexrag.buffer.log_writer import LogWriteError
@@ -37,8 +38,13 @@ def start(replay: ReplaySettings, *, resume_step: int | None) -> Handle:
     return handle
 
 
+def make_settings(folder: Path, **changes: float) -> ReplaySettings:
+    """Leases that nobody renews last, however slow the machine."""
+    return replay_settings(folder, **{"lease_timeout_s": 900.0, "lease_deadline_s": 900.0, **changes})
+
+
 def get(ref: object) -> Any:  # noqa: ANN401
-    return ray.get(cast("ray.ObjectRef[Any]", ref), timeout=60.0)
+    return ray.get(cast("ray.ObjectRef[Any]", ref), timeout=300.0)
 
 
 @pytest.fixture

@@ -471,7 +471,9 @@ def test_an_append_takes_milliseconds(tmp_path: Path) -> None:
     state = begin(make_settings(tmp_path, num_questions=100, groups_per_step=30))
     leases = state.lease("a", num=50, held=version_of(state, 0))
     ipcs = [make_ipc(lease, num_rows=5, num_tokens=300) for lease in leases]
-    started = time.perf_counter()
+    took_s = []
     for lease, ipc in zip(leases, ipcs, strict=True):
+        started = time.perf_counter()
         state.append("a", lease=lease.key, ipc=ipc)
-    assert (time.perf_counter() - started) / len(leases) < 0.05
+        took_s.append(time.perf_counter() - started)
+    assert sorted(took_s)[len(took_s) // 2] < 0.05, "but where a segment ends, which is synced"

@@ -154,8 +154,8 @@ def test_observation_budget(
         assert text == whole
     else:
         rest = whole.removeprefix("\n\n<information>" + inside)
-        is_cjk = (bool(inside) and "\u2e80" <= inside[-1] <= "\u9fff") or "\u2e80" <= rest[0] <= "\u9fff"
-        assert not inside or rest[0].isspace() or is_cjk, "a word is never cut"
+        is_between_words = re.search(r"[\u2e80-\u9fff\uf900-\ufaff\s]", inside[-1:] + rest[0])
+        assert not inside or is_between_words, "a word is never cut"
 
 
 def test_feedback_says_what_was_wrong_and_what_is_allowed(codec: Codec) -> None:

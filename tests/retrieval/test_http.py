@@ -364,9 +364,9 @@ def test_a_hanging_server_is_left_after_the_time_out() -> None:
 
     with serve(answer) as server:
         start = time.monotonic()
-        with pytest.raises(RetrieverError, match=r"failed 2 times, at last with: no answer within 1 s"):
-            search(server.url, timeout_s=1, retries=1)
-        assert 2.0 <= time.monotonic() - start < 10
+        with pytest.raises(RetrieverError, match=r"failed 2 times, at last with: no answer within 3 s"):
+            search(server.url, timeout_s=3, retries=1)
+        assert 6.0 <= time.monotonic() - start < 60
         with pytest.raises(ConfigError, match="no usable search server"):
             HttpRetriever(server.url, batch_size=4, timeout_s=0.2, max_retries=0).check(top_k=1)
 

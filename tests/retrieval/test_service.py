@@ -18,7 +18,7 @@ from rexrag.retrieval.service import SearchService, ServiceSettings
 from rexrag.types import Passage
 
 T = TypeVar("T")
-TIMEOUT_S = 20.0
+TIMEOUT_S = 200.0
 
 
 def run(scenario: Callable[[], Awaitable[T]]) -> T:
@@ -184,19 +184,19 @@ def test_a_batch_that_is_not_full_waits_for_those_who_come_back_with_the_answers
 
 def test_waiting_for_company_is_bounded_and_a_single_caller_never_waits() -> None:
     async def scenario() -> None:
-        service = SearchService(EchoIndex(), settings=ServiceSettings(max_wait_s=1.0, cache_chars=0))
+        service = SearchService(EchoIndex(), settings=ServiceSettings(max_wait_s=4.0, cache_chars=0))
         clock = asyncio.get_running_loop().time
         began = clock()
         for number in range(20):
             await service.search(str(number), top_k=1)
-        assert clock() - began < 5, "twenty waits would be twenty seconds"
+        assert clock() - began < 20, "twenty waits would be eighty seconds"
         await asyncio.gather(*(service.search(str(number), top_k=1) for number in range(5)))
         began = clock()
         await service.search("after company", top_k=1)
-        assert 0.9 < clock() - began < 10
+        assert 3.9 < clock() - began < 60
         began = clock()
         await service.search("alone again", top_k=1)
-        assert clock() - began < 0.9
+        assert clock() - began < 3.9
         await service.close()
 
     run(scenario)

@@ -55,7 +55,7 @@ checkpoint_every = 2
 every = 2
 max_questions = 8
 """
-TIMEOUT_S = 200.0
+TIMEOUT_S = 600.0
 SIZE = {"train": 200, "dev": 8, "test": 8, "demonstrations": 400, "entities": 60, "distractors": 0, "words": 20}
 
 
@@ -101,7 +101,7 @@ def run_rexrag(*words: str | Path, status: int = 0, timeout_s: float = TIMEOUT_S
     return errors
 
 
-def wait_for(condition: Callable[[], bool], *, process: subprocess.Popen[str], timeout_s: float = 150.0) -> None:
+def wait_for(condition: Callable[[], bool], *, process: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, f"the run ended early:\n{process.communicate()[1]}"
@@ -118,7 +118,7 @@ class Watch:
         self._said: list[dict[str, Any]] = []
 
     def until(
-        self, is_so: Callable[[dict[str, Any]], bool], *, process: subprocess.Popen[str], timeout_s: float = 240.0
+        self, is_so: Callable[[dict[str, Any]], bool], *, process: subprocess.Popen[str], timeout_s: float = TIMEOUT_S
     ) -> dict[str, Any]:
         """Wait until the run's status, told from now on, is so; `process` is the run's own."""
         deadline = time.monotonic() + timeout_s

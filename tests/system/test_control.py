@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system_runs import Watch, assert_books_balance, read_lines, run_rexrag, start_rexrag
+from system_runs import TIMEOUT_S, Watch, assert_books_balance, read_lines, run_rexrag, start_rexrag
 
 pytestmark = pytest.mark.system
 
@@ -28,7 +28,7 @@ def versions_of(told: dict[str, Any], *actors: str) -> list[Any]:
 
 
 def at_work(told: dict[str, Any]) -> list[str]:
-    return [actor["actor_id"] for actor in told["actors"] if actor["state"] in ("healthy", "stale")]
+    return [actor["actor_id"] for actor in told["actors"] if actor["state"] in ("healthy", "stale", "suspect")]
 
 
 def test_a_run_is_scaled_up_and_down_while_it_goes_on_and_stopped(recipe: Path, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_run_is_scaled_up_and_down_while_it_goes_on_and_stopped(recipe: Path, 
         assert at_work(first) == ["rollout-0"]
         assert first["num_steps"] == 100000
         assert first["buffer"]["capacity"] == 16
-        assert first["age_s"] < 30
+        assert 0 <= first["age_s"] < 300
 
         run_rexrag("scale", "--actors", "2", "--run", run)
         watch.until(lambda told: None not in versions_of(told, "rollout-0", "rollout-1"), process=process)
@@ -55,7 +55,7 @@ def test_a_run_is_scaled_up_and_down_while_it_goes_on_and_stopped(recipe: Path, 
         assert status_of(run)["step"] > left["step"]
 
         run_rexrag("stop", "--run", run)
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
         watch.end()

@@ -21,7 +21,7 @@ from free_ports import free_ports
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.cluster_utils import Cluster
 from ray_heads import end_with_children
-from system_runs import Watch, assert_books_balance, read_lines
+from system_runs import TIMEOUT_S, Watch, assert_books_balance, read_lines
 
 from rexrag.run.nodes import _missing
 
@@ -140,7 +140,7 @@ class Job:
         assert process.returncode == 0, out
         return out
 
-    def until(self, is_so: Callable[[dict[str, Any]], bool], *, timeout_s: float = 240.0) -> dict[str, Any]:
+    def until(self, is_so: Callable[[dict[str, Any]], bool], *, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """Wait until the run's status is so."""
         try:
             return self._watch.until(is_so, process=self.process, timeout_s=timeout_s)
@@ -149,14 +149,14 @@ class Job:
             raise
 
     def until_told(self, words: str) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while words not in self.told:
             assert self.process.poll() is None, self.told
             assert time.monotonic() < deadline, self.told
             time.sleep(0.2)
 
     def ended(self, *, status: int) -> None:
-        assert self.process.wait(timeout=120) == status, self.told
+        assert self.process.wait(timeout=300) == status, self.told
         self._reader.join(timeout=10)
 
     def kill(self) -> None:
@@ -177,7 +177,7 @@ def drain(node: Any, cluster: Cluster) -> None:  # noqa: ANN401
         "600",
     )
     command = [str(Path(sys.executable).parent / words[0]), *words[1:], *why]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
 
 

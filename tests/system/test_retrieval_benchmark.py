@@ -9,16 +9,28 @@ import sys
 from pathlib import Path
 
 import pytest
+from free_ports import free_ports
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_both_servers_are_measured(tmp_path: Path) -> None:
-    words = "--passages 200 --dimension 32 --layers 1 --clients 1 4 --seconds 0.3 --threads 1 --port 18720"
+    words = "--passages 200 --dimension 32 --layers 1 --clients 1 4 --seconds 0.3 --threads 1"
+    (port,) = free_ports(1)
     out = tmp_path / "out.json"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "retrieval.py"), *words.split(), "--work", tmp_path, "--out", out],
+        [
+            sys.executable,
+            str(ROOT / "benchmarks" / "retrieval.py"),
+            *words.split(),
+            "--port",
+            str(port),
+            "--work",
+            tmp_path,
+            "--out",
+            out,
+        ],
         capture_output=True,
         text=True,
         timeout=300,

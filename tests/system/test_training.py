@@ -11,7 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.numpy import load_file
-from system_runs import assert_books_balance, child_of, num_steps, read_lines, run_rexrag, start_rexrag, wait_for
+from system_runs import (
+    TIMEOUT_S,
+    assert_books_balance,
+    child_of,
+    num_steps,
+    read_lines,
+    run_rexrag,
+    start_rexrag,
+    wait_for,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rexrag.metrics as keys
@@ -130,13 +139,13 @@ def test_what_a_log_misses_is_told_everywhere_and_the_run_goes_on(recipe: Path, 
 def test_death_of_the_buffer_ends_the_run_and_a_resume_begins_anew(recipe: Path, tmp_path: Path) -> None:
     """Before the first checkpoint; the deaths of all parts, with checkpoints, are those of test_chaos.py."""
     run = tmp_path / "run"
-    words = ["train.steps=200", "eval.every=0", "train.checkpoint_every=200"]
+    words = ["train.steps=100000", "eval.every=0", "train.checkpoint_every=200"]
     process = start_rexrag("train", recipe, "--run-dir", run, *(f"--set={word}" for word in words))
     try:
         wait_for(lambda: num_steps(run) >= 3, process=process)
         (part,) = child_of(process, title="ray::ReplayActor")
         part.kill()
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
     assert process.returncode == 1, errors
@@ -152,13 +161,13 @@ def test_death_of_the_buffer_ends_the_run_and_a_resume_begins_anew(recipe: Path,
 def test_a_stop_signal_checkpoints_and_leaves_nothing_running(recipe: Path, tmp_path: Path) -> None:
     """SIGINT, as Ctrl-C gives it; test_submit.py has SIGTERM. Until then the folder is the process's own."""
     run = tmp_path / "run"
-    process = start_rexrag("train", recipe, "--run-dir", run, "--set", "train.steps=200", "--set", "eval.every=0")
+    process = start_rexrag("train", recipe, "--run-dir", run, "--set", "train.steps=100000", "--set", "eval.every=0")
     try:
         wait_for(lambda: num_steps(run) >= 1, process=process)
         assert str(process.pid) in run_rexrag("train", "--run-dir", run, status=2)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=200)
+        _, errors = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
     assert process.returncode == 130, errors
