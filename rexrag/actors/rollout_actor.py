@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Literal, NamedTuple, Protocol, cast
 
 import ray
@@ -102,7 +103,8 @@ class RolloutActor:
         return await self._loop.update_weights(version, update)
 
     async def evaluate(self, questions: Sequence[Question], *, version: WeightVersion) -> list[EpisodeScore]:
-        return await self._loop.evaluate(questions, version=version)
+        scores = await self._loop.evaluate(questions, version=version)
+        return [replace(score, text=None) for score in scores]  # nobody reads it here, and it is most of the bytes
 
     async def stats(self) -> EngineStats:
         return self._loop.stats()

@@ -59,6 +59,11 @@ class Reporter:
         self.told.stage = name
         self._progress.stage(name)
 
+    def end_stage(self) -> None:
+        """What began is over, and the steps go on."""
+        self.told.stage = "training"
+        self._progress.end_stage()
+
     def note(self, text: str) -> None:
         """A line that stays."""
         self._progress.note(text)

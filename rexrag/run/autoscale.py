@@ -30,12 +30,14 @@ class StepLoad:
         wait_share: of its time the part in which the learner waited for groups, 0 to 1.
         fill: finished groups that were left in the buffer, over all that it admits, 0 to 1.
         num_ready, num_wanted: actors at work, and that were asked for.
+        capacity: groups that may be under way at once: of more actors some have nothing to do.
     """
 
     wait_share: float
     fill: float
     num_ready: int
     num_wanted: int
+    capacity: int
 
 
 class Autoscaler:
@@ -43,7 +45,7 @@ class Autoscaler:
 
     >>> scaler = Autoscaler(least=1, most=8)
     >>> for _ in range(3):
-    ...     wanted = scaler.decide(StepLoad(wait_share=0.9, fill=0.0, num_ready=4, num_wanted=4))
+    ...     wanted = scaler.decide(StepLoad(wait_share=0.9, fill=0.0, num_ready=4, num_wanted=4, capacity=96))
     >>> wanted
     5
     """
@@ -67,7 +69,7 @@ class Autoscaler:
             return now
         wanted = now
         if all(seen.wait_share > MORE_ABOVE for seen in self._seen):
-            wanted = min(self._most, now + max(1, int(GROWTH * now)))
+            wanted = max(now, min(self._most, load.capacity, now + max(1, int(GROWTH * now))))
         elif all(seen.wait_share < FEWER_BELOW and seen.fill >= FULL for seen in self._seen):
             wanted = max(self._least, now - 1)
         if wanted != now:

@@ -17,26 +17,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from rexrag.buffer.replay_actor import ReplayActor
 from rexrag.buffer.status import BufferStatus
-from rexrag.errors import (
-    CollapsedError,
-    EngineBrokenError,
-    EnginePassError,
-    PartDiedError,
-    RetrieverError,
-    counted,
-)
+from rexrag.errors import CollapsedError, RetrieverError, counted
 from rexrag.files import read_jsonl
 from rexrag.learner.checkpoint import prune
 from rexrag.learner.learner_actor import LearnerActor, ask_progress, start_export
 from rexrag.reporting.reporter import Reporter
 from rexrag.run.autoscale import Autoscaler, StepLoad
+from rexrag.run.evaluation import MAX_ATTEMPTS, evaluate
 from rexrag.run.fleet import Fleet
 from rexrag.run.guard import WINDOW, Guard
 from rexrag.run.identity import first_step_of, note_precision
@@ -44,13 +39,11 @@ from rexrag.run.remote import Handle, Ref, T, call, peek, value_of
 from rexrag.run.rewind import note_collapse
 from rexrag.run.supervisor import Supervisor
 from rexrag.run_folder import RunFolder
-from rexrag.types import EpisodeScore, Question, StepBatch, StepResult, WeightVersion
+from rexrag.types import Question, StepBatch, StepResult, WeightVersion
 
 LOG = logging.getLogger(__name__)
 
 ASSIGN_POLL_S: Final = 2.0
-MAX_EVAL_ATTEMPTS: Final = 3
-EVAL_PAUSE_S: Final = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +97,7 @@ class Controller:
         self._reporter = reporter
         self._questions = {"dev": dev, "test": test}
         self._saved_step = first.step
+        self._has_learner = True
         bounds = settings.autoscale
         self._guard = Guard(read_jsonl(run_folder.metrics))
         self._autoscaler = None if bounds is None else Autoscaler(least=bounds[0], most=bounds[1])
@@ -140,6 +134,19 @@ class Controller:
         if self._saved_step != self._version.step:
             self._checkpoint()
 
+    def rescue(self) -> None:
+        """After a failure: `save`, whatever has become of the other parts; not where the learner itself has failed."""
+        self._supervisor.end()
+        if self._has_learner:
+            self.save()
+
+    @contextmanager
+    def _relying_on_learner(self) -> Iterator[None]:
+        """If this fails, the learner is dead or hangs, or has made a step that does not count."""
+        self._has_learner = False
+        yield
+        self._has_learner = True
+
     def _tell_precision(self, learner: str) -> None:
         """What the parts compute in where they run, if that is not what the run began with."""
         actors = " and ".join(sorted(self._fleet.dtypes))
@@ -151,17 +158,23 @@ class Controller:
         LOG.warning("%s", told)
 
     def _step(self, step: int) -> None:
-        started = time.monotonic()
-        batch = self._take(step)
-        learner_wait_s = time.monotonic() - started
-        # From here until the outcome is noted nothing is interrupted: the step counts, or it does not.
-        result = self._train(step, batch)
-        self._note_outcome(result)
+        began = time.monotonic()
+        with self._relying_on_learner():
+            rho = self._wait(call(self._learner, LearnerActor.rho), what="the run waits for the learner to tell ρ")
+        free_at = time.monotonic()  # it has handed out the weights of the step before
+        batch = self._take(step, rho=rho)
+        learner_wait_s = time.monotonic() - free_at
+        # Until the outcome is noted nothing is interrupted: the step counts, or it does not.
+        with self._relying_on_learner():
+            result = self._train(step, batch)
+            self._note_outcome(result)
         collapse = self._collapse(result)
-        if collapse is None:
-            self._push(updated=result.updated)
-        fleet, searches, step_s = self._fleet.report(), self._fleet.searches(), time.monotonic() - started
-        self._reporter.step(result, learner_wait_s=learner_wait_s, step_s=step_s, fleet=fleet, searches=searches)
+        try:
+            if collapse is None:
+                self._push(updated=result.updated)
+        finally:  # the step was made, whatever keeps its weights from the actors
+            fleet, searches, step_s = self._fleet.report(), self._fleet.searches(), time.monotonic() - began
+            self._reporter.step(result, learner_wait_s=learner_wait_s, step_s=step_s, fleet=fleet, searches=searches)
         if collapse is not None:
             raise collapse
         self._autoscale(wait_share=learner_wait_s / step_s, num_ready=fleet.num_ready)
@@ -195,6 +208,7 @@ class Controller:
             fill=status.finished / status.capacity,
             num_ready=num_ready,
             num_wanted=self._fleet.num_wanted,
+            capacity=status.capacity,
         )
         if (wanted := self._autoscaler.decide(load)) != load.num_wanted:
             LOG.info("%s in place of %d, since %s", counted(wanted, "rollout actor"), load.num_wanted, load)
@@ -205,9 +219,8 @@ class Controller:
         every = self._settings.eval_every
         return step in (self._first_step, self._settings.num_steps) or (every > 0 and step % every == 0)
 
-    def _take(self, step: int) -> Ref[StepBatch]:
+    def _take(self, step: int, *, rho: float | None) -> Ref[StepBatch]:
         """The step's batch, once the buffer has assigned it: a reference, since its data goes to the learner alone."""
-        rho = self._wait(call(self._learner, LearnerActor.rho), what="the run waits for the learner to tell ρ")
         status: BufferStatus | None = None
 
         def is_assigned() -> bool:
@@ -225,7 +238,7 @@ class Controller:
 
         self._supervisor.until(
             is_assigned,
-            what=lambda: _no_group(step, status),
+            what=lambda: _how_far(step, status, needed=self._settings.groups_per_step),
             progress=lambda: None if status is None else status.num_finished,
             pause_s=0.0,
         )
@@ -248,7 +261,7 @@ class Controller:
 
     def _push(self, *, updated: bool) -> None:
         """Start the transfer of the current version to all actors; an unchanged one is only renamed."""
-        self._wait_for_current_actors(interruptible=False)
+        self._supervisor.until_current(self._version.step - 1)
         # An actor that samples in float32 needs all bits, one in bfloat16 can do with what it uses.
         dtype: Literal["float32", "bfloat16"] = "float32" if "float32" in self._fleet.dtypes else "bfloat16"
         published = start_export(self._learner, dtype, num_buckets=self._num_buckets) if updated else None
@@ -262,45 +275,32 @@ class Controller:
     def _evaluate(self, split: str) -> None:
         """Greedy episodes of a split under the current version, unless `eval.jsonl` has them.
 
-        Where an actor or its engine breaks meanwhile, or a search fails in the end, the evaluation begins again on the
-        actors that there are then. One that a search keeps from ending is left out: the run does not depend on it.
+        One that searches keep from ending is left out: the run does not depend on it.
         """
         questions = self._questions[split]
         started, step = time.monotonic(), self._version.step
         if not questions or split in self._run_folder.evaluated(step):
             return
         self._reporter.stage(f"evaluating {counted(len(questions), f'{split} question')} at step {step}")
-        for attempt in range(MAX_EVAL_ATTEMPTS):
-            try:
-                scores = self._scores(split, questions)
-                break
-            except (PartDiedError, EngineBrokenError, EnginePassError, RetrieverError) as error:
-                if attempt + 1 == MAX_EVAL_ATTEMPTS:
-                    if not isinstance(error, RetrieverError):
-                        raise
-                    self._warn(
-                        f"the evaluation on {split} at step {step} is left out, a search failed in each of "
-                        f"{MAX_EVAL_ATTEMPTS} attempts: {error}"
-                    )
-                    return
-                LOG.warning("the evaluation at step %d begins again: %s", step, error)
-                self._supervisor.look_for(EVAL_PAUSE_S)  # an actor whose engine broke says so soon, and is replaced
+        try:
+            scores = evaluate(
+                questions, version=self._version, split=split, fleet=self._fleet, supervisor=self._supervisor
+            )
+        except RetrieverError as error:
+            self._reporter.end_stage()
+            self._warn(
+                f"the evaluation on {split} at step {step} is left out, a search failed in each of "
+                f"{counted(MAX_ATTEMPTS, 'attempt')}: {error}"
+            )
+            return
         self._reporter.evaluation(scores, split=split, step=step, seconds=time.monotonic() - started)
-
-    def _scores(self, split: str, questions: Sequence[Question]) -> list[EpisodeScore]:
-        self._supervisor.look()
-        self._wait_for_current_actors(interruptible=True)
-        shares = [
-            self._supervisor.wait(ref, what=f"the run waits for {split} scores", progress=self._fleet.num_tokens)
-            for ref in self._fleet.evaluate(questions, version=self._version)
-        ]
-        return [score for share in shares for score in share]
 
     def _checkpoint(self) -> None:
         step = self._version.step
         self._reporter.stage(f"saving the checkpoint of step {step}")
-        saved = call(self._learner, LearnerActor.save, self._run_folder.checkpoints)
-        self._wait(saved, what=f"the run waits for the checkpoint of step {step}", progress=self._learner_progress)
+        with self._relying_on_learner():
+            saved = call(self._learner, LearnerActor.save, self._run_folder.checkpoints)
+            self._wait(saved, what=f"the run waits for the checkpoint of step {step}", progress=self._learner_progress)
         self._saved_step = step
         self._run_folder.set_steps(step)
         committed = self._run_folder.committed_checkpoints()
@@ -312,8 +312,11 @@ class Controller:
         )
         # A resume goes on from one of the newest; the best one is kept for its weights.
         oldest = min([*committed][-self._settings.keep_checkpoints :] + good)
+        if self._settings.guard == "rewind" and oldest > self._version.step + 1 - WINDOW:
+            oldest = self._first_step  # where it would go back to, having no checkpoint from before the window
         settled = call(self._buffer, ReplayActor.settle, oldest)
         self._wait(settled, what=f"the run waits for the buffer to let go of what step {oldest} contains")
+        self._reporter.end_stage()
 
     def _good_ones(self, committed: Mapping[int, Path]) -> list[int]:
         """Steps that the run could go back to when the policy breaks in the steps to come."""
@@ -321,14 +324,6 @@ class Controller:
             return []
         before = [step for step in committed if step <= self._version.step + 1 - WINDOW]
         return [step for step in committed if step >= max(before, default=0)]
-
-    def _wait_for_current_actors(self, *, interruptible: bool) -> None:
-        self._supervisor.until(
-            lambda: self._fleet.is_current,
-            what=f"the run waits for its actors to take the weights of step {self._version.step}",
-            progress=self._fleet.num_tokens,
-            interruptible=interruptible,
-        )
 
     def _learner_progress(self) -> object:
         return peek(ask_progress(self._learner))
@@ -339,8 +334,13 @@ class Controller:
         return self._supervisor.wait(ref, what=what, progress=progress, interruptible=interruptible)
 
 
-def _no_group(step: int, status: BufferStatus | None) -> str:
-    ends = "no group ends"
-    if status is not None and status.num_flat:
-        ends += f" with unequal rewards ({counted(status.num_flat, 'group')} with equal ones dropped: replay.refill)"
-    return f"the learner waits for step {step}, and {ends} (the buffer holds: {status})"
+def _how_far(step: int, status: BufferStatus | None, *, needed: int) -> str:
+    told = f"the learner waits for the groups of step {step}"
+    if status is None:
+        return told
+    told += (
+        f": {status.finished} of {needed} are finished, {status.leased} are begun, {status.waiting} wait for an actor"
+    )
+    if status.num_flat:
+        told += f"; {counted(status.num_flat, 'group')} with equal rewards dropped so far (replay.refill)"
+    return told

@@ -61,6 +61,7 @@ class Supervisor:
         self._looked_at_nodes = 0.0
         self._pings: dict[str, Ref[Any]] = {}
         self._last_ping = 0.0
+        self._is_ending = False
 
     def wait(
         self, ref: Ref[T], *, what: str, progress: Callable[[], object] | None = None, interruptible: bool = True
@@ -96,7 +97,7 @@ class Supervisor:
         """Wait until something is so; as `wait`.
 
         Args:
-            what: for the message; as a function it is asked when the wait is given up.
+            what: for the message; as a function it says how it is by then.
             pause_s: between two looks; 0 where `is_done` itself takes its time.
         """
         bound = _Bound(self._stall_timeout_s, progress=progress)
@@ -111,6 +112,19 @@ class Supervisor:
                     )
                 time.sleep(pause_s)
 
+    def until_current(self, step: int) -> None:
+        """Wait until the actors that there are hold the weights of a step, and there is one."""
+        waiting = f"the run waits for its actors to take the weights of step {step}"
+        self.until(
+            lambda: self._fleet.is_current,
+            what=lambda: waiting if self._fleet.num_working else f"{waiting}; none is at work",
+            progress=self._fleet.num_tokens,
+        )
+
+    def end(self) -> None:
+        """The run ends: what is still waited for is waited for, whatever has become of the other parts."""
+        self._is_ending = True
+
     def look_for(self, seconds: float) -> None:
         """Look after the parts for a while."""
         until = time.monotonic() + seconds
@@ -120,6 +134,8 @@ class Supervisor:
 
     def look(self, *, interruptible: bool = True) -> None:
         """Replace dead rollout actors, notice a dead buffer or learner, hear a stop signal and what else is wanted."""
+        if self._is_ending:
+            return
         self._hear()
         self._leave_nodes()
         if interruptible:

@@ -265,6 +265,12 @@ def _run(controller: Controller) -> None:
     except Interrupted:
         controller.save()
         raise
+    except CollapsedError:
+        raise  # what is finished is what the run goes back from
+    except (RexragError, RayError):
+        with log_instead(OSError, RexragError, RayError):
+            controller.rescue()
+        raise
 
 
 def _nodes_of(learner: Handle[LearnerActor], *, stall_timeout_s: float, stop: StopSignal) -> list[str]:

@@ -161,7 +161,7 @@ class LocalFleet:
         if self._is_dead:
             return [LocalRef(error=PartDiedError("an actor died"))]
         self.evaluations.append((version.step, len(questions)))
-        return [LocalRef([_score(question, version) for question in questions])]
+        return [LocalRef([score_of(question, version) for question in questions])]
 
     def num_tokens(self) -> int:
         return 0
@@ -200,6 +200,7 @@ class LocalSupervisor:
     def __init__(self, *, fleet: LocalFleet, stop: StopSignal) -> None:
         self._fleet = fleet
         self._stop = stop
+        self._is_ending = False
 
     def wait(self, ref: LocalRef, *, what: str, progress: object = None, interruptible: bool = True) -> Any:  # noqa: ANN401
         self.look(interruptible=interruptible)
@@ -220,10 +221,18 @@ class LocalSupervisor:
             self.look(interruptible=interruptible)
         raise AssertionError(f"never: {what if isinstance(what, str) else what()}")
 
+    def until_current(self, step: int) -> None:
+        self.until(lambda: self._fleet.is_current, what="the weights of a step")
+
+    def end(self) -> None:
+        self._is_ending = True
+
     def look_for(self, seconds: float) -> None:
         self.look()
 
     def look(self, *, interruptible: bool = True) -> None:
+        if self._is_ending:
+            return
         if interruptible:
             self._stop.heed()
         self._fleet.check()
@@ -239,6 +248,9 @@ class LocalReporter:
         self._on_evaluation = on_evaluation
 
     def stage(self, name: str) -> None:
+        pass
+
+    def end_stage(self) -> None:
         pass
 
     def note(self, text: str) -> None:
@@ -258,7 +270,8 @@ class LocalReporter:
         self._on_evaluation(split, step)
 
 
-def _score(question: Question, version: WeightVersion) -> EpisodeScore:
+def score_of(question: Question, version: WeightVersion) -> EpisodeScore:
+    """Of an episode that is right."""
     return EpisodeScore(
         question_id=question.key,
         data_source=question.data_source,

@@ -19,7 +19,7 @@ def play(scaler: Autoscaler, *, start: int, groups_per_actor: float, needed: flo
         made = wanted * groups_per_actor
         wait = max(0.0, 1.0 - made / needed)
         fill = 0.9 if made > needed else 0.1
-        wanted = scaler.decide(StepLoad(wait_share=wait, fill=fill, num_ready=wanted, num_wanted=wanted))
+        wanted = scaler.decide(StepLoad(wait_share=wait, fill=fill, num_ready=wanted, num_wanted=wanted, capacity=999))
         numbers.append(wanted)
     return numbers
 
@@ -40,13 +40,25 @@ def test_it_shrinks_where_actors_wait_and_stops_before_the_learner_does() -> Non
 
 def test_actors_that_are_still_to_come_are_waited_for() -> None:
     scaler = Autoscaler(least=1, most=64)
-    assert {scaler.decide(StepLoad(wait_share=1.0, fill=0.0, num_ready=1, num_wanted=4)) for _ in range(9)} == {4}
+    assert {
+        scaler.decide(StepLoad(wait_share=1.0, fill=0.0, num_ready=1, num_wanted=4, capacity=999)) for _ in range(9)
+    } == {4}
+
+
+def test_there_are_never_more_actors_than_groups_for_them() -> None:
+    scaler = Autoscaler(least=1, most=64)
+    wanted = 8
+    for _ in range(9):
+        wanted = scaler.decide(StepLoad(wait_share=1.0, fill=0.0, num_ready=wanted, num_wanted=wanted, capacity=9))
+    assert wanted == 9
+    load = StepLoad(wait_share=1.0, fill=0.0, num_ready=20, num_wanted=20, capacity=9)
+    assert {scaler.decide(load) for _ in range(9)} == {20}, "those that were asked for from outside stay"
 
 
 def test_a_number_outside_the_bounds_comes_back_into_them() -> None:
     scaler = Autoscaler(least=2, most=4)
-    assert scaler.decide(StepLoad(wait_share=0.1, fill=0.2, num_ready=9, num_wanted=9)) == 4
-    assert scaler.decide(StepLoad(wait_share=0.1, fill=0.2, num_ready=1, num_wanted=1)) == 2
+    assert scaler.decide(StepLoad(wait_share=0.1, fill=0.2, num_ready=9, num_wanted=9, capacity=999)) == 4
+    assert scaler.decide(StepLoad(wait_share=0.1, fill=0.2, num_ready=1, num_wanted=1, capacity=999)) == 2
 
 
 @given(st.lists(st.tuples(shares, shares), max_size=60), st.integers(1, 9), st.integers(0, 9))
@@ -56,7 +68,7 @@ def test_it_stays_within_its_bounds_and_moves_at_most_once_in_a_window(
     scaler, wanted, moves = Autoscaler(least=least, most=least + room), least, []
     for step, (wait, fill) in enumerate(loads):
         before = wanted
-        wanted = scaler.decide(StepLoad(wait_share=wait, fill=fill, num_ready=before, num_wanted=before))
+        wanted = scaler.decide(StepLoad(wait_share=wait, fill=fill, num_ready=before, num_wanted=before, capacity=999))
         assert least <= wanted <= least + room
         if wanted != before:
             moves.append(step)

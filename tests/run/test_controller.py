@@ -15,7 +15,7 @@ from replay_helpers import make_questions, make_settings
 
 from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import ReplayActor
-from rexrag.errors import EngineBrokenError, Interrupted, PartDiedError, RetrieverError
+from rexrag.errors import Interrupted, RetrieverError, RunFailure
 from rexrag.run import controller as controller_module
 from rexrag.run.controller import Controller, LoopSettings
 from rexrag.run.identity import note_precision
@@ -41,6 +41,7 @@ class Rig:
     reporter: LocalReporter
     stop: StopSignal
     run: RunFolder
+    incarnation: str
 
     def interrupt(self) -> None:
         self.stop.received = "SIGTERM"
@@ -95,7 +96,7 @@ def make_rig(
         dev=make_questions(3),
         test=make_questions(4),
     )
-    return Rig(controller, script, buffer, learner, fleet, reporter, stop, run)
+    return Rig(controller, script, buffer, learner, fleet, reporter, stop, run, first.incarnation)
 
 
 def without_polls(calls: list[str]) -> list[str]:
@@ -192,6 +193,50 @@ def test_a_stop_between_any_two_calls_leaves_whole_steps(tmp_path: Path) -> None
     assert stopped > 10
 
 
+def test_a_stop_is_heard_while_there_are_no_actors_to_take_new_weights(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path, checkpoint_every=9)
+    looks = rig.fleet.check
+
+    def gone() -> None:
+        if rig.learner.num_steps:
+            rig.fleet.die()
+            rig.interrupt()
+        else:
+            looks()
+
+    rig.fleet.check = gone  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        rig.controller.run()
+    rig.controller.save()
+    assert (rig.learner.saved, rig.reporter.steps) == ([1], [1])
+    assert accounting_from_log(rig.run.buffer)["consumed"] == GROUPS
+
+
+def test_what_was_learnt_is_saved_where_other_parts_fail(tmp_path: Path) -> None:
+    """Not where the learner has failed, or what it has learnt does not count."""
+
+    def fail() -> None:
+        raise RunFailure("it has failed")
+
+    whole = make_rig(tmp_path / "whole", eval_every=1, checkpoint_every=9)
+    whole.controller.run()
+    num_saved = 0
+    for number, call in enumerate(whole.script.calls):
+        rig = make_rig(tmp_path / str(number), eval_every=1, checkpoint_every=9)
+        rig.script.before[number] = fail
+        with pytest.raises(RunFailure, match="it has failed"):
+            rig.controller.run()
+        rig.controller.rescue()
+        done = rig.learner.num_steps
+        if call in ("learner.rho", "learner.step", "buffer.outcome", "learner.save"):
+            assert rig.learner.saved == [], call
+        else:
+            assert rig.learner.saved == ([done] if done else []), call
+            assert accounting_from_log(rig.run.buffer)["consumed"] == done * GROUPS
+            num_saved += done > 0
+    assert num_saved > 10
+
+
 def test_the_death_of_an_actor_anywhere_costs_nothing(tmp_path: Path) -> None:
     replaced = 0
     for rig in at_every_call(tmp_path, lambda rig: rig.fleet.die):
@@ -203,34 +248,6 @@ def test_the_death_of_an_actor_anywhere_costs_nothing(tmp_path: Path) -> None:
         ]  # fmt: skip
         assert accounting_from_log(rig.run.buffer)["consumed"] == 3 * GROUPS
     assert replaced > 10
-
-
-def test_an_evaluation_that_dies_again_and_again_ends_the_run(tmp_path: Path) -> None:
-    rig = make_rig(tmp_path)
-    evaluate = rig.fleet.evaluate
-
-    def dying(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        rig.fleet.die()
-        return evaluate(*args, **kwargs)
-
-    rig.fleet.evaluate = dying  # type: ignore[method-assign]
-    with pytest.raises(PartDiedError):
-        rig.controller.run()
-    assert rig.script.calls.count("fleet.evaluate") == 3
-    assert rig.reporter.evaluations == []
-
-
-def test_an_evaluation_whose_engine_breaks_begins_again(tmp_path: Path) -> None:
-    rig = make_rig(tmp_path, num_steps=1)
-    evaluate, broken = rig.fleet.evaluate, [EngineBrokenError("a worker died")]
-
-    def breaking(questions: Any, *, version: WeightVersion) -> Any:  # noqa: ANN401
-        refs = evaluate(questions, version=version)
-        return [LocalRef(error=broken.pop())] if broken else refs
-
-    rig.fleet.evaluate = breaking  # type: ignore[method-assign]
-    rig.controller.run()
-    assert rig.reporter.evaluations == [("test", 0, 4), ("dev", 0, 3), ("dev", 1, 3), ("test", 1, 4)]
 
 
 def test_an_evaluation_whose_searches_fail_again_and_again_is_left_out(tmp_path: Path) -> None:
@@ -250,6 +267,22 @@ def test_an_evaluation_whose_searches_fail_again_and_again_is_left_out(tmp_path:
     ]
 
 
+def test_a_run_that_may_go_back_to_its_beginning_forgets_nothing_before(tmp_path: Path) -> None:
+    """Questions of groups that it forgets would not be asked again in this epoch."""
+    settled: dict[str, list[int]] = {}
+    guards: tuple[Literal["warn", "rewind"], ...] = ("warn", "rewind")
+    for guard in guards:
+        rig = make_rig(tmp_path / guard, num_steps=12, checkpoint_every=4, guard=guard)
+        settled[guard] = list[int]()
+
+        async def note(step: int, told: list[int] = settled[guard]) -> None:
+            told.append(step)
+
+        rig.buffer.settle = note  # type: ignore[method-assign]
+        rig.controller.run()
+    assert settled == {"warn": [4, 4, 4], "rewind": [0, 4, 4]}, "seen at step 5, a collapse takes it back to step 0"
+
+
 def test_a_run_that_may_go_back_keeps_a_checkpoint_from_before_the_window(tmp_path: Path) -> None:
     kept = {}
     cases: list[tuple[Literal["warn", "rewind"], int]] = [("warn", 4), ("rewind", 4), ("rewind", 1)]
@@ -263,13 +296,19 @@ def test_a_run_that_may_go_back_keeps_a_checkpoint_from_before_the_window(tmp_pa
     assert kept["rewind", 1] == [9, 10, 11, 12, 13]
 
 
+def begin(rig: Rig) -> None:
+    """The actors begin what they can, and finish nothing."""
+    held = WeightVersion(incarnation=rig.incarnation, step=0)
+    asyncio.run(rig.buffer.lease("a", num=100, held=held, wait_s=0.0))
+
+
 def test_a_step_whose_groups_never_end_says_what_the_buffer_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = make_rig(tmp_path)
-    monkeypatch.setattr(rig.fleet, "check", lambda: None)  # nobody works
+    monkeypatch.setattr(rig.fleet, "check", lambda: begin(rig))
     monkeypatch.setattr(controller_module, "ASSIGN_POLL_S", 0.0)
-    with pytest.raises(AssertionError, match=r"never: the learner waits for step 1, and no group ends \(.*finished=0"):
+    with pytest.raises(AssertionError, match=r"never: .* groups of step 1: 0 of 2 are finished, 4 are begun, 0 wait"):
         rig.controller.run()
 
 

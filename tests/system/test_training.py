@@ -135,26 +135,30 @@ def test_what_a_log_misses_is_told_everywhere_and_the_run_goes_on(recipe: Path, 
     assert "starting Ray" not in refused
 
 
-@pytest.mark.slow
-def test_death_of_the_buffer_ends_the_run_and_a_resume_begins_anew(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["ReplayActor", pytest.param("LearnerActor", marks=pytest.mark.slow)])
+def test_a_run_whose_part_dies_ends_with_what_the_learner_has_if_it_lives(
+    recipe: Path, tmp_path: Path, part: str
+) -> None:
     """Before the first checkpoint; the deaths of all parts, with checkpoints, are those of test_chaos.py."""
     run = tmp_path / "run"
     words = ["train.steps=100000", "eval.every=0", "train.checkpoint_every=200"]
     process = start_rexrag("train", recipe, "--run-dir", run, *(f"--set={word}" for word in words))
     try:
         wait_for(lambda: num_steps(run) >= 3, process=process)
-        (part,) = child_of(process, title="ray::ReplayActor")
-        part.kill()
+        (victim,) = child_of(process, title=f"ray::{part}")
+        victim.kill()
         _, errors = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
     assert process.returncode == 1, errors
     assert "died" in errors
-    assert not list((run / "checkpoints").iterdir())
-    run_rexrag("train", "--run-dir", run, "--set", "train.steps=1")
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1]
+    saved = [int(folder.name.removeprefix("step-")) for folder in (run / "checkpoints").iterdir()]
+    assert saved == ([num_steps(run)] if part == "ReplayActor" else [])
+    end = sum(saved) + 1
+    run_rexrag("train", "--run-dir", run, "--set", f"train.steps={end}")
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, end + 1))
     evaluations = [(str(line["split"]), line["step"]) for line in read_lines(run / "eval.jsonl")]
-    assert evaluations == [("test", 0), ("dev", 0), ("dev", 1), ("test", 1)]
+    assert evaluations == [("test", 0), ("dev", 0), ("dev", end), ("test", end)]
     assert_books_balance(run)
 
 
