@@ -243,6 +243,7 @@ WARNING_REFLECTING: Final = _metric("warning/reflecting", "More than a fifth of 
 WARNING_FORGETTING: Final = _metric(
     "warning/forgetting", "Correct rows are less likely than in the ten steps before, by half of their log-prob."
 )
+WARNING_LOSSES: Final = _metric("warning/losses", "Three rollout actors or more died within ten steps.")
 WARNING_REFUSED: Final = _metric("warning/refused", "The search server refuses more queries than it answers.")
 WARNING_MISMATCH: Final = _metric("warning/mismatch", "`policy/mismatch_kl` is above .01.")
 

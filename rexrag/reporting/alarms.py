@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import rexrag.metrics as keys
+from rexrag.errors import counted
 
 Metrics = Mapping[str, float | None]
 
@@ -20,6 +21,8 @@ MAX_LOGPROB_FALL: Final = 1.5
 _LEAST_FALL: Final = 0.05
 _WINDOW: Final = 10
 _LEAST_HISTORY: Final = 3
+MANY_LOSSES: Final = 3
+"""Rollout actors that die within a window of steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +109,17 @@ class Alarms:
     def __init__(self, *, by_shares: bool = False) -> None:
         self._rules = [rule for rule in RULES if not (by_shares and rule.metric == keys.WEIGHT_ESS_PROBE)]
         self._correct: deque[float] = deque(maxlen=_WINDOW)
+        self._replaced: deque[float] = deque([0.0], maxlen=_WINDOW + 1)
         self._lasting: set[str] = set()
 
     def look(self, metrics: Metrics) -> tuple[dict[str, float], list[Warned]]:
         """Flags of all warnings for this step, and the warnings that it begins."""
         told = [(rule.key, rule.broken_by(metrics.get(rule.metric))) for rule in self._rules]
-        told += [(keys.WARNING_FORGETTING, self._forgets(metrics)), (keys.WARNING_REFUSED, _refuses(metrics))]
+        told += [
+            (keys.WARNING_FORGETTING, self._forgets(metrics)),
+            (keys.WARNING_LOSSES, self._loses_actors(metrics)),
+            (keys.WARNING_REFUSED, _refuses(metrics)),
+        ]
         found: dict[str, str] = {}
         for key, text in told:
             if text is not None:
@@ -132,6 +140,19 @@ class Alarms:
             f"tokens of correct rows have a mean log-prob of {now:.2f}, {before:.2f} in the steps before: the policy "
             "moves away from what it did right. Lower optimizer.learning_rate or optimizer.max_grad_norm, or raise "
             "loss.preserve"
+        )
+
+    def _loses_actors(self, metrics: Metrics) -> str | None:
+        replaced = metrics.get(keys.ROLLOUT_REPLACED)
+        if replaced is None:
+            return None
+        self._replaced.append(replaced)
+        lost = replaced - self._replaced[0]
+        if lost < MANY_LOSSES:
+            return None
+        return (
+            f"{counted(int(lost), 'rollout actor')} died within {counted(len(self._replaced) - 1, 'step')} and had to "
+            "be replaced: log.jsonl says of what, and on which node; where it is always the same, take it out"
         )
 
 

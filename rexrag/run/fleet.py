@@ -27,6 +27,7 @@ from rexrag.processes import Share, in_words
 from rexrag.retrieval.protocol import RetrieverState, added, since
 from rexrag.run.member import Member, new_member
 from rexrag.run.remote import Handle, Ref, T, call, peek, value_of
+from rexrag.run.replacements import Replacements
 from rexrag.run.status import ActorReport
 from rexrag.types import EpisodeScore, FleetReport, Question, WeightVersion
 
@@ -77,6 +78,7 @@ class Fleet:
         self._is_running = False
         self._num_started = 0
         self._num_replaced = 0
+        self._replacements = Replacements()
         self._deaths = 0
         self._ready_at = 0.0  # when an actor was built last
         self._counted_at = 0.0  # when the last of them was
@@ -103,7 +105,7 @@ class Fleet:
         """
         assert num_actors >= 1, "a fleet has an actor"
         staying = [member for member in self._members if member.draining is None]
-        for _ in range(num_actors - len(staying)):
+        for _ in range(num_actors - len(staying) - self._replacements.keep(num_actors - len(staying))):
             self._members.append(self._start())
         staying.sort(key=lambda member: member.is_ready, reverse=True)
         leaving = staying[num_actors:]
@@ -126,8 +128,8 @@ class Fleet:
 
     @property
     def num_wanted(self) -> int:
-        """Actors that are there to stay, those that are starting included."""
-        return sum(member.draining is None for member in self._members)
+        """Actors that are there to stay, those that are starting or to be started included."""
+        return sum(member.draining is None for member in self._members) + len(self._replacements)
 
     def publish(self, version: WeightVersion, weights: Published | None) -> None:
         """Hand new weights to all actors without waiting for them; None: the weights did not change.
@@ -147,7 +149,7 @@ class Fleet:
     @property
     def is_ready(self) -> bool:
         """Whether every actor has been built."""
-        return all(member.is_ready for member in self._members)
+        return not self._replacements and all(member.is_ready for member in self._members)
 
     @property
     def can_begin(self) -> bool:
@@ -220,6 +222,7 @@ class Fleet:
             RunFailure: an actor ended for a reason that another one would meet too, or actors die without a finished
                 group between.
         """
+        self._members += [self._start() for _ in range(self._replacements.take(time.monotonic()))]
         for member in list(self._members):
             try:
                 self._check(member)
@@ -284,7 +287,7 @@ class Fleet:
         assert member.starting is not None, "it is starting"
         if not ray.wait([member.starting], timeout=0)[0]:
             now = time.monotonic()
-            if now - member.told_at > TELL_EVERY_S:
+            if now - member.told_at > max(TELL_EVERY_S, member.told_at - member.started_at):  # seldomer and seldomer
                 member.told_at = now
                 LOG.warning(
                     "rollout actor %s has not started in %.0f s: it waits for a node with %s free, or loads its model; "
@@ -316,7 +319,7 @@ class Fleet:
         return new_member(actor_id, handle)
 
     def _bury(self, member: Member, error: BaseException) -> None:
-        """Take a dead actor out, and start another in its place unless it was to go."""
+        """Take a dead actor out; another is started in its place at the next `check`, or later, unless it was to go."""
         was_wanted = member.draining is None
         self._let_go(member)  # one whose engine broke or hangs is still there
         if not was_wanted:
@@ -330,9 +333,15 @@ class Fleet:
                 f"rollout actors died {counted(self._deaths, 'time')} in a row without a finished group between, the "
                 f"last one: {error}"
             ) from error
-        LOG.warning("rollout actor %s died, a new one takes its groups: %s", member.actor_id, error)
+        pause_s = self._replacements.ask(started_at=member.started_at, now=time.monotonic())
+        LOG.warning(
+            "rollout actor %s died%s, its groups go to others; a new one is started %s: %s",
+            member.actor_id,
+            "" if member.pulse is None else f" on {member.pulse.node}",
+            f"in {pause_s:.0f} s, since they die soon after their start" if pause_s else "at once",
+            error,
+        )
         self._num_replaced += 1
-        self._members.append(self._start())
 
     def _let_go(self, member: Member) -> None:
         self._members.remove(member)

@@ -43,6 +43,18 @@ def test_a_server_that_refuses_most_queries_is_told_of() -> None:
     assert [flag(0, 0.0), flag(0, None), flag(5, 0.5), flag(6, 0.5), flag(1, 0.0)] == [0, 0, 0, 1, 1]
 
 
+def test_actors_that_die_one_after_the_other_are_told_of() -> None:
+    alarms = Alarms()
+    flags, begun = [], []
+    for replaced in (0, 1, 2, 2, 3, *[3] * 8, 4):
+        seen, started = alarms.look({keys.ROLLOUT_REPLACED: float(replaced)})
+        flags.append(seen[keys.WARNING_LOSSES])
+        begun += started
+    assert flags == [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
+    (told,) = begun
+    assert told.text.startswith("3 rollout actors died within 5 steps and had to be replaced")
+
+
 def test_correct_rows_that_become_unlikely() -> None:
     watch = Alarms()
     flags = [
