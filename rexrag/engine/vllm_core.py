@@ -9,6 +9,7 @@ All of it runs in the one thread that built it: vLLM and OpenMP keep state per t
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from rexrag.engine.shared_weights import SharedWeights
 from rexrag.engine.vllm_draws import count_draws
 from rexrag.engine.vllm_types import CoreOutput, CorePass, CoreRequest, CoreSettings
 from rexrag.engine.weight_arrays import as_tensor
-from rexrag.model.weight_proof import Weights
+from rexrag.model.weight_proof import Weights, bit_sum
 
 _CPU_BLOCK: Final = 32
 """Tokens of a cache block on CPUs, the smallest for which vLLM's attention there is fast."""
@@ -85,6 +86,11 @@ class VllmCore:
         self._client.collective_rpc(lambda worker: _load(worker, weights))
         if forget:
             self._client.reset_prefix_cache(reset_running_requests=True)
+
+    def bit_sum(self) -> int | None:
+        """Of the parameters as they lie in the layers; None where there are others than of two or four bytes."""
+        (total,) = self._client.collective_rpc(_bit_sum)
+        return None if total is None else int(total)
 
     def reset(self, dropped: Iterable[str]) -> None:
         """After a pass that failed: requests end, and nothing that is cached is trusted any more.
@@ -193,6 +199,8 @@ def _own_threads(num_threads: int | None) -> Iterator[None]:
 
 def _load(worker: Any, weights: Weights | SharedWeights) -> None:  # noqa: ANN401
     """The way of a checkpoint into vLLM's fused and repacked layers; its warning of what did not come is an error."""
+    # Of a head that is tied to the embedding it warns that nothing came; what is missing is looked for below.
+    logging.getLogger(finalize_layerwise_reload.__module__).setLevel(logging.ERROR)
     model: nn.Module = worker.model_runner.get_model()
     wanted = {name for name, _ in model.named_parameters()}
     with set_current_vllm_config(worker.vllm_config):
@@ -204,6 +212,13 @@ def _load(worker: Any, weights: Weights | SharedWeights) -> None:  # noqa: ANN40
         _repack_tied_head(model)
     if missing := wanted - set(loaded):
         raise RuntimeError(f"vLLM kept {len(missing)} old weights, such as {min(missing)}")
+
+
+def _bit_sum(worker: Any) -> int | None:  # noqa: ANN401
+    parameters = [parameter for _, parameter in worker.model_runner.get_model().named_parameters()]
+    if any(parameter.element_size() not in (2, 4) for parameter in parameters):
+        return None
+    return bit_sum(parameters)
 
 
 def _by_layer(weights: Weights) -> Iterable[tuple[str, Any]]:

@@ -39,7 +39,7 @@ from rexrag.engine.weight_arrays import check_arrays
 from rexrag.errors import EngineBrokenError, EnginePassError, RunFailure
 from rexrag.model.loading import load_config
 from rexrag.model.supported import check_context
-from rexrag.model.weight_proof import Weights
+from rexrag.model.weight_proof import Weights, bit_sum
 from rexrag.types import WeightVersion
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class VllmEngine:
         self._vocab_size = int(config.vocab_size)
         self._keys = itertools.count()
         self._is_spread = place.tensor_parallel > 1
+        self._keeps_bits: bool | None = None
         self._salts: dict[str, str] = {}
         self._live: dict[str, _Live] = {}
         self._added: list[CoreRequest] = []
@@ -187,8 +188,16 @@ class VllmEngine:
                 return time.monotonic() - began
 
     async def bit_sum(self) -> int | None:
-        """None: vLLM fuses and repacks the weights, and their bits cannot be read."""
-        return None
+        """Of the weights in vLLM's layers.
+
+        None where they are not the bits that they were loaded with, as the first load has shown: vLLM repacks them for
+        CPUs, and over several processes some are there more than once.
+        """
+        if not self._keeps_bits:
+            return None
+        async with self._pass_lock:
+            self._refuse_if_over()
+            return await self._in_thread(self._core.bit_sum)
 
     def release(self, cache_salt: str) -> None:
         """Entries of the salt are not found again, and make room as others need it."""
@@ -239,6 +248,11 @@ class VllmEngine:
         except Exception as error:
             self._die(f"the weights of {version} could not be loaded: {error!r}")
             raise EngineBrokenError(self._dead) from error
+        if self._keeps_bits is None and not isinstance(weights, SharedWeights):
+            there = await self._in_thread(self._core.bit_sum)
+            self._keeps_bits = there == await asyncio.to_thread(bit_sum, weights.values())
+            if not self._keeps_bits:
+                LOG.info("vLLM lays the weights out anew: new ones are told by the log-probs of the canary alone")
 
     def _core_request(self, request: GenerateRequest, *, reads_cache: bool = True) -> CoreRequest:
         salt = request.cache_salt

@@ -6,15 +6,18 @@ import asyncio
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
+import torch
 from engine_harness import Case, Harness, cases, opened
 from tiny_engines import V0, V1, Letters, make_model, make_vllm_engine, needs_vllm, prompt, reference_of, weights_of
 
 from rexrag.engine.protocol import GenerateRequest
 from rexrag.engine.vllm_engine import VllmEngine
 from rexrag.errors import EngineBrokenError, ModelError
+from rexrag.model.weight_proof import bit_sum
 
 
 def engine_of(harness: Harness) -> VllmEngine:
@@ -65,8 +68,45 @@ def test_a_new_version_is_a_preemption_under_recompute_and_the_cache_is_seen_in_
     harness.run(run())
 
 
-def test_the_bits_of_its_weights_cannot_be_read(harness: Harness) -> None:
-    assert harness.run(engine_of(harness).bit_sum()) is None
+def test_the_bits_of_weights_that_are_repacked_cannot_be_read(harness: Harness) -> None:
+    engine = engine_of(harness)
+    harness.run(harness.change_to(1))
+    assert harness.run(engine.bit_sum()) is None
+
+
+@pytest.mark.vllm
+@needs_vllm
+@pytest.mark.parametrize(("architecture", "dtype"), [("qwen3", "bfloat16"), ("llama", "float32")])
+def test_the_bits_of_weights_that_are_not_repacked_are_read(
+    architecture: str, dtype: Literal["float32", "bfloat16"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs, where vLLM fuses layers and pads the vocabulary, and keeps what it is given."""
+    from vllm.model_executor.layers import utils  # there is no vLLM where this does not run
+
+    def plain(layer: torch.nn.Module, remove_weight: bool) -> None:
+        layer.cpu_linear = cast("Any", torch.nn.functional.linear)
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", plain)
+    models = [make_model(architecture, head_dim=32, seed=seed).to(getattr(torch, dtype)) for seed in (0, 1)]
+    bits = {"float32": torch.float32, "bfloat16": torch.uint16}[dtype]  # numpy has no bfloat16
+
+    async def run() -> None:
+        engine = make_vllm_engine(models[0], folder=tmp_path, codec=Letters(), dtype=dtype)
+        assert await engine.bit_sum() is None, "nothing has shown yet that they can be read"
+        for model in reversed(models):
+            weights = {name: p.detach().view(bits).numpy().copy() for name, p in model.named_parameters()}
+            await engine.update_weights(V1, weights)
+            assert await engine.bit_sum() == bit_sum(weights.values())
+        engine._core._client.collective_rpc(lambda worker: change_one_bit(worker.model_runner.get_model()))
+        assert await engine.bit_sum() != bit_sum(weights.values())
+        await engine.close()
+
+    asyncio.run(run())
+
+
+def change_one_bit(model: torch.nn.Module) -> None:
+    parameter = max(model.parameters(), key=torch.Tensor.numel)
+    parameter.data.flatten()[0] *= 2
 
 
 @pytest.mark.vllm

@@ -83,6 +83,8 @@ def test_fields(path: str, fields: str) -> None:
         ("vllm.v1.core.sched.scheduler:Scheduler.get_num_unfinished_requests", ()),
         ("vllm.v1.worker.gpu_worker:Worker.check_health", ()),
         ("vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model", ()),
+        ("vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model", ()),
+        ("vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_logprobs", ("logits_fn",)),
         ("vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states", ("scheduler_output",)),
         ("vllm.model_executor.model_loader.reload:initialize_layerwise_reload", ("model",)),
         ("vllm.model_executor.model_loader.reload:finalize_layerwise_reload", ()),
