@@ -285,6 +285,10 @@ class Supervisor:
             self._world.advance(self._world.events[0][0])
 
 
+    def until_current(self, step: int) -> None:
+        assert self._fleet.is_current, f"actors have the weights of step {step} as soon as they arrive"
+
+
 class Quiet:
     """Hears what a reporter is told."""
 
