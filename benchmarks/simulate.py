@@ -284,7 +284,6 @@ class Supervisor:
                 raise AssertionError(f"nothing will ever happen: {what if isinstance(what, str) else what()}")
             self._world.advance(self._world.events[0][0])
 
-
     def until_current(self, step: int) -> None:
         assert self._fleet.is_current, f"actors have the weights of step {step} as soon as they arrive"
 
