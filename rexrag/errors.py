@@ -35,6 +35,10 @@ class RunFailure(RexragError):
     """The run cannot go on: a part died or gave no progress. Exit status 1."""
 
 
+class StalledError(RunFailure):
+    """What the run waited for has made no progress for too long."""
+
+
 class EngineBrokenError(RunFailure):
     """An actor's engine is dead, or fails again and again: the actor is to be built anew. The message has the cause."""
 

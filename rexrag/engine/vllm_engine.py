@@ -190,8 +190,8 @@ class VllmEngine:
     async def bit_sum(self) -> int | None:
         """Of the weights in vLLM's layers.
 
-        None where they are not the bits that they were loaded with, as the first load has shown: vLLM repacks them for
-        CPUs, and over several processes some are there more than once.
+        None where no load has shown yet that they are the bits they were loaded with: vLLM repacks them for CPUs, and
+        over several processes some are there more than once.
         """
         if not self._keeps_bits:
             return None
@@ -245,14 +245,23 @@ class VllmEngine:
         self._restart_scoring()
         try:
             await self._in_thread(self._core.load, weights, forget=self._settings.inflight == "recompute")
+            if not isinstance(weights, SharedWeights):
+                await self._compare_bits(weights)
         except Exception as error:
             self._die(f"the weights of {version} could not be loaded: {error!r}")
             raise EngineBrokenError(self._dead) from error
-        if self._keeps_bits is None and not isinstance(weights, SharedWeights):
-            there = await self._in_thread(self._core.bit_sum)
-            self._keeps_bits = there == await asyncio.to_thread(bit_sum, weights.values())
-            if not self._keeps_bits:
-                LOG.info("vLLM lays the weights out anew: new ones are told by the log-probs of the canary alone")
+
+    async def _compare_bits(self, weights: Weights) -> None:
+        """Whether vLLM keeps the bits it was given: looked at until it does, on CPUs, where it repacks them, once."""
+        is_cpu, is_first = self._settings.device == "cpu", self._keeps_bits is None
+        has_same_type = all((array.itemsize == 2) == (self._settings.dtype == "bfloat16") for array in weights.values())
+        if self._keeps_bits or not has_same_type or (is_cpu and not is_first):
+            return
+        there = await self._in_thread(self._core.bit_sum)
+        self._keeps_bits = there == await asyncio.to_thread(bit_sum, weights.values())
+        if not self._keeps_bits and is_first:
+            told = "vLLM's layers do not hold the bits they were given: new weights are told by the canary alone"
+            LOG.log(logging.INFO if is_cpu else logging.WARNING, "%s", told)
 
     def _core_request(self, request: GenerateRequest, *, reads_cache: bool = True) -> CoreRequest:
         salt = request.cache_salt

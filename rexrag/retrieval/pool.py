@@ -80,6 +80,7 @@ class PoolRetriever:
         await self._attempts.close()
 
     async def _attempt(self, query: str, top_k: int) -> Sequence[Passage]:
+        began = time.monotonic()
         asked: list[_Place] = []
         failures: list[RetryableError] = []
         try:
@@ -87,20 +88,21 @@ class PoolRetriever:
                 while (place := self._choose(besides=asked)) is not None:
                     self._num_elsewhere += bool(asked)
                     asked.append(place)
+                    began = time.monotonic()
                     try:
-                        return await self._ask(place, query, top_k)
+                        return await self._ask(place, query, top_k, began=began)
                     except RetryableError as error:
                         failures.append(error)
         except TimeoutError as error:
-            _shun(asked[-1], is_out=True)
+            if not asked[-1].answered.is_after(began):
+                _shun(asked[-1], is_out=True)
             is_elsewhere = not all(place.is_out for place in self._places)
             raise RetryableError.late(self._timeout_s, is_elsewhere=is_elsewhere) from error
         # One that has no room does answer: the pool is not gone.
         raise next((failure for failure in failures if failure.is_busy), failures[-1])
 
-    async def _ask(self, place: _Place, query: str, top_k: int) -> Sequence[Passage]:
+    async def _ask(self, place: _Place, query: str, top_k: int, *, began: float) -> Sequence[Passage]:
         place.outstanding += 1
-        began = time.monotonic()
         try:
             found = await place.member.search(query, top_k)
         except RetryableError as error:

@@ -18,17 +18,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from rexrag.buffer.replay_actor import ReplayActor
 from rexrag.buffer.status import BufferStatus
-from rexrag.errors import CollapsedError, RetrieverError, counted
+from rexrag.errors import CollapsedError, PartDiedError, RetrieverError, RexragError, StalledError, counted
 from rexrag.files import read_jsonl
 from rexrag.learner.checkpoint import prune
 from rexrag.learner.learner_actor import LearnerActor, ask_progress, start_export
+from rexrag.reporting.log_file import log_instead
 from rexrag.reporting.reporter import Reporter
 from rexrag.run.autoscale import Autoscaler, StepLoad
 from rexrag.run.evaluation import MAX_ATTEMPTS, evaluate
@@ -39,7 +40,7 @@ from rexrag.run.remote import Handle, Ref, T, call, peek, value_of
 from rexrag.run.rewind import note_collapse
 from rexrag.run.supervisor import Supervisor
 from rexrag.run_folder import RunFolder
-from rexrag.types import Question, StepBatch, StepResult, WeightVersion
+from rexrag.types import FleetReport, Question, StepBatch, StepResult, WeightVersion
 
 LOG = logging.getLogger(__name__)
 
@@ -57,6 +58,16 @@ class LoopSettings:
     groups_per_step: int
     autoscale: tuple[int, int] | None
     guard: Literal["off", "warn", "rewind"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _UnderWay:
+    """A step that the learner was asked for. `learner_wait_s`: seconds that it had waited for its groups."""
+
+    step: int
+    result: Ref[StepResult]
+    began: float
+    learner_wait_s: float
 
 
 class Controller:
@@ -97,7 +108,8 @@ class Controller:
         self._reporter = reporter
         self._questions = {"dev": dev, "test": test}
         self._saved_step = first.step
-        self._has_learner = True
+        self._under_way: _UnderWay | None = None
+        self._is_learner_stuck = False
         bounds = settings.autoscale
         self._guard = Guard(read_jsonl(run_folder.metrics))
         self._autoscaler = None if bounds is None else Autoscaler(least=bounds[0], most=bounds[1])
@@ -130,22 +142,31 @@ class Controller:
         self._evaluate("test")
 
     def save(self) -> None:
-        """A checkpoint of the last finished step, unless there is one."""
+        """A checkpoint of the last finished step, unless there is one, whatever has become of the other parts."""
+        self._supervisor.end()
         if self._saved_step != self._version.step:
             self._checkpoint()
 
     def rescue(self) -> None:
-        """After a failure: `save`, whatever has become of the other parts; not where the learner itself has failed."""
+        """After a failure: `save`, with the step that is under way; nothing where the learner hangs or has failed."""
+        if self._is_learner_stuck:
+            return
         self._supervisor.end()
-        if self._has_learner:
-            self.save()
+        if (under_way := self._under_way) is not None:
+            with suppress(PartDiedError):  # of the learner, which `save` meets too, or of who had the batch
+                result = self._finished(under_way)
+                with log_instead(RexragError):
+                    self._note_outcome(result)
+                self._tell(result, under_way)
+        self.save()
 
     @contextmanager
-    def _relying_on_learner(self) -> Iterator[None]:
-        """If this fails, the learner is dead or hangs, or has made a step that does not count."""
-        self._has_learner = False
-        yield
-        self._has_learner = True
+    def _asking_learner(self) -> Iterator[None]:
+        try:
+            yield
+        except StalledError:
+            self._is_learner_stuck = True
+            raise
 
     def _tell_precision(self, learner: str) -> None:
         """What the parts compute in where they run, if that is not what the run began with."""
@@ -159,25 +180,28 @@ class Controller:
 
     def _step(self, step: int) -> None:
         began = time.monotonic()
-        with self._relying_on_learner():
+        with self._asking_learner():
             rho = self._wait(call(self._learner, LearnerActor.rho), what="the run waits for the learner to tell ρ")
         free_at = time.monotonic()  # it has handed out the weights of the step before
         batch = self._take(step, rho=rho)
-        learner_wait_s = time.monotonic() - free_at
+        waited_s = time.monotonic() - free_at
         # Until the outcome is noted nothing is interrupted: the step counts, or it does not.
-        with self._relying_on_learner():
-            result = self._train(step, batch)
-            self._note_outcome(result)
-        collapse = self._collapse(result)
+        made = call(self._learner, LearnerActor.step, value_of(batch))
+        under_way = self._under_way = _UnderWay(step=step, result=made, began=began, learner_wait_s=waited_s)
+        result = self._finished(under_way)
         try:
+            self._note_outcome(result)
+            collapse = self._collapse(result)
             if collapse is None:
                 self._push(updated=result.updated)
-        finally:  # the step was made, whatever keeps its weights from the actors
-            fleet, searches, step_s = self._fleet.report(), self._fleet.searches(), time.monotonic() - began
-            self._reporter.step(result, learner_wait_s=learner_wait_s, step_s=step_s, fleet=fleet, searches=searches)
+        except BaseException:
+            with log_instead(OSError):  # what ended the step has more to say
+                self._tell(result, under_way)
+            raise
+        fleet, step_s = self._tell(result, under_way)
         if collapse is not None:
             raise collapse
-        self._autoscale(wait_share=learner_wait_s / step_s, num_ready=fleet.num_ready)
+        self._autoscale(wait_share=waited_s / step_s, num_ready=fleet.num_ready)
         if step % self._settings.checkpoint_every == 0 or step == self._settings.num_steps:
             self._checkpoint()
         if self._has_evaluation(step):
@@ -245,19 +269,26 @@ class Controller:
         self._fleet.progressed()
         return call(self._buffer, ReplayActor.take, step)
 
-    def _train(self, step: int, batch: Ref[StepBatch]) -> StepResult:
-        return self._supervisor.wait(
-            call(self._learner, LearnerActor.step, value_of(batch)),
-            what=f"the run waits for the learner's step {step}",
-            progress=self._learner_progress,
-            interruptible=False,
-        )
+    def _finished(self, under_way: _UnderWay) -> StepResult:
+        """What the step came to, waited for: the learner is at its version from here on."""
+        what = f"the run waits for the learner's step {under_way.step}"
+        with self._asking_learner():
+            result = self._wait(under_way.result, what=what, progress=self._learner_progress)
+        self._version = WeightVersion(incarnation=self._version.incarnation, step=result.step)
+        self._under_way = None
+        return result
+
+    def _tell(self, result: StepResult, under_way: _UnderWay) -> tuple[FleetReport, float]:
+        """Report the step; how the actors did in it, and its seconds."""
+        fleet, searches, step_s = self._fleet.report(), self._fleet.searches(), time.monotonic() - under_way.began
+        waited_s = under_way.learner_wait_s
+        self._reporter.step(result, learner_wait_s=waited_s, step_s=step_s, fleet=fleet, searches=searches)
+        return fleet, step_s
 
     def _note_outcome(self, result: StepResult) -> None:
-        """The step counts from here on: its groups are consumed, and the learner is at its version."""
+        """The step's groups are consumed from here on; a resume from its checkpoint knows so without it, too."""
         noted = call(self._buffer, ReplayActor.outcome, result.step, applied=result.applied)
         self._wait(noted, what=f"the run waits for the buffer to note step {result.step}")
-        self._version = WeightVersion(incarnation=self._version.incarnation, step=result.step)
 
     def _push(self, *, updated: bool) -> None:
         """Start the transfer of the current version to all actors; an unchanged one is only renamed."""
@@ -298,7 +329,7 @@ class Controller:
     def _checkpoint(self) -> None:
         step = self._version.step
         self._reporter.stage(f"saving the checkpoint of step {step}")
-        with self._relying_on_learner():
+        with self._asking_learner():
             saved = call(self._learner, LearnerActor.save, self._run_folder.checkpoints)
             self._wait(saved, what=f"the run waits for the checkpoint of step {step}", progress=self._learner_progress)
         self._saved_step = step

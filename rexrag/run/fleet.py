@@ -11,6 +11,7 @@ are looked at again after each `check`.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Final
@@ -222,7 +223,8 @@ class Fleet:
             RunFailure: an actor ended for a reason that another one would meet too, or actors die without a finished
                 group between.
         """
-        self._members += [self._start() for _ in range(self._replacements.take(time.monotonic()))]
+        due = self._replacements.take(time.monotonic() if self._working() else math.inf)
+        self._members += [self._start() for _ in range(due)]
         for member in list(self._members):
             try:
                 self._check(member)
@@ -297,7 +299,7 @@ class Fleet:
                 )
             return
         member.dtype = ray.get(member.starting).dtype
-        member.starting = None
+        member.starting, member.ready_at = None, time.monotonic()
         self._ready_at = time.monotonic()
         version, weights = self._current
         if version != self._initial:
@@ -333,12 +335,13 @@ class Fleet:
                 f"rollout actors died {counted(self._deaths, 'time')} in a row without a finished group between, the "
                 f"last one: {error}"
             ) from error
-        pause_s = self._replacements.ask(started_at=member.started_at, now=time.monotonic())
+        now = time.monotonic()
+        pause_s = self._replacements.ask(started_at=member.started_at, lived_s=member.lived_s(now), now=now)
         LOG.warning(
             "rollout actor %s died%s, its groups go to others; a new one is started %s: %s",
             member.actor_id,
             "" if member.pulse is None else f" on {member.pulse.node}",
-            f"in {pause_s:.0f} s, since they die soon after their start" if pause_s else "at once",
+            f"in {pause_s:.0f} s, since they die soon after their start" if pause_s and self._working() else "at once",
             error,
         )
         self._num_replaced += 1

@@ -42,6 +42,7 @@ class Member:
     starting: Ref[Built] | None
     started_at: float
     told_at: float
+    ready_at: float | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     run: Ref[None] | None = None
     updates: list[Ref[Delivery | None]] = field(default_factory=list)
@@ -72,6 +73,10 @@ class Member:
         if self.draining is not None:
             return "draining"
         return "stale" if self.updates else "healthy"
+
+    def lived_s(self, now: float) -> float:
+        """For how long it has worked, until now or until it fell silent."""
+        return 0.0 if self.ready_at is None else now - self.ready_at - self.silent_s
 
     def look(self) -> None:
         """Ask for its counters now and then, and note what it answers; waits for nothing.

@@ -24,9 +24,10 @@ class Replacements:
     def __len__(self) -> int:
         return len(self._due)
 
-    def ask(self, *, started_at: float, now: float) -> float:
-        """One that was started then has died; the seconds until another is due, which `take` gives out."""
-        if now - started_at > SHORT_LIFE_S:
+    def ask(self, *, started_at: float, lived_s: float, now: float) -> float:
+        """One that was started then and was at work for so long has died; the seconds until another is due, which
+        `take` gives out."""
+        if lived_s > SHORT_LIFE_S:
             self._num_short = 0
         elif started_at > self._died_at:  # what goes together is one death
             self._num_short += 1

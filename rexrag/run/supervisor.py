@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import ray
 
-from rexrag.errors import RunFailure
+from rexrag.errors import PartDiedError, RunFailure, StalledError
 from rexrag.run.control import Desk
 from rexrag.run.fleet import Fleet
 from rexrag.run.nodes import draining_nodes
@@ -73,7 +73,7 @@ class Supervisor:
             progress: something that changes as long as the work goes on; None: it is one piece.
 
         Raises:
-            RunFailure: a part died or failed, or there was no progress for too long.
+            RunFailure: a part died or failed; StalledError: there was no progress for too long.
             Interrupted: a stop signal came (where `interruptible`).
         """
         self.until(
@@ -106,7 +106,7 @@ class Supervisor:
                 self.look(interruptible=interruptible)
                 if bound.is_over():
                     waiting = what if isinstance(what, str) else what()
-                    raise RunFailure(
+                    raise StalledError(
                         f"{waiting}: no progress in {self._stall_timeout_s:.0f} s; where it only needs longer, resume "
                         "with a larger train.stall_timeout_s"
                     )
@@ -141,9 +141,12 @@ class Supervisor:
         if interruptible:
             self._stop.heed()
         self._fleet.check()
-        if self._pool is not None:
-            self._pool.look()
-        self._ping()
+        try:
+            if self._pool is not None:
+                self._pool.look()
+            self._ping()
+        except PartDiedError as error:  # to whoever waits it is not the part that he waits for
+            raise RunFailure(str(error)) from error
 
     def _hear(self) -> None:
         wanted = None if self._desk is None else self._desk.look()

@@ -267,7 +267,7 @@ def _run(controller: Controller) -> None:
         raise
     except CollapsedError:
         raise  # what is finished is what the run goes back from
-    except (RexragError, RayError):
+    except (OSError, RexragError, RayError):
         with log_instead(OSError, RexragError, RayError):
             controller.rescue()
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,7 +16,7 @@ from replay_helpers import make_questions, make_settings
 
 from rexrag.buffer.recovery import accounting_from_log
 from rexrag.buffer.replay_actor import ReplayActor
-from rexrag.errors import Interrupted, RetrieverError, RunFailure
+from rexrag.errors import Interrupted, RetrieverError, RunFailure, StalledError
 from rexrag.run import controller as controller_module
 from rexrag.run.controller import Controller, LoopSettings
 from rexrag.run.identity import note_precision
@@ -42,6 +43,7 @@ class Rig:
     stop: StopSignal
     run: RunFolder
     incarnation: str
+    supervisor: LocalSupervisor
 
     def interrupt(self) -> None:
         self.stop.received = "SIGTERM"
@@ -75,6 +77,7 @@ def make_rig(
             file.write(json.dumps({"split": split, "step": step, "em": 0.5, "n": 4}) + "\n")
 
     reporter = LocalReporter(on_evaluation=evaluated)
+    supervisor = LocalSupervisor(fleet=fleet, stop=stop)
     controller = Controller(
         LoopSettings(
             num_steps=num_steps,
@@ -91,12 +94,12 @@ def make_rig(
         buffer=cast("Any", LocalActor(buffer, name="buffer", script=script)),
         learner=cast("Any", LocalActor(learner, name="learner", script=script)),
         fleet=cast("Any", fleet),
-        supervisor=cast("Any", LocalSupervisor(fleet=fleet, stop=stop)),
+        supervisor=cast("Any", supervisor),
         reporter=cast("Any", reporter),
         dev=make_questions(3),
         test=make_questions(4),
     )
-    return Rig(controller, script, buffer, learner, fleet, reporter, stop, run, first.incarnation)
+    return Rig(controller, script, buffer, learner, fleet, reporter, stop, run, first.incarnation, supervisor)
 
 
 def without_polls(calls: list[str]) -> list[str]:
@@ -212,29 +215,60 @@ def test_a_stop_is_heard_while_there_are_no_actors_to_take_new_weights(tmp_path:
     assert accounting_from_log(rig.run.buffer)["consumed"] == GROUPS
 
 
-def test_what_was_learnt_is_saved_where_other_parts_fail(tmp_path: Path) -> None:
-    """Not where the learner has failed, or what it has learnt does not count."""
+@pytest.mark.parametrize("where", ["calls", "looks"])
+def test_what_was_learnt_is_saved_where_other_parts_fail(tmp_path: Path, where: str) -> None:
+    """At each call of another part in turn, and at each look after them, the learner's own waits included."""
 
     def fail() -> None:
         raise RunFailure("it has failed")
 
-    whole = make_rig(tmp_path / "whole", eval_every=1, checkpoint_every=9)
+    def rig_of(number: int | str) -> tuple[Rig, Script]:
+        rig = make_rig(tmp_path / str(number), eval_every=1, checkpoint_every=9)
+        if where == "calls":
+            return rig, rig.script
+        looks, check = Script(), rig.fleet.check
+
+        def look() -> None:
+            looks.note(rig.script.calls[-1])
+            check()
+
+        rig.fleet.check = look  # type: ignore[method-assign]
+        return rig, looks
+
+    whole, happened = rig_of("whole")
     whole.controller.run()
     num_saved = 0
-    for number, call in enumerate(whole.script.calls):
-        rig = make_rig(tmp_path / str(number), eval_every=1, checkpoint_every=9)
-        rig.script.before[number] = fail
+    for number, call in enumerate(happened.calls):
+        rig, script = rig_of(number)
+        script.before[number] = fail
         with pytest.raises(RunFailure, match="it has failed"):
             rig.controller.run()
-        rig.controller.rescue()
+        is_unknown = where == "calls" and call == "buffer.outcome"  # then nothing is let go of
+        with pytest.raises(ValueError, match="is not over") if is_unknown else nullcontext():
+            rig.controller.rescue()
         done = rig.learner.num_steps
-        if call in ("learner.rho", "learner.step", "buffer.outcome", "learner.save"):
-            assert rig.learner.saved == [], call
-        else:
-            assert rig.learner.saved == ([done] if done else []), call
-            assert accounting_from_log(rig.run.buffer)["consumed"] == done * GROUPS
-            num_saved += done > 0
+        assert rig.learner.saved[-1:] == ([done] if done else []), call
+        assert rig.reporter.steps == list(range(1, done + 1)), call
+        consumed = accounting_from_log(rig.run.buffer)["consumed"]
+        assert consumed == (done - is_unknown) * GROUPS, call
+        num_saved += done > 0
     assert num_saved > 10
+
+
+def test_a_learner_that_hangs_is_not_waited_for_again(tmp_path: Path) -> None:
+    rig = make_rig(tmp_path)
+    wait = rig.supervisor.wait
+
+    def stalled(ref: LocalRef, *, what: str, **more: Any) -> Any:  # noqa: ANN401
+        if "learner's step 2" in what:
+            raise StalledError(what)
+        return wait(ref, what=what, **more)
+
+    rig.supervisor.wait = stalled  # type: ignore[method-assign]
+    with pytest.raises(StalledError):
+        rig.controller.run()
+    rig.controller.rescue()
+    assert rig.learner.saved == []
 
 
 def test_the_death_of_an_actor_anywhere_costs_nothing(tmp_path: Path) -> None:

@@ -218,6 +218,15 @@ def test_actors_that_die_again_and_again_end_the_run_with_the_cause(
             one.until(lambda: not one.fleet.is_ready)
 
 
+def test_the_only_actor_is_replaced_without_a_pause(rig: Callable[[int], Rig]) -> None:
+    one = rig(1)
+    one.fleet._replacements._num_short = 9
+    one.kill(0)
+    one.until(lambda: bool(one.dead))
+    one.fleet.check()
+    assert [actor.state for actor in one.fleet.describe()] == ["starting"]
+
+
 def test_actors_that_go_with_one_node_are_one_death(rig: Callable[[int], Rig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet_module, "MAX_DEATHS_IN_A_ROW", 1)
     one = rig(2)

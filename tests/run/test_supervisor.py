@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from rexrag.errors import RunFailure
+from rexrag.errors import PartDiedError, RunFailure
 from rexrag.run.signals import StopSignal
 from rexrag.run.supervisor import Supervisor
 
@@ -29,6 +29,21 @@ def test_a_wait_without_progress_ends_and_says_what_it_is_for_by_then() -> None:
         RunFailure, match=r"looked (?!1 )\d+ times: no progress in 0 s; .* larger train\.stall_timeout_s"
     ):
         make_supervisor(0.4).until(is_done, what=lambda: f"looked {seen[0]} times", pause_s=0.02)
+
+
+def test_the_death_of_a_part_is_not_that_of_whom_one_waits_for() -> None:
+    """An evaluation would take it for an actor's, and go on."""
+
+    def look() -> None:
+        raise PartDiedError("search actor search-0: its process died")
+
+    supervisor = make_supervisor(9.0)
+    supervisor._pool = cast("Any", SimpleNamespace(look=look))
+    with pytest.raises(RunFailure, match="search-0: its process died") as raised:
+        supervisor.look()
+    assert type(raised.value) is RunFailure
+    supervisor.end()
+    supervisor.look()
 
 
 def test_a_wait_with_progress_goes_on() -> None:
