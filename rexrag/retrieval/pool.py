@@ -94,8 +94,7 @@ class PoolRetriever:
                     except RetryableError as error:
                         failures.append(error)
         except TimeoutError as error:
-            if not asked[-1].answered.is_after(began):
-                _shun(asked[-1], is_out=True)
+            _shun(asked[-1], began=began, is_out=True)
             is_elsewhere = not all(place.is_out for place in self._places)
             raise RetryableError.late(self._timeout_s, is_elsewhere=is_elsewhere) from error
         # One that has no room does answer: the pool is not gone.
@@ -106,8 +105,7 @@ class PoolRetriever:
         try:
             found = await place.member.search(query, top_k)
         except RetryableError as error:
-            if not place.answered.is_after(began):
-                _shun(place, is_out=not error.is_busy)
+            _shun(place, began=began, is_out=not error.is_busy)
             raise
         finally:
             place.outstanding -= 1
@@ -129,5 +127,7 @@ class PoolRetriever:
         )
 
 
-def _shun(place: _Place, *, is_out: bool) -> None:
-    place.shunned_until, place.is_out = time.monotonic() + _SHUNNED_S, is_out
+def _shun(place: _Place, *, began: float, is_out: bool) -> None:
+    """After a failure of a call that began then."""
+    if not place.answered.is_after(began):
+        place.shunned_until, place.is_out = time.monotonic() + _SHUNNED_S, is_out

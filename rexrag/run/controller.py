@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -160,14 +160,6 @@ class Controller:
                 self._tell(result, under_way)
         self.save()
 
-    @contextmanager
-    def _asking_learner(self) -> Iterator[None]:
-        try:
-            yield
-        except StalledError:
-            self._is_learner_stuck = True
-            raise
-
     def _tell_precision(self, learner: str) -> None:
         """What the parts compute in where they run, if that is not what the run began with."""
         actors = " and ".join(sorted(self._fleet.dtypes))
@@ -180,8 +172,8 @@ class Controller:
 
     def _step(self, step: int) -> None:
         began = time.monotonic()
-        with self._asking_learner():
-            rho = self._wait(call(self._learner, LearnerActor.rho), what="the run waits for the learner to tell ρ")
+        asked = call(self._learner, LearnerActor.rho)
+        rho = self._wait_for_learner(asked, what="the run waits for the learner to tell ρ")
         free_at = time.monotonic()  # it has handed out the weights of the step before
         batch = self._take(step, rho=rho)
         waited_s = time.monotonic() - free_at
@@ -272,8 +264,7 @@ class Controller:
     def _finished(self, under_way: _UnderWay) -> StepResult:
         """What the step came to, waited for: the learner is at its version from here on."""
         what = f"the run waits for the learner's step {under_way.step}"
-        with self._asking_learner():
-            result = self._wait(under_way.result, what=what, progress=self._learner_progress)
+        result = self._wait_for_learner(under_way.result, what=what, progress=self._learner_progress)
         self._version = WeightVersion(incarnation=self._version.incarnation, step=result.step)
         self._under_way = None
         return result
@@ -329,9 +320,9 @@ class Controller:
     def _checkpoint(self) -> None:
         step = self._version.step
         self._reporter.stage(f"saving the checkpoint of step {step}")
-        with self._asking_learner():
-            saved = call(self._learner, LearnerActor.save, self._run_folder.checkpoints)
-            self._wait(saved, what=f"the run waits for the checkpoint of step {step}", progress=self._learner_progress)
+        saved = call(self._learner, LearnerActor.save, self._run_folder.checkpoints)
+        what = f"the run waits for the checkpoint of step {step}"
+        self._wait_for_learner(saved, what=what, progress=self._learner_progress)
         self._saved_step = step
         self._run_folder.set_steps(step)
         committed = self._run_folder.committed_checkpoints()
@@ -358,6 +349,13 @@ class Controller:
 
     def _learner_progress(self) -> object:
         return peek(ask_progress(self._learner))
+
+    def _wait_for_learner(self, ref: Ref[T], *, what: str, progress: Callable[[], object] | None = None) -> T:
+        try:
+            return self._wait(ref, what=what, progress=progress)
+        except StalledError:
+            self._is_learner_stuck = True
+            raise
 
     def _wait(
         self, ref: Ref[T], *, what: str, progress: Callable[[], object] | None = None, interruptible: bool = False

@@ -327,16 +327,17 @@ class Fleet:
         if not was_wanted:
             LOG.warning("rollout actor %s died before it had finished, its groups go back: %s", member.actor_id, error)
             return
-        if member.started_at > self._counted_at:  # what goes with one node, or of one cause, counts once
+        now = time.monotonic()
+        is_another = member.started_at > self._counted_at  # what goes with one node, or of one cause, counts once
+        if is_another:
             self._deaths += 1
-            self._counted_at = time.monotonic()
+            self._counted_at = now
         if self._deaths > MAX_DEATHS_IN_A_ROW:
             raise RunFailure(
                 f"rollout actors died {counted(self._deaths, 'time')} in a row without a finished group between, the "
                 f"last one: {error}"
             ) from error
-        now = time.monotonic()
-        pause_s = self._replacements.ask(started_at=member.started_at, lived_s=member.lived_s(now), now=now)
+        pause_s = self._replacements.ask(lived_s=member.lived_s(now), is_another=is_another, now=now)
         LOG.warning(
             "rollout actor %s died%s, its groups go to others; a new one is started %s: %s",
             member.actor_id,

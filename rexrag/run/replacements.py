@@ -19,19 +19,20 @@ class Replacements:
     def __init__(self) -> None:
         self._due: list[float] = []
         self._num_short = 0
-        self._died_at = 0.0
 
     def __len__(self) -> int:
         return len(self._due)
 
-    def ask(self, *, started_at: float, lived_s: float, now: float) -> float:
-        """One that was started then and was at work for so long has died; the seconds until another is due, which
-        `take` gives out."""
+    def ask(self, *, lived_s: float, is_another: bool, now: float) -> float:
+        """One has died that was at work for so long; the seconds until another is due, which `take` gives out.
+
+        Args:
+            is_another: it did not go together with the one before.
+        """
         if lived_s > SHORT_LIFE_S:
             self._num_short = 0
-        elif started_at > self._died_at:  # what goes together is one death
+        elif is_another:
             self._num_short += 1
-            self._died_at = now
         pause_s = min(MAX_PAUSE_S, 2.0**self._num_short) if self._num_short > NUM_AT_ONCE else 0.0
         self._due.append(now + pause_s)
         return pause_s

@@ -173,7 +173,7 @@ def test_slow_and_silent_clients_hold_up_nobody(index: Path) -> None:
                     connection.sendall(b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
             began = time.monotonic()
             assert client.post(f"{url}/retrieve", json={"queries": ["town"]}).status_code == 200
-            assert time.monotonic() - began < 30, "not after one of them is given up"
+            assert time.monotonic() - began < 5, "before one of them is given up"
             connection.settimeout(ANSWER_S)
             assert connection.recv(64).startswith(b"HTTP/1.1 504"), "a body that does not come is not waited for"
 
